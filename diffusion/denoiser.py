@@ -1,0 +1,70 @@
+"""From networks to denoisers: what a network is fed, how its output is read, and the clipping of x0.
+
+Here, once, time loses 1: published networks count their noise levels from 0. Knows no loss, no sampler, no guidance and
+no particular network.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion.process.prediction import PREDICTIONS, prediction_kind
+from diffusion.process.schedule import Denoiser, Prediction, Schedule, like
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""network(x, time_index, labels) -> output: x (B, C, H, W), time_index float32 (B,), output (B, C or 2C, H, W)."""
+
+
+class NetworkDenoiser:
+    """A network as a denoiser.
+
+    The network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance for data of unit variance: x_t itself under VP. Its
+    second half of channels, where it has twice those of x_t, is the learned variance in [-1, 1] (Nichol & Dhariwal
+    2021, eq. 15). Lower precision is the caller's autocast and ends at the network's output.
+
+    Args:
+        network: network(x, time_index, labels); time_index is t - 1, real for real t.
+        schedule: the noise levels it was trained on.
+        prediction: what it outputs: epsilon, x0, v, score or mu.
+
+    Raises:
+        ValueError: prediction is none of these.
+    """
+
+    def __init__(self, network: Network, schedule: Schedule, prediction: str = "epsilon") -> None:
+        self.network, self.schedule, self.prediction = network, schedule, prediction
+        self._kind = prediction_kind(prediction)
+
+    def output(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's output as it is, in x_t's dtype. x_t (B, C, H, W), t a float or (B,), labels (B,) or None."""
+        if isinstance(t, Tensor):
+            time_index = (t - 1).to(x_t.device, torch.float32).expand(len(x_t))
+        else:
+            time_index = torch.full((len(x_t),), t - 1, dtype=torch.float32, device=x_t.device)
+        return self.network(x_t * like(1 / self.schedule.std(t), x_t), time_index, labels).to(x_t.dtype)
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        output, variance = self.output(x_t, t, labels), None
+        if output.shape[1] == 2 * x_t.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+            variance = (variance + 1) / 2
+        return Prediction(*self._kind.to_pair(self.schedule, x_t, t, output), variance)
+
+
+class Clipped:
+    """A denoiser whose x0 is clipped to the range of images, and whose epsilon is derived again from that.
+
+    Args:
+        denoiser: the denoiser to wrap.
+        schedule: its schedule.
+        low, high: the range of x0.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> None:
+        self.denoiser, self.schedule, self.low, self.high = denoiser, schedule, low, high
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        x0, _, variance = self.denoiser(x_t, t, labels)
+        clipped = x0.clamp(self.low, self.high)
+        return Prediction(*PREDICTIONS["x0"].to_pair(self.schedule, x_t, t, clipped), variance)

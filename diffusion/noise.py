@@ -1,0 +1,133 @@
+"""Everything random is a function of counters, not of a stream whose state would have to be restored.
+
+    word = splitmix64(splitmix64(splitmix64(seed) + a) + b) ...        a key of a seed and some counters
+    u_i  = splitmix64(word + i golden)                                  SplitMix64 (Steele et al. 2014) seeded by the key
+
+The draw for (seed, what, counters...) is the same on any device, in any batch, on any rank, before and after an
+interruption; a rank draws its own part and nothing else. On the device the work is a dozen integer operations per
+pair of normals, without a generator, hence without a host round trip. Integers agree between devices to the bit,
+normals to the rounding of log, sin and cos.
+
+This module knows what a counter is; it does not know what a step, a sampler or a data set is.
+"""
+
+import math
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What a draw is for. Each has its own numbers under one seed; the values are part of every run's identity."""
+
+    TIME = 1
+    NOISE = 2
+    FLIP = 3
+    LABEL_DROP = 4
+    NETWORK = 5  # dropout, through torch's global generator
+    SHARDS = 6
+    SAMPLES = 7
+    PRIOR = 8
+    STEP = 9
+    INIT = 10
+
+
+# ---- on the host: keys, seeds, permutations (NumPy, the same in every version) ----
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(_GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*counters: int | np.ndarray) -> np.ndarray:
+    """64-bit hash of integers or integer arrays, which broadcast: uint64, shape of the broadcast (() for integers)."""
+    with np.errstate(over="ignore"):
+        word = np.uint64(0)
+        for counter in counters:
+            counter = np.uint64(counter & _MASK) if isinstance(counter, int) else np.asarray(counter).astype(np.uint64)
+            word = _splitmix(np.asarray(word + counter))
+        return word
+
+
+def seed63(*counters: int) -> int:
+    """A key as a seed for a generator that wants a non-negative int64."""
+    return int(key(*counters) >> np.uint64(1))
+
+
+def permutation(n: int, *counters: int) -> np.ndarray:
+    """The permutation of range(n) that belongs to these counters: int64 (n,), argsort of hashes."""
+    return np.argsort(key(*counters, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+# ---- on the device: int64 tensors that wrap like uint64 ----
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _shift(x: Tensor, k: int) -> Tensor:
+    """Logical right shift: int64's own is arithmetic."""
+    return (x >> k) & ((1 << (64 - k)) - 1)
+
+
+def _splitmix_(x: Tensor) -> Tensor:
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX2)
+    return x ^ _shift(x, 31)
+
+
+def keys(positions: Tensor, *counters: int) -> Tensor:
+    """Keys (seed, stream, ..., position) for a vector of positions: int64 (B,), on the positions' device.
+
+    Bit for bit `key(*counters, position)` read as int64.
+    """
+    return _splitmix_(positions.to(torch.int64) + _signed(int(key(*counters))))
+
+
+def uniform_int(keys: Tensor, high: int) -> Tensor:
+    """One integer in [0, high) per key, high < 2^31: int64, shape of keys. The bias is below high / 2^32."""
+    return (_shift(keys, 32) * high) >> 32
+
+
+def uniform(keys: Tensor) -> Tensor:
+    """One float32 in [0, 1) per key, of 24 bits."""
+    return _shift(keys, 40).to(torch.float32) * 2.0**-24
+
+
+def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal (B, *shape), row b from keys[b] alone, by Box and Muller from 32-bit uniforms (|z| < 6.7)."""
+    size = math.prod(shape)
+    pairs = (size + 1) // 2
+    counter = torch.arange(pairs, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
+    words = _splitmix_(keys[:, None] + counter)
+    radius = (_shift(words, 32).to(dtype).add_(1).mul_(2.0**-32)).log_().mul_(-2).sqrt_()
+    angle = (words & 0xFFFFFFFF).to(dtype).mul_(2 * math.pi * 2.0**-32)
+    z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :size]
+    return z.reshape(len(keys), *shape)
+
+
+class ImageNoise:
+    """Noise of a sampling run: a function of (seed, image number, number of the draw), whatever the batch.
+
+    `noise(x)` draws for the whole batch and moves on to the next draw, so a sampler that asks in the same order
+    gets the same numbers for image k in every batch, on every rank.
+    """
+
+    def __init__(self, seed: int, image_numbers: Tensor, stream: Stream = Stream.SAMPLES) -> None:
+        self.seed, self.image_numbers, self.stream, self.draw = seed, image_numbers, stream, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Standard normal like x, (B, ...); row b belongs to image_numbers[b]."""
+        drawn = normal(keys(self.image_numbers.to(x.device), self.seed, self.stream, self.draw), x.shape[1:], x.dtype)
+        self.draw += 1
+        return drawn

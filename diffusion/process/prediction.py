@@ -1,0 +1,113 @@
+"""What a network may output, and how each kind becomes the pair (x0, epsilon) and back: a hub, not a table of pairs.
+
+    x_t = alpha_t x_0 + sigma_t epsilon
+
+Every kind is linear in (x_t, output): with x_t = 0 the same functions carry an error of the output to the errors of x0
+and epsilon. Levels are worked out in float64 and rounded to the dtype of x_t. Times lie in (0, T]: at t = 0 there is no
+noise to speak of. Knows no network and no loss.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffusion.process.kernels import posterior
+from diffusion.process.schedule import Schedule, like
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Kind(NamedTuple):
+    """The two functions of a kind of output; x_t, output, x0 and epsilon are (B, ...), t a float or (B,).
+
+    to_pair(schedule, x_t, t, output) -> (x0, epsilon), and from_pair(schedule, x_t, t, x0, epsilon) -> output.
+    """
+
+    to_pair: Callable[[Schedule, Tensor, float | Tensor, Tensor], Pair]
+    from_pair: Callable[[Schedule, Tensor, float | Tensor, Tensor, Tensor], Tensor]
+
+
+def epsilon_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, epsilon: Tensor) -> Pair:
+    """x0 = (x_t - sigma epsilon) / alpha (Ho et al. 2020, eq. 15)."""
+    alpha, sigma = schedule(t)
+    return (x_t - like(sigma, x_t) * epsilon) * like(1 / alpha, x_t), epsilon
+
+
+def epsilon_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    return epsilon
+
+
+def x0_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor) -> Pair:
+    """epsilon = (x_t - alpha x0) / sigma."""
+    alpha, sigma = schedule(t)
+    return x0, (x_t - like(alpha, x_t) * x0) * like(1 / sigma, x_t)
+
+
+def x0_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    return x0
+
+
+def v_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, v: Tensor) -> Pair:
+    """v = alpha epsilon - sigma x0 (Salimans & Ho 2022, app. D), solved together with x_t = alpha x0 + sigma epsilon.
+
+    The determinant of the two equations is alpha^2 + sigma^2: 1 under VP, where this is the papers' rotation, and at
+    least 1 under VE, so that the inverse is exact under any schedule.
+    """
+    alpha, sigma = schedule(t)
+    norm = alpha**2 + sigma**2
+    a, s = like(alpha / norm, x_t), like(sigma / norm, x_t)
+    return a * x_t - s * v, s * x_t + a * v
+
+
+def v_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    alpha, sigma = schedule(t)
+    return like(alpha, x_t) * epsilon - like(sigma, x_t) * x0
+
+
+def score_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, score: Tensor) -> Pair:
+    """score = -epsilon / sigma (Song et al. 2021, sec. 3.3): the gradient of log q(x_t | x_0)."""
+    return epsilon_to_pair(schedule, x_t, t, -like(schedule(t).sigma, x_t) * score)
+
+
+def score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    return -like(1 / schedule(t).sigma, x_t) * epsilon
+
+
+def mu_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, mu: Tensor) -> Pair:
+    """mu, the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), solved for x0; at t <= 1 mu is x0 itself.
+
+    The coefficient of x0 is about 1e-4 at the top of the papers' schedule: in float32 x0 then has three digits there,
+    epsilon all of them.
+    """
+    kernel = posterior(schedule, t, _one_below(t))
+    return x0_to_pair(schedule, x_t, t, (mu - like(kernel.x_t, x_t) * x_t) * like(1 / kernel.x0, x_t))
+
+
+def mu_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    kernel = posterior(schedule, t, _one_below(t))
+    return like(kernel.x_t, x_t) * x_t + like(kernel.x0, x_t) * x0
+
+
+def _one_below(t: float | Tensor) -> float | Tensor:
+    return (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+
+
+PREDICTIONS = {
+    "epsilon": Kind(epsilon_to_pair, epsilon_from_pair),
+    "x0": Kind(x0_to_pair, x0_from_pair),
+    "v": Kind(v_to_pair, v_from_pair),
+    "score": Kind(score_to_pair, score_from_pair),
+    "mu": Kind(mu_to_pair, mu_from_pair),
+}
+
+
+def prediction_kind(name: str) -> Kind:
+    """The kind of this name.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if name not in PREDICTIONS:
+        raise ValueError(f"objective.prediction={name} is none of {', '.join(PREDICTIONS)}.")
+    return PREDICTIONS[name]

@@ -1,0 +1,235 @@
+"""Noise schedules: how much signal and how much noise there is in x_t; and the nouns all other modules speak in.
+
+    x_t = alpha_t x_0 + sigma_t epsilon,    epsilon ~ N(0, I)
+
+A schedule answers `schedule(t) -> Level(alpha, sigma)` for real t in [0, T]: 0 is clean data, the integers 1..T are the
+noise levels of the papers. It knows no network, no loss and no sampler.
+
+Between integers lambda_t = log(alpha_t / sigma_t) is interpolated linearly; below t = 1, where lambda grows without
+bound, sigma is. Either way the schedule stays on its curve alpha^2 + c sigma^2 = 1: c = 1 is variance preserving (VP,
+Ho et al. 2020), c = 0 variance exploding (VE, Song & Ermon 2019). That c is all the two families differ in, and it is
+read in this file only.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+RandomNormal = Callable[[Tensor], Tensor]
+"""Standard normal noise like its argument: `randn(x)` has the shape, dtype and device of x (`torch.randn_like`)."""
+
+
+class Level(NamedTuple):
+    """Amplitudes of signal and noise at a time: two float64 tensors of the time's shape."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of x_t, (B, ...), in x_t's dtype: alpha_t x0 + sigma_t epsilon = x_t.
+
+    `variance`, where a network learned one, is v in [0, 1]: the place of the reverse kernel's log variance between
+    that of the posterior (0) and that of the forward kernel (1) (Nichol & Dhariwal 2021, eq. 15). Only ancestral
+    sampling reads it.
+    """
+
+    x0: Tensor
+    epsilon: Tensor
+    variance: Tensor | None = None
+
+
+class Denoiser(Protocol):
+    """(x_t, t) -> Prediction. x_t is (B, ...); t a float or a (B,) tensor, in (0, T]; labels (B,) int64 or None."""
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction: ...
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """A number per image as a factor of the images: (B,) -> (B, 1, ..., 1) in x's dtype. A single number stays one.
+
+    Coefficients are worked out in float64 and rounded here, once.
+    """
+    return value if value.ndim == 0 else value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Schedule:
+    """alpha and sigma at the integers 1..T, and by interpolation at every real time in [0, T].
+
+    Args:
+        alpha: signal amplitudes at t = 1..T, (T,).
+        sigma: noise amplitudes at t = 1..T, (T,).
+        preserving: the c of alpha^2 + c sigma^2 = 1: 1 for VP, 0 for VE.
+
+    Raises:
+        ValueError: in float64 a level is not noisier than the one before it, or has no signal left.
+    """
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, preserving: float) -> None:
+        assert alpha.shape == sigma.shape and alpha.ndim == 1, f"expected two (T,) tables, met {alpha.shape}"
+        clean = torch.ones(1, dtype=torch.float64)
+        self.num_timesteps = len(alpha)
+        self._preserving = preserving
+        self._alpha = torch.cat([clean, alpha.to("cpu", torch.float64)])
+        self._sigma = torch.cat([0 * clean, sigma.to("cpu", torch.float64)])
+        self._lambda = self._alpha.log() - self._sigma.log()
+        if not (self._lambda.diff() < 0).all() or not self._lambda[1:].isfinite().all():
+            raise ValueError("schedule: some noise level is not noisier than the one before, or has no signal left.")
+        self._tables = {self._alpha.device: (self._alpha, self._sigma, self._lambda)}
+
+    def __call__(self, t: float | Tensor) -> Level:
+        """Signal and noise at time t, float64, of t's shape and on t's device.
+
+        A tensor on an accelerator is not checked, as looking at it would make the host wait.
+
+        Raises:
+            ValueError: t is outside [0, T].
+        """
+        if not isinstance(t, Tensor):
+            t = torch.tensor(t, dtype=torch.float64)
+        if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_timesteps)).all():
+            raise ValueError(f"time {t.tolist()} is outside [0, {self.num_timesteps}].")
+        alphas, sigmas, lambdas = self._on(t.device)
+        t = t.to(torch.float64)
+        nearest = t.round()
+        above = t.ceil().clamp(min=1)
+        below, part = above.long() - 1, t - above + 1
+        noise_to_signal = (-torch.lerp(lambdas[below], lambdas[below + 1], part)).exp()
+        small_sigma = part * sigmas[1]
+        small_alpha = (1 - self._preserving * small_sigma**2).sqrt()
+        alpha = torch.where(below > 0, (1 + self._preserving * noise_to_signal**2).rsqrt(), small_alpha)
+        sigma = torch.where(below > 0, noise_to_signal * alpha, small_sigma)
+        on_table, row = t == nearest, nearest.long()
+        return Level(torch.where(on_table, alphas[row], alpha), torch.where(on_table, sigmas[row], sigma))
+
+    def std(self, t: float | Tensor) -> Tensor:
+        """Standard deviation of x_t for data of mean 0 and variance 1: 1 under VP, sqrt(1 + sigma_t^2) under VE."""
+        alpha, sigma = self(t)
+        return (alpha**2 + sigma**2).sqrt()
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of x_T ~ N(0, prior_std^2), matched to data of unit variance.
+
+        A walk that starts below T starts from N(0, std(t)^2).
+        """
+        return float(self.std(self.num_timesteps))
+
+    def time_of(self, log_ratio: float | Tensor) -> float | Tensor:
+        """The time at which lambda_t = log(alpha_t / sigma_t) has this value: the inverse; infinity is t = 0.
+
+        Args:
+            log_ratio: lambda, a float, or a tensor of any shape; the answer is of the same kind.
+
+        Raises:
+            ValueError: lambda is below lambda_T (by more than rounding).
+        """
+        if not isinstance(log_ratio, Tensor):
+            return float(self.time_of(torch.tensor(log_ratio, dtype=torch.float64)))
+        wanted = log_ratio.to(torch.float64)
+        _, sigmas, lambdas = self._on(wanted.device)
+        if wanted.device.type == "cpu" and not (wanted >= lambdas[-1] - 1e-9).all():
+            raise ValueError(f"lambda {wanted.tolist()} is below lambda_T = {lambdas[-1]:.6g}.")
+        wanted = wanted.clamp(min=lambdas[-1])
+        noise_to_signal = (-wanted).exp()
+        sigma = noise_to_signal * (1 + self._preserving * noise_to_signal**2).rsqrt()
+        below = (torch.searchsorted(-lambdas, -wanted.contiguous()) - 1).clamp(1, max(1, self.num_timesteps - 1))
+        next_up = (below + 1).clamp(max=self.num_timesteps)
+        span = torch.where(next_up > below, lambdas[below] - lambdas[next_up], 1.0)
+        between = below + (lambdas[below] - wanted) / span
+        return torch.where(wanted > lambdas[1], sigma / sigmas[1], between)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in self._tables[self._alpha.device])
+        return self._tables[device]
+
+
+def vp_linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """Variance preserving, beta linear in t (Ho et al. 2020, sec. 4).
+
+    Raises:
+        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
+    """
+    _check_betas(num_timesteps, beta_start, beta_end)
+    return _from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+
+
+def vp_quadratic(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """Variance preserving, sqrt(beta) linear in t ("quad" in the code of Ho et al. 2020).
+
+    Raises:
+        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
+    """
+    _check_betas(num_timesteps, beta_start, beta_end)
+    return _from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2)
+
+
+def vp_constant(num_timesteps: int = 1000, beta: float = 0.01) -> Schedule:
+    """Variance preserving, the same beta at every step ("const" in the code of Ho et al. 2020).
+
+    Raises:
+        ValueError: num_timesteps < 1, or beta outside (0, 1).
+    """
+    _check_num_timesteps(num_timesteps)
+    if not 0 < beta < 1:
+        raise ValueError(f"schedule.beta={beta} is outside (0, 1).")
+    return _from_betas(torch.full((num_timesteps,), beta, dtype=torch.float64))
+
+
+def vp_cosine(num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
+    """Variance preserving, alpha_bar a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+
+    Args:
+        num_timesteps: T.
+        offset: the papers' s, which keeps the first betas from vanishing.
+        beta_max: the cap on beta near T.
+
+    Raises:
+        ValueError: num_timesteps < 1, offset <= 0, or beta_max outside (0, 1).
+    """
+    _check_num_timesteps(num_timesteps)
+    if not 0 < offset < math.inf:
+        raise ValueError(f"schedule.offset={offset} must be positive and finite.")
+    if not 0 < beta_max < 1:
+        raise ValueError(f"schedule.beta_max={beta_max} is outside (0, 1).")
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = ((u + offset) / (1 + offset) * (math.pi / 2)).cos() ** 2
+    return _from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max))
+
+
+def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
+    """Variance exploding, sigma_1..sigma_T a geometric ladder (Song & Ermon 2019, sec. 4.2; 2020, sec. 3).
+
+    Raises:
+        ValueError: num_timesteps < 1, or not 0 < sigma_min < sigma_max.
+    """
+    _check_num_timesteps(num_timesteps)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"schedule.sigma_min={sigma_min}, schedule.sigma_max={sigma_max}: 0 < sigma_min < sigma_max is needed."
+        )
+    sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), num_timesteps, dtype=torch.float64).exp()
+    return Schedule(torch.ones_like(sigma), sigma, preserving=0.0)
+
+
+def _from_betas(beta: Tensor) -> Schedule:
+    """alpha_bar_t = prod (1 - beta), as a sum of logarithms: 1 - alpha_bar keeps its digits where beta is small."""
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)
+    return Schedule((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), preserving=1.0)
+
+
+def _check_num_timesteps(num_timesteps: int) -> None:
+    if num_timesteps < 1:
+        raise ValueError(f"schedule.num_timesteps={num_timesteps} must be at least 1.")
+
+
+def _check_betas(num_timesteps: int, beta_start: float, beta_end: float) -> None:
+    _check_num_timesteps(num_timesteps)
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"schedule.beta_start={beta_start}, schedule.beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed."
+        )

@@ -1,0 +1,247 @@
+"""Distributions whose noised score is known exactly: denoisers without a network, on which every claim is tested.
+
+Data of a Gaussian mixture, sum_k w_k N(m_k, S_k), noised to x = alpha x_0 + sigma epsilon, is the mixture of
+N(alpha m_k, C_k), C_k = alpha^2 S_k + sigma^2 I. With r_k(x) the responsibility of component k,
+
+    score = sum_k r_k C_k^-1 (alpha m_k - x)
+    x0 = E[x_0 | x] = sum_k r_k (m_k + alpha S_k C_k^-1 (x - alpha m_k)),    epsilon = -sigma score
+
+Everything is worked out in float64 on the CPU and answered like x. Knows schedules; knows no network and no sampler.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.process.schedule import Denoiser, Level, Prediction, Schedule
+
+Numbers = float | Sequence | Tensor
+
+
+class Mixture:
+    """A mixture of Gaussians, of numbers or of vectors, with a class label on every component.
+
+    Points are x (...) if the means are numbers, x (..., d) if they are vectors; labels are int64 of the shape of the
+    first axis (or axes) of x, None meaning the whole mixture. Label `num_classes` is the null label: it too means the
+    whole mixture, as networks with label dropout have it.
+
+    Args:
+        weights: (K,), positive; they are normalised.
+        means: (K,) for numbers, (K, d) for vectors.
+        covariances: (K, d, d), or None.
+        stds: (K,), the same in all directions, or None. One of the two is given; 0 is allowed (point masses).
+        classes: label of each component, (K,), every one of 0..max used; by default component k has label k.
+
+    Raises:
+        ValueError: shapes do not fit, weights are not positive, or a covariance is not positive semidefinite.
+    """
+
+    def __init__(
+        self,
+        weights: Numbers,
+        means: Numbers,
+        covariances: Numbers | None = None,
+        stds: Numbers | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> None:
+        weights, means = _float64(weights), _float64(means)
+        if (covariances is None) == (stds is None):
+            raise ValueError("covariances, stds: exactly one of the two is needed.")
+        if weights.ndim != 1 or means.ndim not in (1, 2) or len(means) != len(weights) or not (weights > 0).all():
+            raise ValueError(f"weights {weights.tolist()} must be positive, one per mean (means {tuple(means.shape)}).")
+        self.of_vectors = means.ndim == 2
+        self._means = means if self.of_vectors else means[:, None]  # (K, d)
+        num, dim = self._means.shape
+        if stds is not None:
+            stds = _float64(stds)
+            if stds.shape != (num,) or not (stds >= 0).all():
+                raise ValueError(f"stds {stds.tolist()} must be {num} numbers >= 0.")
+            self._axes = torch.eye(dim, dtype=torch.float64).expand(num, dim, dim)
+            self._variances = (stds**2)[:, None].expand(num, dim)
+        else:
+            covariances = _float64(covariances)
+            if covariances.shape != (num, dim, dim) or not torch.allclose(covariances, covariances.mT):
+                raise ValueError(f"covariances {tuple(covariances.shape)} must be symmetric, ({num}, {dim}, {dim}).")
+            self._variances, self._axes = torch.linalg.eigh(covariances)  # S_k = axes diag(variances) axes^T
+            if not (self._variances >= -1e-12).all():
+                raise ValueError("covariances must be positive semidefinite.")
+            self._variances = self._variances.clamp(min=0)
+        self.weights = weights / weights.sum()
+        self.classes = torch.arange(num) if classes is None else torch.as_tensor(classes, dtype=torch.int64)
+        self.num_classes = int(self.classes.max()) + 1
+        if self.classes.shape != (num,) or set(self.classes.tolist()) != set(range(self.num_classes)):
+            raise ValueError(f"classes {self.classes.tolist()} must be {num} labels that use every one of 0..max.")
+        member = self.classes == torch.arange(self.num_classes)[:, None]
+        member = torch.cat([member, torch.ones(1, num, dtype=torch.bool)])  # the last row is the null label
+        share = torch.where(member, self.weights, 0.0)
+        self._log_weights = (share / share.sum(1, keepdim=True)).log()  # (classes + 1, K)
+
+    def sample(self, num: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
+        """num points of the data, (num,) or (num, d), float64; of these classes if labels (num,) are given."""
+        rows = self._log_weights[self._rows(labels)].expand(num, -1).exp()
+        component = torch.multinomial(rows, 1, generator=generator)[:, 0]
+        z = torch.randn(num, self._means.shape[1], dtype=torch.float64, generator=generator)
+        z = torch.einsum("nij,nj->ni", self._axes[component], z * self._variances[component].sqrt())
+        x = self._means[component] + z
+        return x if self.of_vectors else x[:, 0]
+
+    def log_density(self, x: Tensor, level: Level, labels: Tensor | None = None) -> Tensor:
+        """log q(x) of the noised data at this level, without the axis of the vectors; float64."""
+        return self._joint(self._points(x), level, labels)[0].logsumexp(-1)
+
+    def score(self, x: Tensor, level: Level, labels: Tensor | None = None) -> Tensor:
+        """Gradient of log q(x) at this level, given the labels if there are any; shape and dtype of x."""
+        return self._like(x, -self._whitened(self._points(x), level, labels)[1])
+
+    def spread(self, level: Level) -> Tensor:
+        """Standard deviation of each coordinate of the noised data, () or (d,), float64."""
+        alpha, sigma = level
+        within = torch.einsum("kij,kj,kij->ki", self._axes, self._variances, self._axes)
+        mean = self.weights @ self._means
+        variance = self.weights @ (within + (self._means - mean) ** 2)
+        std = (alpha**2 * variance + sigma**2).sqrt()
+        return std if self.of_vectors else std[0]
+
+    def denoiser(self, schedule: Schedule) -> Denoiser:
+        """The exact denoiser: E[x_0 | x_t] and E[epsilon | x_t], given the labels if there are any."""
+
+        def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+            points, level = self._points(x_t), schedule(t)
+            x0, whitened = self._whitened(points, level, labels)
+            return Prediction(self._like(x_t, x0), self._like(x_t, _per_point(level.sigma, points) * whitened))
+
+        return denoise
+
+    def flow(
+        self,
+        x: Tensor,
+        schedule: Schedule,
+        t: float,
+        s: float,
+        labels: Tensor | None = None,
+        tolerance: float = 1e-10,
+    ) -> Tensor:
+        """Where the probability flow takes x from time t to time s, up or down; shape and dtype of x.
+
+        With y = x / alpha and r = sigma / alpha the flow is dy/dr = epsilon (Song et al. 2021, DDIM, eq. 14): the VE
+        flow, whatever the schedule. Solved by Dormand and Prince's 5(4) pair in asinh(r).
+
+        Args:
+            tolerance: error allowed per step, relative to 1 + |y|.
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+        one = torch.ones((), dtype=torch.float64)
+
+        def slope(u: float, y: Tensor) -> Tensor:
+            r = one * math.sinh(u)
+            return math.cosh(u) * r * self._whitened(y, Level(one, r), labels)[1]
+
+        start, stop = math.asinh(sigma_t / alpha_t), math.asinh(sigma_s / alpha_s)
+        return self._like(x, alpha_s * _integrate(slope, self._points(x) / alpha_t, start, stop, tolerance))
+
+    def _points(self, x: Tensor) -> Tensor:
+        x = x.to("cpu", torch.float64)
+        return x if self.of_vectors else x[..., None]
+
+    def _like(self, x: Tensor, points: Tensor) -> Tensor:
+        return (points if self.of_vectors else points[..., 0]).to(x)
+
+    def _rows(self, labels: Tensor | None) -> Tensor:
+        return torch.tensor(self.num_classes) if labels is None else labels.cpu()
+
+    def _joint(self, x: Tensor, level: Level, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per component: log of weight times density (..., K); x - alpha m_k and C_k in the axes of S_k (..., K, d)."""
+        alpha, sigma = (_per_point(value, x)[..., None] for value in level)
+        offset = torch.einsum("kij,...ki->...kj", self._axes, x[..., None, :] - alpha * self._means)
+        variance = alpha**2 * self._variances + sigma**2
+        log_weights = self._log_weights[self._rows(labels)]
+        log_weights = log_weights.reshape(*log_weights.shape[:-1], *[1] * (x.ndim - log_weights.ndim), -1)
+        log_density = -0.5 * (offset**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
+        return log_weights + log_density, offset, variance, alpha
+
+    def _whitened(self, x: Tensor, level: Level, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x] and sum_k r_k C_k^-1 (x - alpha m_k), both (..., d). Neither divides by alpha or sigma."""
+        joint, offset, variance, alpha = self._joint(x, level, labels)
+        responsibility = joint.softmax(-1)
+        whitened = torch.einsum("kij,...kj->...ki", self._axes, offset / variance)
+        pulled = torch.einsum("kij,...kj->...ki", self._axes, alpha * self._variances * offset / variance)
+        x0 = torch.einsum("...k,...ki->...i", responsibility, self._means + pulled)
+        return x0, torch.einsum("...k,...ki->...i", responsibility, whitened)
+
+
+class Gaussian(Mixture):
+    """N(mean, std^2) of numbers, or N(mean, covariance) of vectors: a mixture of one, whose flow has a closed form.
+
+    Args:
+        mean: a number, or (d,).
+        std: a number, the same in all directions, or None.
+        covariance: (d, d), or None. One of the two is given.
+    """
+
+    def __init__(self, mean: Numbers, std: float | None = None, covariance: Numbers | None = None) -> None:
+        super().__init__(
+            [1.0],
+            _float64(mean)[None],
+            covariances=None if covariance is None else _float64(covariance)[None],
+            stds=None if std is None else [std],
+        )
+
+    def flow(
+        self,
+        x: Tensor,
+        schedule: Schedule,
+        t: float,
+        s: float,
+        labels: Tensor | None = None,
+        tolerance: float = 0.0,
+    ) -> Tensor:
+        """As `Mixture.flow`, exactly: along each axis of the covariance x keeps its place in standard deviations."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+        axes, variances, mean = self._axes[0], self._variances[0], self._means[0]
+        stretch = ((alpha_s**2 * variances + sigma_s**2) / (alpha_t**2 * variances + sigma_t**2)).sqrt()
+        moved = (((self._points(x) - alpha_t * mean) @ axes) * stretch) @ axes.mT
+        return self._like(x, alpha_s * mean + moved)
+
+
+def _float64(value: Numbers) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def _per_point(value: Tensor, x: Tensor) -> Tensor:
+    """() or (B,) -> broadcasts against x (B, ..., d)."""
+    value = value.cpu()
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+# Dormand & Prince 1980: nodes, stages, and the difference between the fifth- and the fourth-order result.
+_NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def _integrate(slope, y: Tensor, u: float, stop: float, tolerance: float) -> Tensor:
+    """y at `stop` of dy/du = slope(u, y), by steps whose length follows the estimated error."""
+    h = (stop - u) / 100
+    while u != stop:
+        h = stop - u if abs(h) >= abs(stop - u) else h
+        slopes: list[Tensor] = []
+        for node, stage in zip(_NODES, _STAGES, strict=True):
+            moved = y + h * sum((a * k for a, k in zip(stage, slopes, strict=True)), torch.zeros_like(y))
+            slopes.append(slope(u + node * h, moved))
+        error = h * sum(e * k for e, k in zip(_ERROR, slopes, strict=True))
+        size = float((error.abs() / (tolerance * (1 + y.abs()))).max())
+        assert math.isfinite(size), f"the flow is not finite at asinh(sigma / alpha) = {u}"
+        if size <= 1:
+            y, u = moved, stop if h == stop - u else u + h
+        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-9) ** -0.2))
+    return y

@@ -1,0 +1,59 @@
+"""What a sampler is, and the one loop all of them run in. Knows no schedule's family, no network and no time grid."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.process.schedule import Denoiser, Prediction, RandomNormal, Schedule
+
+
+class Visit(NamedTuple):
+    """Where a walk has arrived: the time, x there, and the prediction the step was made with (at the time before)."""
+
+    t: float
+    x: Tensor
+    prediction: Prediction
+
+
+class Sampler(ABC):
+    """(x_t, t, s) -> x_s by calling a denoiser. Times are Python numbers, so their levels are looked up on the host.
+
+    Labels are bound to the denoiser by the caller: `functools.partial(denoiser, labels=labels)`.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    @abstractmethod
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+        """One step x_t -> x_s, s < t; both (B, ...), same dtype."""
+
+    @torch.no_grad()
+    def walk(self, denoise: Denoiser, x: Tensor, times: Sequence[float], randn: RandomNormal) -> Iterator[Visit]:
+        """Every place on the way from x at times[0] to times[-1], the start excepted: len(times) - 1 visits."""
+        for t, s in pairwise(times):
+            predictions: list[Prediction] = []
+
+            def noted(x_t: Tensor, time: float, seen: list[Prediction] = predictions) -> Prediction:
+                seen.append(denoise(x_t, time))
+                return seen[-1]
+
+            x = self.step(noted, x, t, s, randn)
+            yield Visit(s, x, predictions[0])
+
+    def sample(self, denoise: Denoiser, x: Tensor, times: Sequence[float], randn: RandomNormal) -> Tensor:
+        """x at times[-1], (B, ...), from x at times[0]. To watch the way, use `walk`.
+
+        Args:
+            denoise: any denoiser, guided, clipped or exact.
+            x: at times[0]; pure noise is N(0, schedule.std(times[0])^2).
+            times: where to go, as `process.times.times` gives them; with 0 as the last, x0 is returned.
+            randn: fresh noise like its argument, asked for once per step that needs any.
+        """
+        for visit in self.walk(denoise, x, times, randn):
+            x = visit.x
+        return x

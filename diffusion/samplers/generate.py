@@ -1,0 +1,64 @@
+"""From image numbers to images: image k is a function of the seed and k, whatever the batch it is sampled in.
+
+Knows samplers and denoisers as callables; it knows no file and no metric.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.images import to_uint8
+from diffusion.noise import ImageNoise, Stream
+from diffusion.process.schedule import Denoiser
+from diffusion.samplers.base import Sampler
+
+
+def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int] | None = None) -> Tensor | None:
+    """Image k gets label k mod classes, or the chosen labels in turn; None for an unconditional model."""
+    if not num_classes:
+        return None
+    if chosen:
+        return torch.tensor(list(chosen))[image_numbers % len(chosen)]
+    return image_numbers % num_classes
+
+
+@torch.no_grad()
+def generate(
+    denoise: Denoiser,
+    sampler: Sampler,
+    times: Sequence[float],
+    image_numbers: Tensor,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample these images: uint8 (N, C, H, W) on the CPU, in the order of `image_numbers`.
+
+    Args:
+        denoise: guided and clipped as wanted; called as denoise(x_t, t, labels=...).
+        sampler: takes the steps. times: descending, as `process.times` gives them.
+        image_numbers: int64 (N,); the noise of image k belongs to (seed, k) alone.
+        image_shape: (C, H, W).
+        labels: int64 (N,) or None.
+        batch_size: images at a time; changes rounding at most.
+        on_progress: called with the number of images that a finished batch holds.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not at least 1.")
+    done = []
+    start_std = float(sampler.schedule.std(times[0]))
+    for chunk in torch.arange(len(image_numbers)).split(batch_size):
+        numbers = image_numbers[chunk].to(device)
+        bound = denoise if labels is None else functools.partial(denoise, labels=labels[chunk].to(device))
+        start = ImageNoise(seed, numbers, Stream.PRIOR)
+        x = start_std * start(torch.empty(len(chunk), *image_shape, device=device))
+        x = sampler.sample(bound, x, times, ImageNoise(seed, numbers))
+        done.append(to_uint8(x).cpu())
+        if on_progress is not None:
+            on_progress(len(chunk))
+    return torch.cat(done) if done else torch.empty(0, *image_shape, dtype=torch.uint8)
