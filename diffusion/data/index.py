@@ -1,0 +1,179 @@
+"""What a data set on disk is: WebDataset tars and one `index.json` that describes them.
+
+    root/index.json                  format version, name, image size, channels, classes, and the shards of all splits
+    root/train-00000.tar             an ordinary WebDataset tar: key.png|jpg|webp|npy and key.cls|json
+    root/train-00000.tar.offsets     where the members of every sample lie in it, so that nothing needs scanning
+
+An offsets file is a row of four little-endian uint64 per sample: offset and size of the image, offset and size of the
+label (0, 0 without one). This module reads the index and knows how to find a sample's bytes; it knows neither their
+meaning nor the order they are used in, and imports neither torch nor webdataset.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+VERSION = 1
+INDEX_NAME = "index.json"
+OFFSETS_SUFFIX = ".offsets"
+OFFSETS_ROW = np.dtype(("<u8", 4))  # image offset, image size, label offset, label size, in bytes
+
+
+class MissingData(ValueError):
+    """There is no data set where `data.root` points; the message says how to make it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of the file."""
+
+    path: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """A data set: square images of `image_size` pixels and `channels` channels, `classes` labels (0: unlabelled)."""
+
+    root: Path
+    name: str
+    image_size: int
+    channels: int
+    classes: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits there are, in the order of their first shard."""
+        return tuple(dict.fromkeys(shard.split for shard in self.shards))
+
+    def of_split(self, split: str) -> tuple[Shard, ...]:
+        """The shards of one split; ValueError when there are none."""
+        shards = tuple(shard for shard in self.shards if shard.split == split)
+        if not shards:
+            raise ValueError(f"data.split={split} is not in {self.root / INDEX_NAME}, which has {list(self.splits)}.")
+        return shards
+
+    def count(self, split: str) -> int:
+        """Number of samples of a split."""
+        return sum(shard.samples for shard in self.of_split(split))
+
+    def path(self, shard: Shard) -> Path:
+        """Where the tar is."""
+        return self.root / shard.path
+
+    def offsets(self, shard: Shard) -> np.ndarray:
+        """Where the shard's samples lie: uint64 (samples, 4), mapped from the file, not read."""
+        return np.memmap(f"{self.path(shard)}{OFFSETS_SUFFIX}", dtype="<u8", mode="r", shape=(shard.samples, 4))
+
+
+def read_index(root: str | os.PathLike, make: str | None = None) -> Index:
+    """The index of the data set in `root`, after checking that its files are there and have the sizes it states.
+
+    Contents are not read: `sha256_of` is for when something went wrong.
+
+    Args:
+        root: the folder with `index.json` (the setting `data.root`).
+        make: the command that makes this data set, for the message when it is missing.
+
+    Raises:
+        MissingData: no folder, no index in it, or a file named by the index is not there.
+        ValueError: not an index of this version, or a file's size differs from what the index states.
+    """
+    root = Path(root)
+    file = root / INDEX_NAME
+    cure = f" Make it with: {make}" if make else " Make it with `python -m diffusion.prepare`, or set data.root."
+    if not file.is_file():
+        seen = f"has no {INDEX_NAME}" if root.is_dir() else "does not exist"
+        raise MissingData(f"data.root={root}: the folder {seen}, so there is no data set.{cure}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"data.root={root}: {INDEX_NAME} is not JSON ({error}).{cure}") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise ValueError(f"data.root={root}: {INDEX_NAME} has format version {version}, expected {VERSION}.{cure}")
+    try:
+        shards = tuple(Shard(**shard) for shard in content["shards"])
+        index = Index(root, content["name"], content["image_size"], content["channels"], content["classes"], shards)
+        _check_values(index)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"data.root={root}: {INDEX_NAME} is damaged ({error!r}).{cure}") from None
+    for shard in shards:
+        path = index.path(shard)
+        offsets = path.with_name(path.name + OFFSETS_SUFFIX)
+        for part, size in ((path, shard.bytes), (offsets, shard.samples * OFFSETS_ROW.itemsize)):
+            try:
+                found = part.stat().st_size
+            except FileNotFoundError:
+                raise MissingData(f"data.root={root}: {part.name}, named by {INDEX_NAME}, is missing.{cure}") from None
+            if found != size:
+                raise ValueError(
+                    f"data.root={root}: shard file {part.name} has {found} bytes where {INDEX_NAME} states {size}: "
+                    f"it is truncated or was replaced.{cure}"
+                )
+    return index
+
+
+def write_index(index: Index) -> None:
+    """Write `index.json` at the index's root, atomically: it is there whole or not at all, and it comes last."""
+    _check_values(index)
+    content = {"version": VERSION} | {f.name: getattr(index, f.name) for f in fields(index) if f.name != "root"}
+    content["shards"] = [asdict(shard) for shard in index.shards]
+    with replacing(index.root / INDEX_NAME) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is whole and on disk; after an error nothing is left.
+
+    A temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _check_values(index: Index) -> None:
+    """What every index fulfils; a shard lies below the root, whatever the file says."""
+    assert isinstance(index.name, str), "name"
+    for key, lowest in (("image_size", 1), ("channels", 1), ("classes", 0)):
+        assert type(getattr(index, key)) is int and getattr(index, key) >= lowest, key
+    assert index.shards, "no shards"
+    for shard in index.shards:
+        path = PurePosixPath(shard.path)
+        assert not path.is_absolute() and ".." not in path.parts, f"path {shard.path}"
+        assert type(shard.samples) is int and shard.samples > 0, f"samples of {shard.path}"
+        assert type(shard.bytes) is int and shard.bytes > 0, f"bytes of {shard.path}"
+        assert isinstance(shard.split, str) and isinstance(shard.sha256, str), f"split or sha256 of {shard.path}"
