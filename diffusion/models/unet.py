@@ -1,0 +1,245 @@
+"""The U-Net of DDPM (Ho et al. 2020, app. B), layer for layer, with optional class labels.
+
+It knows images, a time index and a class; it knows no schedule and does not know what its output means. Counted from
+the layer list: 35,746,307 parameters for CIFAR-10, 113,673,219 and 255,677,955 for 256x256 at width 128 and 192,
+78,700,803 for CelebA 64x64. Labels add one embedding row per class, and one for "no class".
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_GROUPS, NORM_EPS = 32, 1e-6
+
+
+def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
+    """Uniform of variance scale / mean(fan_in, fan_out); scale 1 is Xavier's, 1e-10 the paper's "zero"."""
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+    limit = math.sqrt(3 * scale / ((fan_in + fan_out) / 2))
+    return nn.init.uniform_(weight, -limit, limit)
+
+
+def _initialised(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    variance_scaling_(layer.weight, scale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv3x3(channels_in: int, channels_out: int, scale: float = 1.0, stride: int = 1, padding: int = 1) -> nn.Module:
+    return _initialised(nn.Conv2d(channels_in, channels_out, 3, stride, padding), scale)
+
+
+def conv1x1(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Module:
+    return _initialised(nn.Conv2d(channels_in, channels_out, 1), scale)
+
+
+def linear(channels_in: int, channels_out: int) -> nn.Module:
+    return _initialised(nn.Linear(channels_in, channels_out))
+
+
+def group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+class TimeEmbedding(nn.Module):
+    """Sines, then cosines, of t at geometric frequencies 1 ... 1e-4 (both ends included), and two linear layers.
+
+    (B,) time index, 0 ... T-1, not scaled -> (B, 4 width).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.half = width // 2
+        self.dense_1 = linear(width, 4 * width)
+        self.dense_2 = linear(4 * width, 4 * width)
+
+    def forward(self, time_index: Tensor) -> Tensor:
+        exponent = torch.arange(self.half, dtype=torch.float32, device=time_index.device) / (self.half - 1)
+        angle = time_index.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.dense_1.weight.dtype)
+        return self.dense_2(F.silu(self.dense_1(waves)))
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv ("zero"), + shortcut (1x1 only where channels change)."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = group_norm(channels_in)
+        self.conv_1 = conv3x3(channels_in, channels_out)
+        self.project = linear(embedding, channels_out)
+        self.norm_2 = group_norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = conv3x3(channels_out, channels_out, scale=1e-10)
+        self.shortcut = conv1x1(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        x = self.conv_1(F.silu(self.norm_1(h)))
+        x = x + self.project(embedding)[:, :, None, None]
+        x = self.conv_2(self.dropout(F.silu(self.norm_2(x))))
+        return self.shortcut(h) + x
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions with a single head of all channels, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v = conv1x1(channels, channels), conv1x1(channels, channels), conv1x1(channels, channels)
+        self.out = conv1x1(channels, channels, scale=1e-10)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self.norm(h)
+        q, k, v = (f(x).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return h + self.out(attended.squeeze(1).transpose(1, 2).reshape(h.shape))
+
+
+class Downsample(nn.Module):
+    """Stride-2 conv padded at the right and the bottom only: TensorFlow's SAME for even sizes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels, stride=2, padding=0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(F.pad(h, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+
+
+class Block(nn.Module):
+    """A residual block, followed by attention at the resolutions that have it."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float, attend: bool) -> None:
+        super().__init__()
+        self.res = ResBlock(channels_in, channels_out, embedding, dropout)
+        self.attention = Attention(channels_out) if attend else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.res(h, embedding))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and the way to the next: down or up by two, or nothing."""
+
+    def __init__(self, blocks: list[Block], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """(x (B, C, H, W), time index (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
+
+    Args:
+        image_size: height and width in pixels; must be divisible by 2 ** (number of levels - 1).
+        channels: colours of the image.
+        width: channels at full resolution; a multiple of 32 (the norm's groups).
+        multipliers: width at each level, finest first.
+        attention_resolutions: sizes in pixels at which blocks attend; the middle always does.
+        blocks_per_level: residual blocks a level on the way down; one more on the way up.
+        dropout: probability, in every residual block.
+        num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
+        out_channels: channels of the output, `channels` unless given.
+
+    Raises:
+        ValueError: a size that the levels do not divide, a width that 32 does not, dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int = 3,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        attention_resolutions: Sequence[int] = (16,),
+        blocks_per_level: int = 2,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 1 or width % NORM_GROUPS:
+            raise ValueError(f"model.width={width} is not a positive multiple of {NORM_GROUPS}, the norm's groups.")
+        if not multipliers or image_size % 2 ** (len(multipliers) - 1):
+            raise ValueError(
+                f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, which "
+                f"model.multipliers={list(multipliers)} asks for: give fewer multipliers or another size."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout={dropout} is outside [0, 1).")
+        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        embedding, size = 4 * width, image_size
+        self.time = TimeEmbedding(width)
+        self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.stem = conv3x3(channels, width)
+
+        def block(channels_in: int, channels_out: int) -> Block:
+            return Block(channels_in, channels_out, embedding, dropout, attend=size in attention_resolutions)
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        h, skips = width, [width]
+        for level, multiplier in enumerate(multipliers):
+            blocks = []
+            for _ in range(blocks_per_level):
+                blocks.append(block(h, width * multiplier))
+                h = width * multiplier
+                skips.append(h)
+            last = level == len(multipliers) - 1
+            self.down.append(Level(blocks, None if last else Downsample(h)))
+            if not last:
+                skips.append(h)
+                size //= 2
+        self.middle_1 = Block(h, h, embedding, dropout, attend=True)
+        self.middle_2 = Block(h, h, embedding, dropout, attend=False)
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            blocks = []
+            for _ in range(blocks_per_level + 1):
+                blocks.append(block(h + skips.pop(), width * multiplier))
+                h = width * multiplier
+            self.up.append(Level(blocks, Upsample(h) if level else None))
+            size *= 2
+        self.norm = group_norm(h)
+        self.head = conv3x3(h, out_channels or channels, scale=1e-10)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class"; None for an unconditional network."""
+        return self.num_classes or None
+
+    def forward(self, x: Tensor, time_index: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self.time(time_index)
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full_like(time_index, self.num_classes, dtype=torch.long)
+            embedding = embedding + self.label(labels)
+        embedding = F.silu(embedding)
+
+        h = self.stem(x)
+        skips = [h]
+        for level in self.down:
+            for block in level.blocks:
+                h = block(h, embedding)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        h = self.middle_2(self.middle_1(h, embedding), embedding)
+        for level in self.up:
+            for block in level.blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.head(F.silu(self.norm(h)))
