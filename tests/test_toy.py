@@ -208,6 +208,11 @@ def test_what_is_no_distribution_is_refused(make, message):
         make()
 
 
+def test_an_impossible_tolerance_is_refused():
+    with pytest.raises(ValueError, match="tolerance=1e-30"):
+        NUMBERS.flow(torch.zeros(1), SCHEDULES["linear"], 5, 4, tolerance=1e-30)
+
+
 def test_the_initialisation_error_of_ddpm_is_the_published_one():
     """W2 between the law of x_T and N(0, 1), for N(.3, .25), N(0, .25) and N(0, 1)."""
     level = SCHEDULES["linear"](1000)

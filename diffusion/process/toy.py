@@ -130,6 +130,9 @@ class Mixture:
 
         Args:
             tolerance: error allowed per step, relative to 1 + |y|.
+
+        Raises:
+            ValueError: tolerance is too fine for float64.
         """
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         one = torch.ones((), dtype=torch.float64)
@@ -243,5 +246,7 @@ def _integrate(slope, y: Tensor, u: float, stop: float, tolerance: float) -> Ten
         assert math.isfinite(size), f"the flow is not finite at asinh(sigma / alpha) = {u}"
         if size <= 1:
             y, u = moved, stop if h == stop - u else u + h
+        elif abs(h) < 1e-13:
+            raise ValueError(f"tolerance={tolerance} is finer than float64 arithmetic allows.")
         h *= min(5.0, max(0.2, 0.9 * max(size, 1e-9) ** -0.2))
     return y

@@ -1,0 +1,279 @@
+"""From a checked configuration to the objects it names: one function a config group.
+
+Keys of a group that its class does not take (num_steps of a sampler, warmup_steps of an optimizer) are read here and
+nowhere else.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from diffusion.app.check import check_guidance, check_steps
+from diffusion.app.compose import Refusal
+from diffusion.data.digits import DigitsDataModule
+from diffusion.data.index import replacing
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.denoiser import Clipped, NetworkDenoiser
+from diffusion.metrics.extractors import Extractor, inception, verified
+from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
+from diffusion.noise import Stream, seed63
+from diffusion.objective import Objective
+from diffusion.process.schedule import Denoiser, Prediction, Schedule
+from diffusion.process.times import times
+from diffusion.samplers.base import Sampler
+from diffusion.training.checkpoint import load
+from diffusion.training.ema import load_average
+from diffusion.training.run_folder import RunFolder
+from diffusion.training.scoring import Counted, Sampling
+
+CLASSIFIER = "classifier.safetensors"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def without(cfg: DictConfig, *names: str) -> DictConfig:
+    """The group without the keys that its class does not take."""
+    return OmegaConf.create({k: v for k, v in cfg.items() if k not in names})
+
+
+def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
+    """Instantiate a group; what its class refuses is answered in the user's words."""
+    try:
+        built = instantiate(cfg, _convert_="all")
+        return built(**arguments) if arguments or cfg.get("_partial_") else built
+    except InstantiationException as e:
+        cause = e.__cause__ or e
+        raise Refusal(f"{group}: {str(cause).splitlines()[0]}") from e
+    except TypeError as e:  # an argument that a partial's class does not have
+        raise Refusal(f"{group}: {e}") from e
+
+
+# ---- where it runs ----
+
+
+class Place(NamedTuple):
+    """Device, precision of the network, memory format."""
+
+    device: torch.device
+    precision: str
+    memory_format: torch.memory_format
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bf16 inside the network where that was asked for."""
+        if self.precision == "32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def place(cfg: DictConfig) -> Place:
+    """The `trainer` group's accelerator, precision and memory_format, `auto` decided by what is there."""
+    cuda = torch.cuda.is_available()
+    if cfg.accelerator == "gpu" and not cuda:
+        raise Refusal("trainer.accelerator=gpu, but torch sees no CUDA device: give trainer=cpu.")
+    device = torch.device("cuda" if cuda and cfg.accelerator != "cpu" else "cpu")
+    auto = "bf16-mixed" if device.type == "cuda" else "32"
+    precision = auto if cfg.precision == "auto" else str(cfg.precision)
+    wanted = cfg.memory_format
+    if wanted == "auto":
+        wanted = "channels_last" if device.type == "cuda" else "contiguous"
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    return Place(device, precision, FORMATS[wanted])
+
+
+# ---- the parts ----
+
+
+def schedule(cfg: DictConfig) -> Schedule:
+    return make(cfg.schedule, "schedule")
+
+
+def network(cfg: DictConfig, seed: int = 0) -> nn.Module:
+    """The network with the initial weights that belong to the seed."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed63(seed, Stream.INIT))
+    try:
+        return make(cfg.model, "model")
+    finally:
+        torch.set_rng_state(state)
+
+
+def objective(cfg: DictConfig, levels: Schedule) -> Objective:
+    return make(without(cfg.objective, "label_dropout"), "objective", schedule=levels)
+
+
+def optimizer(cfg: DictConfig) -> Callable:
+    return make_partial(without(cfg.optimizer, "warmup_steps", "gradient_clip"), "optimizer")
+
+
+def make_partial(cfg: DictConfig, group: str) -> Callable:
+    """The partial itself, its argument names tried out on one parameter so that a wrong one is refused now."""
+    try:
+        partial = instantiate(cfg, _convert_="all")
+        partial([nn.Parameter(torch.zeros(1))])
+    except (InstantiationException, TypeError, ValueError) as e:
+        raise Refusal(f"{group}: {str(e.__cause__ or e).splitlines()[0]}") from e
+    return partial
+
+
+def sampler(cfg: DictConfig, levels: Schedule) -> tuple[Sampler, list[float]]:
+    """The sampler and the times it visits."""
+    check_steps(cfg.sampler, levels.num_timesteps)
+    steps = levels.num_timesteps if cfg.sampler.num_steps is None else cfg.sampler.num_steps
+    built = make(without(cfg.sampler, "num_steps", "spacing", "clip_x0"), "sampler", schedule=levels)
+    return built, times(levels.num_timesteps, steps, cfg.sampler.spacing)
+
+
+def sampled(cfg: DictConfig, called: Denoiser, denoiser: NetworkDenoiser, where: Place) -> Denoiser:
+    """What a sampler calls: `called`, the network's denoiser, in its precision, guided and clipped as configured."""
+    check_guidance(cfg.guidance.scale, denoiser.network.num_classes)
+
+    def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        with where.autocast():
+            return called(x_t.contiguous(memory_format=where.memory_format), t, labels)
+
+    guided: Denoiser = denoise
+    if "_target_" in cfg.guidance:
+        guided = make(cfg.guidance, "guidance", denoiser=denoise, null_label=denoiser.network.null_label)
+    return Clipped(guided, denoiser.schedule) if cfg.sampler.clip_x0 else guided
+
+
+def data(cfg: DictConfig) -> ImageShardsDataModule:
+    """The data module; what conf/ says of the set was held against its index by the checks."""
+    described = without(cfg.data, "name", "image_size", "channels", "num_classes")
+    return make(OmegaConf.merge(described, {"seed": cfg.seed}), "data")
+
+
+# ---- extractors ----
+
+
+def extractor(
+    cfg: DictConfig, where: Place, module: ImageShardsDataModule | None = None, beside: str | Path | None = None
+) -> Extractor:
+    """The extractor by name. The digits' one lies beside its data set, where it is trained if it is not there yet."""
+    weights, sha256 = cfg.extractor.weights, cfg.extractor.sha256
+    if cfg.extractor.name == "inception":
+        built = inception(weights, sha256)
+    else:
+        folder = module.root if module is not None else beside or "data/digits"
+        built = digit_extractor(Path(weights or Path(folder) / CLASSIFIER), sha256, module)
+    built.network.to(where.device)
+    return built
+
+
+def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModule | None) -> Extractor:
+    """The digit classifier; trained and stored at `path` if it is not there and a module gives the digits."""
+    if not path.is_file():
+        if module is None:
+            raise Refusal(
+                f"extractor.weights={path}: there is no such file. It is made with the digit shards: "
+                f"python -m diffusion.prepare source=digits"
+            )
+        images = torch.stack([torch.from_numpy(module.samples[i][0].copy()) for i in range(module.num_images)])
+        labels = torch.tensor([module.samples[i][1] for i in range(module.num_images)])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as f:
+            f.write(save(train_digit_classifier(images, labels).state_dict()))
+    digest = verified(path, sha256)
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(path))
+    return Extractor("digits", classifier, channels=1, image_size=8, digest=digest)
+
+
+def prepare_digits(root: Path) -> tuple[Extractor, ImageShardsDataModule]:
+    """The digit shards and, beside them, their classifier; both are left alone where they are."""
+    module = DigitsDataModule(root, batch_size=1)
+    return digit_extractor(root / CLASSIFIER, None, module), module
+
+
+# ---- checkpoints ----
+
+
+class Trained(NamedTuple):
+    """A model out of a checkpoint: its run's configuration, its denoiser with the chosen weights, and where it is from."""
+
+    config: DictConfig
+    denoiser: NetworkDenoiser
+    step: int
+    path: Path
+    weights: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        net = self.denoiser.network
+        return net.channels, net.image_size, net.image_size
+
+    def columns(self, num_images: int) -> int | None:
+        """A column a class, where the images fill whole rows of them."""
+        classes = self.denoiser.network.num_classes
+        return classes if classes and num_images % classes == 0 else None
+
+
+def checkpoint_path(given: str) -> Path:
+    """`checkpoint=`: a .ckpt, or a run folder, of which the newest undamaged checkpoint is taken."""
+    path = Path(given)
+    if path.is_dir():
+        folder = RunFolder(path)
+        _, found, complaints = folder.latest_valid()
+        if found is None:
+            detail = " ".join(complaints) or f"there is none in {folder.checkpoints}."
+            raise Refusal(f"checkpoint={given} holds no usable checkpoint: {detail}")
+        return found
+    if not path.is_file():
+        raise Refusal(f"checkpoint={given}: there is no such file or run folder.")
+    return path
+
+
+def trained(given: str, where: Place, ema: bool = True) -> Trained:
+    """The model of a checkpoint, on its device, in evaluation mode."""
+    path = checkpoint_path(given)
+    content = load(path)
+    config = OmegaConf.create(content["config"])
+    with torch.device("meta"):
+        net = make(config.model, "model")
+    net.to_empty(device="cpu")
+    names = {f"network.{name}" for name in net.state_dict()}
+    if names != set(content["state_dict"]):
+        other = sorted(names ^ set(content["state_dict"]))[0]
+        raise Refusal(f"checkpoint={path} holds another network than its configuration says: {other}.")
+    net.load_state_dict({k.removeprefix("network."): v for k, v in content["state_dict"].items()})
+    if ema:
+        with torch.no_grad():
+            load_average(net, content["ema"], [p.data for p in net.parameters()])
+    net.to(where.device, memory_format=where.memory_format).eval().requires_grad_(False)
+    model = NetworkDenoiser(net, schedule(config), config.objective.prediction)
+    return Trained(config, model, content["global_step"], path, "ema" if ema else "raw")
+
+
+def sampling(
+    cfg: DictConfig,
+    denoiser: NetworkDenoiser,
+    where: Place,
+    image_shape: tuple[int, int, int],
+    batch_size: int = 256,
+    labels: list[int] | None = None,
+) -> Sampling:
+    """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed."""
+    built, visited = sampler(cfg, denoiser.schedule)
+    num_classes = denoiser.network.num_classes
+    for label in labels or ():
+        if label >= max(num_classes, 1):
+            raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
+    if labels and not num_classes:
+        raise Refusal(f"labels={labels}: this model is unconditional.")
+    counted = Counted(denoiser)
+    about = {"sampler": type(built).__name__.lower(), "spacing": cfg.sampler.spacing, "clip_x0": cfg.sampler.clip_x0}
+    about |= {k: cfg.sampler[k] for k in ("eta", "variance") if k in cfg.sampler}
+    about |= {"guidance_scale": cfg.guidance.scale, "precision": where.precision}
+    return Sampling(
+        sampled(cfg, counted, denoiser, where), counted, built, visited, image_shape, num_classes, cfg.seed,
+        where.device, batch_size, labels, about,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""What a composed configuration shows to be impossible, in one message each; without torch or lightning.
+
+Parts check their own arguments again when they are built: this is the same, earlier, in the words of conf/.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.app.compose import Refusal
+from diffusion.data.index import read_index
+from diffusion.data.layout import check_batch, check_lanes
+from diffusion.process.times import times
+
+METRICS = ("fid", "is")
+Test = Callable[[Any], bool]
+
+
+def at_least(low: float) -> tuple[Test, str]:
+    return lambda v: v >= low, f"must be at least {low}"
+
+
+def above(low: float) -> tuple[Test, str]:
+    return lambda v: v > low and math.isfinite(v), f"must be above {low}"
+
+
+def between(low: float, high: float, including_high: bool = True) -> tuple[Test, str]:
+    bracket = "]" if including_high else ")"
+    return lambda v: low <= v <= high and (including_high or v < high), f"is outside [{low}, {high}{bracket}"
+
+
+def one_of(*allowed: Any) -> tuple[Test, str]:
+    return lambda v: v in allowed, f"is none of {', '.join(map(str, allowed))}"
+
+
+RULES: dict[str, tuple[Test, str]] = {
+    "seed": between(0, 2**63 - 1),
+    "data.batch_size": at_least(1),
+    "data.num_workers": at_least(0),
+    "data.cache": one_of("auto", "memory", "none"),
+    "model.dropout": between(0, 1, including_high=False),
+    "model.blocks_per_level": at_least(1),
+    "model.num_classes": at_least(0),
+    "schedule.num_timesteps": at_least(1),
+    "schedule.beta": (lambda v: 0 < v < 1, "is outside (0, 1)"),
+    "schedule.beta_start": (lambda v: 0 < v < 1, "is outside (0, 1)"),
+    "schedule.beta_end": (lambda v: 0 < v < 1, "is outside (0, 1)"),
+    "schedule.sigma_min": above(0),
+    "schedule.sigma_max": above(0),
+    "objective.prediction": one_of("epsilon", "x0", "v", "score", "mu"),
+    "objective.label_dropout": between(0, 1),
+    "objective.variance": one_of("small", "large"),
+    "sampler.eta": (lambda v: 0 <= v <= 1, "is outside [0, 1]: 0 is DDIM, 1 is ancestral sampling"),
+    "sampler.variance": one_of("small", "large", "learned"),
+    "sampler.spacing": one_of("linear", "quadratic", "trailing"),
+    "sampler.num_steps": at_least(1),
+    "guidance.scale": (lambda v: 0 <= v < math.inf, "must be finite and at least 0; 1 means no guidance"),
+    "optimizer.lr": above(0),
+    "optimizer.eps": above(0),
+    "optimizer.warmup_steps": at_least(0),
+    "optimizer.gradient_clip": at_least(0),
+    "ema.decay": between(0, 1, including_high=False),
+    "trainer.accelerator": one_of("auto", "cpu", "gpu"),
+    "trainer.devices": at_least(1),
+    "trainer.num_nodes": at_least(1),
+    "trainer.precision": one_of("auto", "32", "bf16-mixed"),
+    "trainer.max_steps": at_least(1),
+    "trainer.accumulate": at_least(1),
+    "trainer.memory_format": one_of("auto", "contiguous", "channels_last"),
+    "trainer.threads": at_least(1),
+    "save.every_steps": at_least(0),
+    "save.every_minutes": at_least(0),
+    "save.keep": at_least(1),
+    "log_every": at_least(1),
+    "callbacks.grid.every_steps": at_least(0),
+    "callbacks.grid.num_images": at_least(1),
+    "callbacks.score.every_steps": at_least(0),
+    "callbacks.score.num_images": at_least(10),
+    "callbacks.score.batch_size": at_least(1),
+    "num_images": at_least(1),
+    "batch_size": at_least(1),
+    "logger.mode": one_of("auto", "online", "offline"),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values out of their range and combinations that cannot be; looks at nothing but the configuration."""
+    for key, (test, text) in RULES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not test(value):
+            raise Refusal(f"{key}={value} {text}.")
+    for metric in cfg.get("metrics") or ():
+        if metric not in METRICS:
+            raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(METRICS)}.")
+    check_labels(cfg)
+    if "trainer" in cfg and "data" in cfg:
+        check_training(cfg)
+
+
+def check_labels(cfg: DictConfig) -> None:
+    for label in cfg.get("labels") or ():
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise Refusal(f"labels={list(cfg.labels)}: {label!r} is no class number.")
+
+
+def check_training(cfg: DictConfig) -> None:
+    """Batch and ranks, sizes, steps of the sampler, classes, guidance, loss of nothing but what was asked for."""
+    check_batch(cfg.data.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes, cfg.trainer.accumulate)
+    if cfg.data.lanes is not None:
+        check_lanes(cfg.data.lanes, cfg.data.batch_size)
+    check_steps(cfg.sampler, cfg.schedule.num_timesteps)
+    halvings = len(cfg.model.multipliers) - 1
+    if cfg.model.image_size % 2**halvings:
+        raise Refusal(
+            f"model.image_size={cfg.model.image_size} cannot be halved {halvings} times, which "
+            f"model.multipliers={list(cfg.model.multipliers)} asks for."
+        )
+    if cfg.model.num_classes not in (0, cfg.data.num_classes):
+        raise Refusal(
+            f"model.num_classes={cfg.model.num_classes}, but data={cfg.data.name} has {cfg.data.num_classes}: "
+            f"give 0 (unconditional) or {cfg.data.num_classes}."
+        )
+    if not cfg.model.num_classes and cfg.objective.label_dropout:
+        raise Refusal(
+            f"objective.label_dropout={cfg.objective.label_dropout} needs a conditional model: model.num_classes=0."
+        )
+    check_guidance(cfg.guidance.scale, cfg.model.num_classes)
+    if cfg.callbacks.enabled and "fid" in cfg.metrics and cfg.extractor.name == "digits":
+        if cfg.data.image_size != 8 or cfg.data.channels != 1:
+            raise Refusal(
+                f"extractor=digits takes 8x8 images of one channel, data={cfg.data.name} has others: "
+                f"give extractor=inception, or callbacks=none."
+            )
+    if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name == "inception" and cfg.data.channels != 3:
+        raise Refusal(
+            f"extractor=inception takes RGB images, data={cfg.data.name} has {cfg.data.channels} channel(s): "
+            f"give callbacks=none, or another extractor."
+        )
+
+
+def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
+    """Refuse more sampling steps than the schedule has levels, and an unknown spacing."""
+    steps = num_timesteps if sampler.num_steps is None else sampler.num_steps
+    times(num_timesteps, steps, sampler.spacing)
+
+
+def check_guidance(scale: float, num_classes: int) -> None:
+    if scale != 1 and not num_classes:
+        raise Refusal(f"guidance.scale={scale} needs a conditional model: this one has no classes; give guidance=none.")
+
+
+def check_data(cfg: DictConfig) -> None:
+    """Refuse a data set that is not on disk, or is another than conf/ says; digits are made when they are missing."""
+    if cfg.data.name == "digits" and not (Path(cfg.data.root) / "index.json").is_file():
+        return
+    index = read_index(cfg.data.root, cfg.data.prepare)
+    for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
+        wanted = cfg.data[key]
+        if wanted != found and not (key == "num_classes" and wanted == 0):
+            raise Refusal(
+                f"data.{key}={wanted}, but the set in data.root={cfg.data.root} has {found}: "
+                f"give data.{key}={found}, or the root of another set."
+            )

@@ -1,0 +1,217 @@
+"""A training run from its configuration to its report.
+
+`Run(...)` builds every part, so that whatever is wrong is said before anything is written; `go` takes the run folder,
+trains from the newest sound checkpoint, and makes what is missing of pictures, scores and report.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from diffusion.app import build
+from diffusion.app.compose import refusing
+from diffusion.denoiser import NetworkDenoiser
+from diffusion.metrics.extractors import Features
+from diffusion.page import write_report
+from diffusion.training.callbacks import Look, grid_path, save_grid
+from diffusion.training.checkpoint import AtomicCheckpointIO, Saver, load
+from diffusion.training.ema import EMA, load_average
+from diffusion.training.logger import loggers
+from diffusion.training.meter import Bar, Meter, MetricsCsv, count_parameters
+from diffusion.training.module import DiffusionModule
+from diffusion.training.run_folder import RunFolder
+from diffusion.training.scoring import Sampling, describe, reference_features, score, with_progress
+
+for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+    logging.getLogger(quiet).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
+
+
+class Run:
+    """All parts of a run, built and checked; nothing written yet.
+
+    Args:
+        cfg: composed and checked. config: the same, plain, for the folder and the checkpoints. folder: the run's.
+    """
+
+    def __init__(self, cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> None:
+        recorded = folder.config()
+        if recorded is not None:  # lanes left open were chosen when the run began
+            cfg = OmegaConf.merge(cfg, {"data": {"lanes": recorded["data"]["lanes"]}})
+        self.cfg, self.config, self.folder = cfg, config, folder
+        self.place = build.place(cfg.trainer)
+        self.data = build.data(cfg)
+        levels = build.schedule(cfg)
+        network = build.network(cfg, cfg.seed).to(memory_format=self.place.memory_format)
+        self.denoiser = NetworkDenoiser(network, levels, cfg.objective.prediction)
+        self.module = DiffusionModule(
+            self.denoiser,
+            build.objective(cfg, levels),
+            build.optimizer(cfg),
+            warmup_steps=cfg.optimizer.warmup_steps,
+            gradient_clip=cfg.optimizer.gradient_clip,
+            label_dropout=cfg.objective.label_dropout,
+            flip=cfg.data.flip,
+            seed=cfg.seed,
+            memory_format=self.place.memory_format,
+            config=config,
+        )
+        build.sampler(cfg, levels)
+        self.ema = EMA(cfg.ema.decay, cfg.ema.warmup)
+        self.extractor = None
+        if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name != "digits":
+            self.extractor = build.extractor(cfg, self.place)
+        self._reference: Features | None = None
+
+    # ---- the whole ----
+
+    def go(self, say: Callable[[str], None], main_rank: bool) -> int:
+        """Train and finish; the exit status: 0, or 128 + the signal that stopped it."""
+        if not main_rank:
+            return self.train(say, main_rank)
+        with refusing(self.cfg.debug):
+            lock = self.folder.locked()
+            lock.__enter__()
+        try:
+            with refusing(self.cfg.debug):
+                self.folder.refuse_other(self.config)  # again, now that nobody else can write here
+            self.config["data"]["lanes"] = self.data.lanes
+            self.folder.write_config(self.config)
+            status = self.train(say, main_rank)
+            if status == 0:
+                self.finish(say)
+            return status
+        finally:
+            lock.__exit__(None, None, None)
+
+    def train(self, say: Callable[[str], None], main_rank: bool) -> int:
+        """From the newest sound checkpoint to max_steps; the exit status."""
+        cfg = self.cfg
+        step, path, complaints = self.folder.latest_valid()
+        for complaint in complaints:
+            say(complaint)
+        if step >= cfg.trainer.max_steps:
+            return 0
+        say(self.introduction(step))
+        csv = MetricsCsv(self.folder.metrics_path)
+        if main_rank:
+            csv.cut_after(step)
+        meter = Meter(cfg.log_every, cfg.data.batch_size)
+        saver = Saver(self.folder, cfg.save.every_steps, cfg.save.every_minutes, cfg.save.keep)
+        callbacks: list[pl.Callback] = [self.ema, meter, Bar(meter), *self.looks(), saver]
+        ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+        trainer = pl.Trainer(
+            accelerator=self.place.device.type,
+            devices=cfg.trainer.devices,
+            num_nodes=cfg.trainer.num_nodes,
+            strategy="auto" if ranks == 1 else self.strategy(),
+            precision="bf16-mixed" if self.place.precision == "bf16-mixed" else "32-true",
+            max_steps=cfg.trainer.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=cfg.trainer.accumulate,
+            callbacks=callbacks,
+            logger=loggers(cfg.logger, self.folder, csv, self.config),
+            plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if ranks == 1 else [])],
+            log_every_n_steps=cfg.log_every,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            deterministic=cfg.deterministic,
+            default_root_dir=self.folder.path,
+        )
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
+        if saver.stopped_by:
+            say(f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; the same command goes on from there.")
+        return saver.exit_status()
+
+    def strategy(self) -> DDPStrategy:
+        """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an
+        uninterrupted one: where bit-exactness is promised they are not."""
+        exact = self.cfg.deterministic or self.place.device.type == "cpu"
+        return DDPStrategy(find_unused_parameters=exact, gradient_as_bucket_view=True, static_graph=not exact)
+
+    def introduction(self, step: int) -> str:
+        """What is about to happen, in a few lines."""
+        cfg, per_step = self.cfg, self.cfg.data.batch_size
+        lines = [
+            f"Training {cfg.name} in {self.folder.path}" + (f", going on from step {step}" if step else ""),
+            f"  data    {cfg.data.name}: {self.data.num_images:,} images of {self.data.image_size}x"
+            f"{self.data.image_size}, {self.data.channels} channel(s)"
+            + (f", {self.data.num_classes} classes" if self.data.num_classes else ""),
+            f"  model   {count_parameters(self.denoiser.network):,} parameters, predicts {self.denoiser.prediction}",
+            f"  steps   {cfg.trainer.max_steps:,} of {per_step} images "
+            f"({cfg.trainer.max_steps * per_step / self.data.num_images:,.1f} epochs), "
+            f"on {self.place.device.type} in {'float32' if self.place.precision == '32' else 'bf16'}",
+        ]
+        return "\n".join(lines)
+
+    # ---- pictures and scores ----
+
+    def sampling(self, batch_size: int = 256) -> Sampling:
+        return build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, batch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.data.channels, self.data.image_size, self.data.image_size
+
+    def looks(self) -> list[pl.Callback]:
+        """The callbacks that look at the run while it trains."""
+        cfg, found = self.cfg.callbacks, []
+        if not cfg.enabled:
+            return found
+        if cfg.grid.every_steps:
+            found.append(Look(cfg.grid.every_steps, self.ema, lambda _, step: self.look(step)))
+        if cfg.score.every_steps and self.cfg.metrics:
+            found.append(Look(cfg.score.every_steps, self.ema, self.score_during))
+        return found
+
+    def look(self, step: int) -> None:
+        save_grid(self.folder, step, self.sampling(), self.cfg.callbacks.grid.num_images)
+
+    def score_during(self, trainer: pl.Trainer, step: int) -> None:
+        for row in self.score(step):
+            for logger in trainer.loggers:
+                logger.log_metrics({f"eval/{row['name']}": row["value"]}, step)
+
+    def score(self, step: int) -> list[dict[str, Any]]:
+        """Sample, score, and add to results.jsonl."""
+        number = self.cfg.callbacks.score.num_images
+        if self.extractor is None:
+            self.extractor = build.extractor(self.cfg, self.place, self.data)
+        if self._reference is None:
+            self._reference = reference_features(self.extractor, self.data.samples)
+        sampling = self.sampling(self.cfg.callbacks.score.batch_size)
+        images = with_progress("sampling", number, lambda tick: sampling.images(torch.arange(number), tick))
+        record = {**sampling.record(number), "step": step, "weights": "ema", "data": self.cfg.data.name}
+        rows = score(images, self.extractor, self._reference, list(self.cfg.metrics), record, dict(self.cfg.paper))
+        self.folder.add_results(rows)
+        return rows
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report."""
+        cfg = self.cfg
+        step = self.folder.steps()[0]
+        network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
+        with torch.no_grad():
+            load_average(network, load(self.folder.checkpoint_path(step))["ema"], [p.data for p in network.parameters()])
+        if cfg.callbacks.enabled and not grid_path(self.folder, step).is_file():
+            self.look(step)
+            say(f"Samples: {grid_path(self.folder, step)}")
+        scored = {r.get("name") for r in self.folder.results() if r.get("step") == step}
+        if cfg.callbacks.enabled and set(cfg.metrics) - scored:
+            rows = self.score(step)
+            MetricsCsv(self.folder.metrics_path).log_metrics({f"eval/{r['name']}": r["value"] for r in rows}, step)
+            for row in rows:
+                say(describe(row))
+        write_report(self.folder)
+        say(f"Report: {self.folder.report_path}")
+
+

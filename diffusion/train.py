@@ -1,0 +1,62 @@
+"""Train a diffusion model, sample from it, score it.
+
+    python -m diffusion.train                                   digits, 4 minutes on two CPU cores
+    python -m diffusion.train +experiment=cifar10               an experiment of conf/experiment
+    python -m diffusion.train optimizer.lr=1e-4 run_dir=runs/b  any setting below
+
+The same command again goes on where it stopped. All that a run leaves is in its run_dir: config.yaml, checkpoints/,
+metrics.csv, samples/, results.jsonl, report.html.
+"""
+
+import os
+import sys
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.app.check import check, check_data
+from diffusion.app.compose import command, refusing
+from diffusion.training.run_folder import RunFolder
+
+
+def main_rank() -> bool:
+    """Whether this process is the one that writes, known from the launcher before torch is."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def say(message: str) -> None:
+    if main_rank():
+        print(message, flush=True)
+
+
+@command("train", experiment="digits")
+def main(cfg: DictConfig) -> None:
+    with refusing(cfg.debug):
+        check(cfg)
+        check_data(cfg)
+        folder = RunFolder(cfg.run_dir)
+        config = OmegaConf.to_container(cfg)
+        folder.refuse_other(config)
+    if finished(cfg, folder):
+        say(f"{folder.path} is finished: {folder.steps()[0]} steps, nothing is missing. See {folder.report_path}")
+        return
+    from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
+
+    with refusing(cfg.debug):
+        run = Run(cfg, config, folder)
+    sys.exit(run.go(say, main_rank()))
+
+
+def finished(cfg: DictConfig, folder: RunFolder) -> bool:
+    """Whether training is over and none of its scores, samples or report is missing."""
+    steps = folder.steps()
+    if not steps or steps[0] < cfg.trainer.max_steps:
+        return False
+    step = steps[0]
+    scored = {r.get("name") for r in folder.results() if r.get("step") == step}
+    wanted = set(cfg.metrics) if cfg.callbacks.enabled else set()
+    looked = not cfg.callbacks.enabled or (folder.samples / f"step_{step:08d}.png").is_file()
+    return looked and wanted <= scored and folder.report_path.is_file()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a run reports while it trains: metrics.csv, the loggers, and the progress bar.
+
+Every `log_every` steps the sums that the module kept on the device are fetched, averaged over all processes, and
+written as one row. That is the only moment at which training waits for the device.
+"""
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffusion.training.run_folder import write_atomically
+
+NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", "train/grad_norm")
+
+
+class MetricsCsv(Logger):
+    """metrics.csv: one row a step, columns as they come up. A resumed run cuts the rows beyond its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._columns: list[str] | None = None  # as they stand in the file; None: not looked at yet
+        self._last = -1
+
+    name = "csv"
+    version = ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """config.yaml holds them."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of the file; one that a kill has cut off is left out."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, newline="") as f:
+            return [r for r in csv.DictReader(f) if (r.get("step") or "").isdigit() and None not in r.values()]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys(["step", *(k for r in rows for k in r)]))
+        self._last = int(rows[-1]["step"]) if rows else -1
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+
+    def cut_after(self, step: int) -> None:
+        """Drop the rows of steps that will be trained again, and a last row that a kill has cut off."""
+        if self.path.is_file():
+            self._write([r for r in self.rows() if int(r["step"]) <= step])
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add to the row of this step; a new column rewrites the file, once."""
+        row = {"step": step, **{k: f"{v:.8g}" for k, v in metrics.items()}}
+        if self._columns is None:
+            self._write(self.rows())
+        if set(row) <= set(self._columns) and step > self._last:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self._columns, restval="").writerow(row)
+            self._last = step
+            return
+        rows = self.rows()
+        old = next((r for r in rows if int(r["step"]) == step), None)
+        if old is None:
+            rows.append(row)
+        else:
+            old.update(row)
+        self._write(rows)
+
+
+class Meter(Callback):
+    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate and images/s, to all loggers.
+
+    Args:
+        every: steps between two rows.
+        batch_size: images per optimizer step, over all processes.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        if every < 1:
+            raise ValueError(f"log_every={every} is not at least 1.")
+        self.every, self.batch_size = every, batch_size
+        self.latest: dict[str, float] = {}
+        self._seen, self._since = 0, (0, 0.0)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._seen = trainer.global_step
+        self._since = (trainer.global_step, time.monotonic())
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        self._seen = step
+        if step % self.every and step != trainer.max_steps:
+            return
+        counts = module.take_counts()
+        if trainer.world_size > 1:
+            counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        values, numbers = counts.cpu()
+        now = time.monotonic()
+        row = {n: float(v / c) for n, v, c in zip(NAMES, values, numbers, strict=True) if c}
+        row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
+        self._since, self.latest = (step, now), row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+
+
+class Bar(Callback):
+    """Progress of training with loss, images/s and the time left: a bar at a terminal, else a line now and then.
+
+    Args:
+        meter: whose latest row is shown.
+        seconds: between two lines where there is no terminal.
+    """
+
+    def __init__(self, meter: Meter, seconds: float = 15.0) -> None:
+        self.meter, self.seconds = meter, seconds
+        self._progress: Progress | None = None
+        self._task, self._printed, self._started = None, 0.0, (0, 0.0)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._started, self._printed = (trainer.global_step, time.monotonic()), time.monotonic()
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = [TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")]
+            columns += [TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            self._progress = Progress(*columns, console=console, refresh_per_second=4)
+            total = trainer.max_steps
+            self._task = self._progress.add_task("", total=total, completed=trainer.global_step, figures="")
+            self._progress.start()
+
+    def figures(self) -> str:
+        row = self.meter.latest
+        if not row:
+            return ""
+        return f"loss {row['train/loss']:.4f}  {row['train/images_per_second']:,.0f} images/s"
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        step, now = trainer.global_step, time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, figures=self.figures())
+        elif now - self._printed >= self.seconds or step == trainer.max_steps:
+            if self._printed == float("inf"):
+                return
+            done, began = step - self._started[0], self._started[1]
+            left = (trainer.max_steps - step) * (now - began) / max(done, 1)
+            print(f"step {step}/{trainer.max_steps}  {self.figures()}  {duration(left)} left", file=sys.stderr, flush=True)
+            self._printed = float("inf") if step == trainer.max_steps else now
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 10 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())

@@ -1,0 +1,149 @@
+"""One training step: noise the images, ask the network, weigh the error. The host never waits for the device.
+
+    x_t = alpha_t x_0 + sigma_t epsilon,   t uniform in 1 ... T,   loss = objective(network(x_t, t), ...)
+
+Everything random is keyed by an image's position in the endless stream, which is (step, place in the global batch):
+it depends on no rank, no worker, no micro-batch and no interruption.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from diffusion.denoiser import NetworkDenoiser
+from diffusion.images import from_uint8
+from diffusion.noise import Stream, keys, normal, seed63, uniform, uniform_int
+from diffusion.process.kernels import noised
+
+QUARTILES = 4
+
+
+class DiffusionModule(pl.LightningModule):
+    """Holds the network and what is asked of it.
+
+    Args:
+        denoiser: the network with its schedule and what it predicts.
+        objective: (output, x_t, x0, epsilon, t) -> loss per image, (B,) float32.
+        optimizer: parameters -> optimizer.
+        warmup_steps: steps of linear rise of the learning rate; 0 for none.
+        gradient_clip: largest global norm of the gradient; 0 for none.
+        label_dropout: share of the images whose label is hidden, for classifier-free guidance.
+        flip: mirror each image with probability 1/2.
+        seed: of all draws.
+        memory_format: of images and activations.
+        config: plain, resolved; stored in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        objective: Callable[..., Tensor],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        warmup_steps: int = 0,
+        gradient_clip: float = 1.0,
+        label_dropout: float = 0.0,
+        flip: bool = False,
+        seed: int = 0,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if label_dropout and denoiser.network.null_label is None:
+            raise ValueError(
+                f"objective.label_dropout={label_dropout} needs a conditional network: model.num_classes is 0."
+            )
+        self.network = denoiser.network
+        self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
+        self.warmup_steps, self.gradient_clip, self.label_dropout = warmup_steps, gradient_clip, label_dropout
+        self.flip, self.seed, self.memory_format, self.config = flip, seed, memory_format, config or {}
+        self.num_timesteps = denoiser.schedule.num_timesteps
+        self._sums: Tensor | None = None  # (2, 1 + QUARTILES): loss and count, of all t and by quartile of t
+        self._norms: Tensor | None = None  # (2,): gradient norms and their count
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        return self._denoiser[0]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self._optimizer(self.network.parameters())
+        warmup = max(self.warmup_steps, 1)
+        ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ramp, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Dropout draws from torch's own generator: seeded anew for each micro-batch, so that it need not be saved."""
+        micro_step = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        micro_step += batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(seed63(self.seed, Stream.NETWORK, micro_step, self.global_rank))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss of a micro-batch: image uint8 (B, C, H, W), position (B,), label (B,) where there are any."""
+        position = batch["position"]
+        x0 = from_uint8(batch["image"]).contiguous(memory_format=self.memory_format)
+        if self.flip:
+            mirrored = keys(position, self.seed, Stream.FLIP) < 0
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        labels = self.hidden_labels(batch.get("label"), position)
+        t = 1 + uniform_int(keys(position, self.seed, Stream.TIME), self.num_timesteps)
+        epsilon = normal(keys(position, self.seed, Stream.NOISE), x0.shape[1:])
+        x_t = noised(self.denoiser.schedule, x0, t, epsilon)
+        loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
+        self.count(loss.detach(), t)
+        return loss.mean()
+
+    def hidden_labels(self, labels: Tensor | None, position: Tensor) -> Tensor | None:
+        """The labels the network sees: none for an unconditional one, `null_label` for the dropped share."""
+        null = self.network.null_label
+        if null is None or labels is None:
+            return None
+        if not self.label_dropout:
+            return labels
+        dropped = uniform(keys(position, self.seed, Stream.LABEL_DROP)) < self.label_dropout
+        return torch.where(dropped, torch.full_like(labels, null), labels)
+
+    # ---- what is reported: added up on the device, fetched by the meter every `log_every` steps ----
+
+    @torch.no_grad()
+    def count(self, loss: Tensor, t: Tensor) -> None:
+        quartile = (t - 1) * QUARTILES // self.num_timesteps
+        member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
+        member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
+        new = torch.stack([(member * loss.double()[:, None]).sum(0), member.sum(0)])
+        self._sums = new if self._sums is None else self._sums.add_(new)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        limit = self.gradient_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach().double()
+        new = torch.stack([norm, torch.ones_like(norm)])
+        self._norms = new if self._norms is None else self._norms.add_(new)
+
+    def take_counts(self) -> Tensor | None:
+        """The sums since the last call, (2, 2 + QUARTILES) on the device: rows value and count; columns loss, its
+        quartiles of t from the cleanest to the noisiest, gradient norm. None before the first step."""
+        if self._sums is None or self._norms is None:
+            return None
+        counts = torch.cat([self._sums, self._norms[:, None]], dim=1)
+        self._sums = self._norms = None
+        return counts
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
+        checkpoint["counts"] = {"sums": self._sums, "norms": self._norms}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sums, self._norms = checkpoint["counts"]["sums"], checkpoint["counts"]["norms"]
+
+    def on_train_start(self) -> None:
+        """A run may be resumed with another number of micro-batches a step, which Lightning's own count does not know:
+        it would cut the first step short."""
+        loop = self.trainer.fit_loop.epoch_loop
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        loop.batch_progress.current.ready = loop.batch_progress.current.started = done
+        loop.batch_progress.current.processed = done
+        # saved before its batch counted as completed, which Lightning makes up for when the loop begins
+        loop.batch_progress.current.completed = done - loop.restarted_on_train_batch_end
+        if self._sums is not None:
+            self._sums, self._norms = self._sums.to(self.device), self._norms.to(self.device)

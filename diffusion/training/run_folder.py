@@ -1,0 +1,214 @@
+"""The folder of a run: its configuration, its lock, its checkpoints and its results. Needs neither torch nor lightning.
+
+    config.yaml  checkpoints/step_00001000.ckpt  checkpoints/last.ckpt  metrics.csv  samples/  results.jsonl  report.html
+
+The same command finds the same folder again, so nothing here carries a time. A run may be resumed under a
+configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What may change between two starts of one run: none of it changes the weights that training ends with.
+MAY_DIFFER = (
+    "trainer data.num_workers data.cache data.root data.prepare logger save callbacks extractor metrics sampler "
+    "guidance paper debug fingerprint_every deterministic log_every run_dir"
+).split()
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists are values."""
+    if not isinstance(cfg, dict) or not cfg:
+        return {prefix: cfg}
+    flat: dict[str, Any] = {}
+    for name, value in cfg.items():
+        flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
+    return flat
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """'key: was a, is b' for each key that decides what is trained; a lane count left open takes the recorded one."""
+    old, new = flatten(old), flatten(new)
+    if new.get("data.lanes") is None:
+        new["data.lanes"] = old.get("data.lanes")
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == k or key.startswith(k + ".") for k in MAY_DIFFER)
+        if not free and old.get(key) != new.get(key):
+            found.append(f"{key}: was {old.get(key)}, is {new.get(key)}")
+    return found
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """All of it or nothing: a temporary file in the same folder, synced, renamed; then the folder synced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None: its digest if one stands beside it, else the CRCs of its records."""
+    digest = path.with_suffix(".sha256")
+    if not path.is_file():
+        return "there is no such file"
+    if digest.is_file():
+        wanted = digest.read_text().strip()
+        return None if sha256(path) == wanted else "its sha256 is not the one that was recorded when it was written"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+        return f"it is cut off or no checkpoint ({e})"
+    return f"its record {broken} is damaged" if broken else None
+
+
+class RunFolder:
+    """Paths and rules of one run's folder; making the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.csv"
+        self.results_path, self.report_path = self.path / "results.jsonl", self.path / "report.html"
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.last = self.checkpoints / "last.ckpt"
+
+    # ---- configuration ----
+
+    def config(self) -> dict | None:
+        """The resolved configuration the run was started with, None for a new folder."""
+        if not self.config_path.is_file():
+            return None
+        return yaml.safe_load(self.config_path.read_text())
+
+    def refuse_other(self, new: dict) -> None:
+        """ValueError if the folder belongs to a run that would train something else.
+
+        Compares what decides the training, key by key, and names a free run_dir.
+        """
+        old = self.config()
+        if old is None:
+            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise ValueError(
+                    f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
+                    f"Choose another run_dir."
+                )
+            return
+        found = differences(old, new)
+        if found:
+            free = next(p for i in range(2, 10_000) if not (p := Path(f"{self.path}_{i}")).exists())
+            raise ValueError(
+                f"run_dir={self.path} holds a run of another configuration:\n  " + "\n  ".join(found) + "\n"
+                f"Start it as it was, or as a run of its own with run_dir={free}"
+            )
+
+    def write_config(self, config: dict) -> None:
+        write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    # ---- lock ----
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; ValueError if another process holds it.
+
+        A POSIX record lock belongs to the process: forked loader workers do not keep it when the process is killed.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as f:
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                f.seek(0)
+                holder = f.read().strip() or "unknown"
+                raise ValueError(
+                    f"run_dir={self.path} is in use by another process ({holder}). "
+                    f"Wait for it, or give this run its own run_dir."
+                ) from e
+            f.truncate(0)
+            f.write(f"process {os.getpid()} on {os.uname().nodename}")
+            f.flush()
+            yield
+
+    # ---- checkpoints ----
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}.ckpt"
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint file, newest first; the files may be damaged."""
+        names = self.checkpoints.glob("step_*.ckpt") if self.checkpoints.is_dir() else ()
+        return sorted((int(m[1]) for p in names if (m := re.fullmatch(r"step_(\d+)\.ckpt", p.name))), reverse=True)
+
+    def latest_valid(self) -> tuple[int, Path | None, list[str]]:
+        """(step, path, complaints): the newest undamaged checkpoint, (0, None, ...) if there is none."""
+        complaints = []
+        for step in self.steps():
+            path = self.checkpoint_path(step)
+            wrong = damage(path)
+            if wrong is None:
+                return step, path, complaints
+            complaints.append(f"{path} is not used: {wrong}.")
+        return 0, None, complaints
+
+    def point_last_to(self, path: Path) -> None:
+        """last.ckpt -> path, atomically; a copy where links are not supported."""
+        temporary = self.checkpoints / f".last.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.symlink(path.name, temporary)
+        except OSError:
+            write_atomically(self.last, path.read_bytes())
+            return
+        os.replace(temporary, self.last)
+        sync_folder(self.checkpoints)
+
+    # ---- results ----
+
+    def results(self) -> list[dict]:
+        """The lines of results.jsonl; a last line cut off by a kill is left out."""
+        if not self.results_path.is_file():
+            return []
+        found = []
+        for line in self.results_path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def add_results(self, rows: list[dict]) -> None:
+        """Add lines; written whole, so that a kill leaves either all of them or none."""
+        rows = self.results() + rows
+        write_atomically(self.results_path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))

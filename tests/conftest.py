@@ -1,0 +1,40 @@
+"""What all tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The root of a data set of digits with its classifier, made once a session."""
+    from diffusion.app import build
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    build.prepare_digits(root)
+    return root
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`command("train", *words)`: a command as a user runs it, in an empty folder, from this checkout."""
+
+    def run(name: str, *words: str, cwd: Path | None = None, check: int | None = None, **environment: str):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "SLURM_"))}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(
+            [sys.executable, "-m", f"diffusion.{name}", *words],
+            cwd=cwd or tmp_path, env=env, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

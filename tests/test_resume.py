@@ -1,0 +1,135 @@
+"""A run that is killed and started again ends with the very weights of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 40
+PLAIN = ["callbacks=none", f"trainer.max_steps={STEPS}", "save.every_steps=6", "log_every=10", "data.batch_size=16"]
+
+
+def start(words, cwd) -> subprocess.Popen:
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.Popen(
+        [sys.executable, "-m", "diffusion.train", *words],
+        cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+def state(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    flat = {f"weights {k}": v for k, v in checkpoint["state_dict"].items()}
+    flat |= {f"ema {k}": v for k, v in checkpoint["ema"].items()}
+    for i, values in checkpoint["optimizer_states"][0]["state"].items():
+        flat |= {f"optimizer {i} {k}": v for k, v in values.items()}
+    return flat
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    ours, theirs = state(folder), state(other)
+    assert ours.keys() == theirs.keys()
+    different = [k for k in ours if not torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(theirs[k]))]
+    assert not different, different
+
+
+LAYOUTS = {
+    "plain": [],
+    "workers, dropout, accumulation": ["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"],
+}
+
+
+@pytest.mark.parametrize("words", LAYOUTS.values(), ids=LAYOUTS)
+def test_killed_three_times_ends_with_the_same_bits(words, digits, tmp_path):
+    words = [*PLAIN, *words, f"data.root={digits}"]
+    finish(start([*words, "run_dir=whole"], tmp_path))
+    killed = tmp_path / "killed"
+    for step in (6, 18, 30):
+        process = start([*words, "run_dir=killed"], tmp_path)
+        wait_for(killed / "checkpoints" / f"step_{step:08d}.ckpt", process)
+        time.sleep(0.02 * step)  # somewhere in the steps that follow
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.1)  # 100 ms later the lock must be free
+    output = finish(start([*words, "run_dir=killed"], tmp_path))
+    assert "going on from step" in output
+    assert_same(tmp_path / "whole", killed)
+    rows = [(p / "metrics.csv").read_text().splitlines() for p in (tmp_path / "whole", killed)]
+    speed = rows[0][0].split(",").index("train/images_per_second")
+    without_speed = [[[f for i, f in enumerate(r.split(",")) if i != speed] for r in lines] for lines in rows]
+    assert without_speed[0] == without_speed[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_saves_and_exits_with_its_number(number, digits, tmp_path):
+    words = [*PLAIN, f"data.root={digits}"]
+    process = start([*words, "run_dir=stopped", "trainer.max_steps=4000"], tmp_path)
+    wait_for(tmp_path / "stopped" / "checkpoints" / "step_00000006.ckpt", process)
+    process.send_signal(number)
+    output = finish(process, 128 + number)
+    assert f"Stopped by signal {int(number)}" in output
+    last = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"at step {last}" in output
+    if last > STEPS:
+        pytest.fail(f"the signal took {last - 6} steps to be obeyed")
+    finish(start([*words, "run_dir=stopped"], tmp_path))
+    finish(start([*words, "run_dir=whole"], tmp_path))
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_accumulation_may_change_on_resume(digits, tmp_path):
+    words = [*PLAIN, "model.dropout=0", f"data.root={digits}"]
+    finish(start([*words, "run_dir=whole"], tmp_path))
+    finish(start([*words, "run_dir=other", "trainer.max_steps=13"], tmp_path))
+    finish(start([*words, "run_dir=other", "trainer.accumulate=4"], tmp_path))
+    ours, theirs = state(tmp_path / "whole"), state(tmp_path / "other")
+    for name, value in ours.items():
+        if name.startswith("weights"):
+            torch.testing.assert_close(theirs[name], value, atol=2e-4, rtol=0)
+
+
+def test_two_processes_never_share_a_run_folder(digits, tmp_path):
+    words = [*PLAIN, f"data.root={digits}", "run_dir=shared", "trainer.max_steps=4000"]
+    first = start(words, tmp_path)
+    wait_for(tmp_path / "shared" / "checkpoints" / "step_00000006.ckpt", first)
+    output = finish(start(words, tmp_path), status=2)
+    assert "in use by another process" in output and str(first.pid) in output
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+
+
+def test_two_processes_train_as_one(digits, tmp_path):
+    words = [*PLAIN, "model.dropout=0", "trainer=cpu", "log_every=1", "trainer.max_steps=20", f"data.root={digits}"]
+    finish(start([*words, "run_dir=one"], tmp_path))
+    finish(start([*words, "run_dir=two", "trainer.devices=2"], tmp_path))
+
+    def losses(name):
+        header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        column = header.split(",").index("train/loss")
+        return torch.tensor([float(r.split(",")[column]) for r in rows])
+
+    one, two = losses("one"), losses("two")
+    assert len(one) == len(two) == 20
+    assert (one - two).abs().max() <= 1e-4
