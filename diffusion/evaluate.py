@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing
-from diffusion.training.run_folder import RunFolder, write_atomically
+from diffusion.files import write_atomically
+from diffusion.training.run_folder import RunFolder
 
 
 @command("evaluate")

@@ -1,7 +1,7 @@
 """Everything random is a function of counters, not of a stream whose state would have to be restored.
 
     word = splitmix64(splitmix64(splitmix64(seed) + a) + b) ...        a key of a seed and some counters
-    u_i  = splitmix64(word + i golden)                                  SplitMix64 (Steele et al. 2014) seeded by the key
+    u_i  = splitmix64(word + i golden)                              SplitMix64 (Steele et al. 2014), seeded by the key
 
 The draw for (seed, what, counters...) is the same on any device, in any batch, on any rank, before and after an
 interruption; a rank draws its own part and nothing else. On the device the work is a dozen integer operations per

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, Protocol
 
-from diffusion.data.index import replacing
+from diffusion.files import replacing
 
 PUBLISHED_IMAGES = 50_000  # that published FID and IS are of
 FROM_IMAGES = ("fid", "is", "kid", "precision", "recall")  # scores that depend on extractor and number of images

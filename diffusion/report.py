@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from yaml import YAMLError
 
 from diffusion.app.compose import Refusal, command, refusing
-from diffusion.data.index import replacing
+from diffusion.files import replacing
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
 from diffusion.training.run_folder import RunFolder, flatten
 

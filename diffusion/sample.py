@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing
-from diffusion.training.run_folder import write_atomically
+from diffusion.files import write_atomically
 
 FILES = ("samples.npz", "grid.png", "png")
 
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> None:
 
         from diffusion.app import build
         from diffusion.training.pictures import grid, save_png
-        from diffusion.training.scoring import with_progress
+        from diffusion.training.scoring import watched
 
         where = build.place(cfg.trainer)
         model = build.trained(cfg.checkpoint, where, cfg.ema)
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
         flush=True,
     )
     numbers = torch.arange(cfg.num_images)
-    images = with_progress("sampling", cfg.num_images, lambda tick: sampling.images(numbers, tick))
+    images = torch.cat(list(watched("sampling", cfg.num_images, sampling.batches(numbers))))
     given = sampling.labels_of(numbers)
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if given is not None:

@@ -11,9 +11,10 @@ import webdataset
 from PIL import Image
 
 from diffusion.data.digits import DigitsDataModule, write_digits
-from diffusion.data.index import INDEX_NAME, MissingData, read_index, sha256_of
+from diffusion.data.index import INDEX_NAME, MissingData, read_index
 from diffusion.data.stream import BadSample, Samples, decode_image, decode_label
 from diffusion.data.writer import ShardWriter, encode_png
+from diffusion.files import sha256_of
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 3, 6, 6), dtype=np.uint8)

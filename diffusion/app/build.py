@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from diffusion.app.check import check_guidance, check_steps
 from diffusion.app.compose import Refusal
 from diffusion.data.digits import DigitsDataModule
-from diffusion.data.index import replacing
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped, NetworkDenoiser
+from diffusion.files import replacing
 from diffusion.metrics.extractors import Extractor, inception, verified
 from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
 from diffusion.noise import Stream, seed63
@@ -197,7 +197,7 @@ def prepare_digits(root: Path) -> tuple[Extractor, ImageShardsDataModule]:
 
 
 class Trained(NamedTuple):
-    """A model out of a checkpoint: its run's configuration, its denoiser with the chosen weights, and where it is from."""
+    """A model out of a checkpoint: its run's configuration, its denoiser with the chosen weights, where it is from."""
 
     config: DictConfig
     denoiser: NetworkDenoiser

@@ -15,7 +15,7 @@ from diffusion.app.compose import Refusal
 from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.stream import Samples
 from diffusion.metrics.extractors import Features
-from diffusion.training.scoring import reference_features, score, with_progress
+from diffusion.training.scoring import score, stored, watched
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -86,21 +86,26 @@ class Evaluation:
     def reference(self) -> Features:
         """Features of the real images."""
         if self.module is not None:
-            return reference_features(self.extractor, self.module.samples)
+            return self.extractor(stored(self.module.samples))
         root = Path(self.cfg.reference)
         if (root / INDEX_NAME).is_file():
-            return reference_features(self.extractor, Samples(read_index(root)))
-        return self.extractor(read_images(self.cfg.reference, "reference", self.extractor.channels))
+            return self.extractor(stored(Samples(read_index(root))))
+        return self.extractor([read_images(self.cfg.reference, "reference", self.extractor.channels)])
 
     def rows(self) -> list[dict[str, Any]]:
         """Sample or read, score, and say of each figure what it depends on."""
         cfg = self.cfg
         if self.model is None:
-            images = read_images(cfg.images, "images", self.extractor.channels)
-            record: dict[str, Any] = {"images": str(cfg.images), "data": str(cfg.reference)}
+            images = [read_images(cfg.images, "images", self.extractor.channels)]
+            about: dict[str, Any] = {"images": str(cfg.images), "data": str(cfg.reference)}
         else:
-            numbers = torch.arange(cfg.num_images)
-            images = with_progress("sampling", cfg.num_images, lambda tick: self.sampling.images(numbers, tick))
-            record = {**self.sampling.record(cfg.num_images), "step": self.model.step, "weights": self.model.weights}
-            record["data"] = self.model.config.data.name if cfg.reference is None else str(cfg.reference)
+            batches = self.sampling.batches(torch.arange(cfg.num_images))
+            images = watched("sampling", cfg.num_images, batches)
+            about = {"step": self.model.step, "weights": self.model.weights}
+            about["data"] = self.model.config.data.name if cfg.reference is None else str(cfg.reference)
+            about["parameters"] = sum(p.numel() for p in self.model.denoiser.network.parameters())
+
+        def record(number: int) -> dict[str, Any]:
+            return about if self.model is None else {**self.sampling.record(number), **about}
+
         return score(images, self.extractor, self.reference(), list(cfg.metrics), record, self.paper)

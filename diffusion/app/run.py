@@ -27,7 +27,7 @@ from diffusion.training.logger import loggers
 from diffusion.training.meter import Bar, Meter, MetricsCsv, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.scoring import Sampling, describe, reference_features, score, with_progress
+from diffusion.training.scoring import Sampling, describe, score, stored, watched
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
@@ -129,7 +129,10 @@ class Run:
         )
         trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
         if saver.stopped_by:
-            say(f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; the same command goes on from there.")
+            say(
+                f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; "
+                f"the same command goes on from there."
+            )
         return saver.exit_status()
 
     def strategy(self) -> DDPStrategy:
@@ -187,11 +190,22 @@ class Run:
         if self.extractor is None:
             self.extractor = build.extractor(self.cfg, self.place, self.data)
         if self._reference is None:
-            self._reference = reference_features(self.extractor, self.data.samples)
+            self._reference = self.extractor(stored(self.data.samples))
         sampling = self.sampling(self.cfg.callbacks.score.batch_size)
-        images = with_progress("sampling", number, lambda tick: sampling.images(torch.arange(number), tick))
-        record = {**sampling.record(number), "step": step, "weights": "ema", "data": self.cfg.data.name}
-        rows = score(images, self.extractor, self._reference, list(self.cfg.metrics), record, dict(self.cfg.paper))
+        about = {
+            "step": step,
+            "weights": "ema",
+            "data": self.cfg.data.name,
+            "parameters": count_parameters(self.denoiser.network),
+        }
+        rows = score(
+            watched("sampling", number, sampling.batches(torch.arange(number))),
+            self.extractor,
+            self._reference,
+            list(self.cfg.metrics),
+            lambda n: {**sampling.record(n), **about},
+            dict(self.cfg.paper),
+        )
         self.folder.add_results(rows)
         return rows
 
@@ -201,7 +215,8 @@ class Run:
         step = self.folder.steps()[0]
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
         with torch.no_grad():
-            load_average(network, load(self.folder.checkpoint_path(step))["ema"], [p.data for p in network.parameters()])
+            ema = load(self.folder.checkpoint_path(step))["ema"]
+            load_average(network, ema, [p.data for p in network.parameters()])
         if cfg.callbacks.enabled and not grid_path(self.folder, step).is_file():
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")

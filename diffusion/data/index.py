@@ -9,17 +9,14 @@ label (0, 0 without one). This module reads the index and knows how to find a sa
 meaning nor the order they are used in, and imports neither torch nor webdataset.
 """
 
-import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
+
+from diffusion.files import replacing
 
 VERSION = 1
 INDEX_NAME = "index.json"
@@ -133,36 +130,6 @@ def write_index(index: Index) -> None:
     content["shards"] = [asdict(shard) for shard in index.shards]
     with replacing(index.root / INDEX_NAME) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole and on disk; after an error nothing is left.
-
-    A temporary file in the same folder, fsync, rename, fsync of the folder.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _check_values(index: Index) -> None:

@@ -32,9 +32,10 @@ from webdataset import DataPipeline
 from webdataset.filters import batched
 from webdataset.filters import map as mapped
 
-from diffusion.data.index import Index, Shard, sha256_of
+from diffusion.data.index import Index, Shard
 from diffusion.data.layout import Layout
 from diffusion.data.order import Plan
+from diffusion.files import sha256_of
 
 CACHES = ("auto", "memory", "none")
 CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from diffusion.data.index import INDEX_NAME, OFFSETS_SUFFIX, Index, Shard, replacing, write_index
+from diffusion.data.index import INDEX_NAME, OFFSETS_SUFFIX, Index, Shard, write_index
+from diffusion.files import replacing
 
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "npy")
 _BLOCK = 512  # a tar is made of blocks: one of header before each member, whose data are padded to whole blocks

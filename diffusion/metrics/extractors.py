@@ -5,7 +5,7 @@ is not known here; Inception is torch-fidelity's, with the weights of 2015 and T
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,18 +53,33 @@ class Extractor:
             )
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | Iterable[Tensor], on_progress: Callable[[int], None] | None = None) -> Features:
-        """uint8 (N, C, H, W), or its chunks in order -> their features."""
+    def __call__(self, images: Iterable[Tensor]) -> Features:
+        """Batches of uint8 (B, C, H, W), in order and of any size -> the features of all; only features are kept."""
         device = next(self.network.parameters()).device
         pooled, logits = [], []
-        for chunk in images.split(CHUNK) if isinstance(images, Tensor) else images:
+        for chunk in rechunked(images, CHUNK):
             self.check(chunk.shape[1], chunk.shape[-1])
             p, g = self.network(chunk.to(device))
             pooled.append(p.float().cpu())
             logits.append(g.float().cpu())
-            if on_progress is not None:
-                on_progress(len(chunk))
+        if not pooled:
+            raise ValueError("There are no images to score.")
         return Features(torch.cat(pooled), torch.cat(logits))
+
+
+def rechunked(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same images in the same order, `size` at a time; the last chunk may be smaller."""
+    held: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        held.append(batch)
+        count += len(batch)
+        while count >= size:
+            joined = torch.cat(held)
+            yield joined[:size]
+            held, count = [joined[size:]], count - size
+    if count:
+        yield torch.cat(held)
 
 
 def verified(path: Path, sha256: str | None, key: str = "extractor.weights") -> str:

@@ -36,8 +36,8 @@ def conv1x1(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Modul
     return _initialised(nn.Conv2d(channels_in, channels_out, 1), scale)
 
 
-def linear(channels_in: int, channels_out: int) -> nn.Module:
-    return _initialised(nn.Linear(channels_in, channels_out))
+def linear(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Module:
+    return _initialised(nn.Linear(channels_in, channels_out), scale)
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -84,19 +84,24 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions with a single head of all channels, added to its input."""
+    """Self-attention over all positions with a single head of all channels, added to its input.
+
+    The paper's 1x1 convolutions, as linear maps of the positions; q, k and v are one matrix product.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v = conv1x1(channels, channels), conv1x1(channels, channels), conv1x1(channels, channels)
-        self.out = conv1x1(channels, channels, scale=1e-10)
+        self.qkv = linear(channels, 3 * channels)
+        for weight in self.qkv.weight.data.chunk(3):  # each is a layer of its own to the initialisation
+            variance_scaling_(weight)
+        self.out = linear(channels, channels, scale=1e-10)
 
     def forward(self, h: Tensor) -> Tensor:
-        x = self.norm(h)
-        q, k, v = (f(x).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return h + self.out(attended.squeeze(1).transpose(1, 2).reshape(h.shape))
+        positions = self.norm(h).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.qkv(positions).unsqueeze(1).chunk(3, dim=-1)
+        attended = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return h + attended.transpose(1, 2).reshape(h.shape)
 
 
 class Downsample(nn.Module):

@@ -4,7 +4,7 @@ Knows samplers and denoisers as callables; it knows no file and no metric.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,8 @@ def generate(
     seed: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Sample these images: uint8 (N, C, H, W) on the CPU, in the order of `image_numbers`.
+) -> Iterator[Tensor]:
+    """Sample these images: uint8 (b, C, H, W) on the CPU, a batch at a time, in the order of `image_numbers`.
 
     Args:
         denoise: guided and clipped as wanted; called as denoise(x_t, t, labels=...).
@@ -46,19 +45,11 @@ def generate(
         image_shape: (C, H, W).
         labels: int64 (N,) or None.
         batch_size: images at a time; changes rounding at most.
-        on_progress: called with the number of images that a finished batch holds.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not at least 1.")
-    done = []
     start_std = float(sampler.schedule.std(times[0]))
     for chunk in torch.arange(len(image_numbers)).split(batch_size):
         numbers = image_numbers[chunk].to(device)
         bound = denoise if labels is None else functools.partial(denoise, labels=labels[chunk].to(device))
         start = ImageNoise(seed, numbers, Stream.PRIOR)
         x = start_std * start(torch.empty(len(chunk), *image_shape, device=device))
-        x = sampler.sample(bound, x, times, ImageNoise(seed, numbers))
-        done.append(to_uint8(x).cpu())
-        if on_progress is not None:
-            on_progress(len(chunk))
-    return torch.cat(done) if done else torch.empty(0, *image_shape, dtype=torch.uint8)
+        yield to_uint8(sampler.sample(bound, x, times, ImageNoise(seed, numbers))).cpu()

@@ -4,7 +4,6 @@ The file is a Lightning checkpoint that `torch.load(weights_only=True)` reads: `
 weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's own counters.
 """
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from diffusion.training.run_folder import RunFolder, damage, sha256, sync_folder, write_atomically
+from diffusion.files import replacing, sha256_of, write_atomically
+from diffusion.training.run_folder import RunFolder, damage
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -39,18 +39,10 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as f:
-                torch.save(checkpoint, f)
-                f.flush()
-                os.fsync(f.fileno())
-            write_atomically(path.with_suffix(".sha256"), sha256(temporary) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            write_atomically(path.with_suffix(".sha256"), sha256_of(f.name) + "\n")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load(path)

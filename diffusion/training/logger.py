@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from diffusion.files import write_atomically
 from diffusion.training.meter import MetricsCsv
-from diffusion.training.run_folder import RunFolder, write_atomically
+from diffusion.training.run_folder import RunFolder
 
 
 class Wandb(Logger):

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusion.training.run_folder import write_atomically
+from diffusion.files import write_atomically
 
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", "train/grad_norm")
 
@@ -138,7 +138,8 @@ class Bar(Callback):
         console = Console(stderr=True)
         if console.is_terminal:
             columns = [TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")]
-            columns += [TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            columns += [TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left")]
+            columns += [TimeRemainingColumn()]
             self._progress = Progress(*columns, console=console, refresh_per_second=4)
             total = trainer.max_steps
             self._task = self._progress.add_task("", total=total, completed=trainer.global_step, figures="")
@@ -161,7 +162,8 @@ class Bar(Callback):
                 return
             done, began = step - self._started[0], self._started[1]
             left = (trainer.max_steps - step) * (now - began) / max(done, 1)
-            print(f"step {step}/{trainer.max_steps}  {self.figures()}  {duration(left)} left", file=sys.stderr, flush=True)
+            line = f"step {step}/{trainer.max_steps}  {self.figures()}  {duration(left)} left"
+            print(line, file=sys.stderr, flush=True)
             self._printed = float("inf") if step == trainer.max_steps else now
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:

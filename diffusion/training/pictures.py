@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from diffusion.training.run_folder import write_atomically
+from diffusion.files import write_atomically
 
 SMALLEST_TILE = 32  # pixels: smaller images are enlarged, without smoothing
 

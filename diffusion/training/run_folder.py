@@ -1,13 +1,13 @@
-"""The folder of a run: its configuration, its lock, its checkpoints and its results. Needs neither torch nor lightning.
+"""The folder of a run: its configuration, lock, checkpoints and results. Needs neither torch nor lightning.
 
-    config.yaml  checkpoints/step_00001000.ckpt  checkpoints/last.ckpt  metrics.csv  samples/  results.jsonl  report.html
+    config.yaml  checkpoints/step_00001000.ckpt  checkpoints/last.ckpt
+    metrics.csv  samples/step_00001000.png  results.jsonl  report.html
 
 The same command finds the same folder again, so nothing here carries a time. A run may be resumed under a
 configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from diffusion.files import remove_leftovers, sha256_of, sync_folder, write_atomically
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
@@ -49,44 +51,14 @@ def differences(old: dict, new: dict) -> list[str]:
     return found
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """All of it or nothing: a temporary file in the same folder, synced, renamed; then the folder synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: its digest if one stands beside it, else the CRCs of its records."""
+    """What is wrong with a checkpoint file, or None: by its digest if one stands beside it, else by its CRCs."""
     digest = path.with_suffix(".sha256")
     if not path.is_file():
         return "there is no such file"
     if digest.is_file():
         wanted = digest.read_text().strip()
-        return None if sha256(path) == wanted else "its sha256 is not the one that was recorded when it was written"
+        return None if sha256_of(path) == wanted else "its sha256 is not the one that was recorded when it was written"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -159,6 +131,8 @@ class RunFolder:
             f.truncate(0)
             f.write(f"process {os.getpid()} on {os.uname().nodename}")
             f.flush()
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
             yield
 
     # ---- checkpoints ----
@@ -184,7 +158,7 @@ class RunFolder:
 
     def point_last_to(self, path: Path) -> None:
         """last.ckpt -> path, atomically; a copy where links are not supported."""
-        temporary = self.checkpoints / f".last.{os.getpid()}.tmp"
+        temporary = self.checkpoints / ".last.ckpt.tmp"
         temporary.unlink(missing_ok=True)
         try:
             os.symlink(path.name, temporary)

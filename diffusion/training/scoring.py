@@ -4,13 +4,15 @@
 """
 
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,12 +62,16 @@ class Sampling:
     def labels_of(self, numbers: Tensor) -> Tensor | None:
         return default_labels(numbers, self.num_classes, self.labels)
 
-    def images(self, numbers: Tensor, on_progress: Callable[[int], None] | None = None) -> Tensor:
-        """uint8 (N, C, H, W) for these image numbers, on the CPU."""
+    def batches(self, numbers: Tensor) -> Iterator[Tensor]:
+        """uint8 (b, C, H, W) for these image numbers, on the CPU, batch by batch."""
         return generate(
             self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
-            self.batch_size, self.device, on_progress,
+            self.batch_size, self.device,
         )  # fmt: skip
+
+    def images(self, numbers: Tensor) -> Tensor:
+        """All of them at once: uint8 (N, C, H, W)."""
+        return torch.cat(list(self.batches(numbers)))
 
     def record(self, num_images: int) -> dict[str, Any]:
         """What results.jsonl says of the sampling; nfe as counted since the last call."""
@@ -73,25 +79,30 @@ class Sampling:
         return {**self.about, "num_steps": len(self.times) - 1, "nfe": nfe, "seed": self.seed}
 
 
-def with_progress(title: str, total: int, work: Callable[[Callable[[int], None]], Any]) -> Any:
-    """Run work(advance) under a bar at a terminal, or with one line at its end."""
+def watched(title: str, total: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same batches, under a bar at a terminal, or with one line at their end."""
     console = Console(stderr=True)
-    if console.is_terminal:
-        columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"), TimeRemainingColumn()]
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=total)
-            return work(lambda n: bar.update(task, advance=n))
     began = time.monotonic()
-    result = work(lambda n: None)
+    if console.is_terminal:
+        columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}, left")]
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task, done = bar.add_task("", total=total, rate="images"), 0
+            for batch in batches:
+                done += len(batch)
+                rate = done / (time.monotonic() - began)
+                bar.update(task, completed=done, rate=f"images, {rate:,.1f} images/s")
+                yield batch
+        return
+    yield from batches
     seconds = time.monotonic() - began
-    print(f"{title}: {total} images in {seconds:.1f} s ({total / max(seconds, 1e-9):,.1f} images/s)", file=console.file)
-    return result
+    print(f"{title}: {total} images in {seconds:.1f} s ({total / max(seconds, 1e-9):,.1f} images/s)", file=sys.stderr)
 
 
-def reference_features(extractor: Extractor, samples: Any) -> Features:
-    """Features of a whole split, in the order of its index: `samples[i] -> (uint8 (C, H, W), label)`."""
-    images = torch.stack([torch.from_numpy(samples[i][0].copy()) for i in range(len(samples))])
-    return extractor(images)
+def stored(samples: Any, size: int = 256) -> Iterator[Tensor]:
+    """A split in the order of its index, `samples[i] -> (uint8 (C, H, W), label)`, as batches."""
+    for first in range(0, len(samples), size):
+        chunk = range(first, min(first + size, len(samples)))
+        yield torch.from_numpy(np.stack([samples[i][0] for i in chunk]))
 
 
 def commit() -> str | None:
@@ -109,32 +120,32 @@ def commit() -> str | None:
 
 
 def score(
-    images: Tensor,
+    images: Iterable[Tensor],
     extractor: Extractor,
     reference: Features,
     metrics: Sequence[str],
-    record: dict[str, Any],
+    record: Callable[[int], dict[str, Any]],
     paper: dict[str, float | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Lines of results.jsonl, one a metric: value, the paper's value, number of images, and how all was made.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: batches of uint8 (b, C, H, W).
         reference: features of the real images.
         metrics: names out of METRICS.
-        record: what is known of the images: sampler, steps, nfe, seed, step of training, weights, data set.
+        record: number of images -> what is known of them: sampler, steps, nfe, seed, step of training, weights.
         paper: published values by metric.
     """
     features = extractor(images)
-    rows = []
+    known, rows = record(len(features.pooled)), []
     for name in metrics:
         values = METRICS[name](features, reference)
         extra = {k: v for k, v in values.items() if k != name}
         rows.append(
             {
                 "metric": extractor.title(name), "name": name, "value": values[name], **extra,
-                "reference": (paper or {}).get(name), "num_images": len(images),
-                "num_reference": len(reference.pooled), **record,
+                "reference": (paper or {}).get(name), "num_images": len(features.pooled),
+                "num_reference": len(reference.pooled), **known,
                 "extractor": extractor.name, "extractor_sha256": extractor.digest, "commit": commit(),
                 "versions": {p: version(p) for p in VERSIONED},
             }

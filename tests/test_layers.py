@@ -1,0 +1,80 @@
+"""The house rules of the package, read from its imports: a file imports only from a smaller layer."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "diffusion"
+
+# Layer of each folder or file, and what it may import from outside beside the standard library.
+LAYERS = {
+    "process": 0, "images": 0, "noise": 0, "files": 0, "__init__": 0,
+    "models": 1, "denoiser": 1, "objective": 1, "guidance": 1, "samplers": 1, "data": 1, "metrics": 1,
+    "training": 3, "page": 3,
+    "app": 4,
+    "train": 5, "sample": 5, "evaluate": 5, "prepare": 5, "report": 5,
+}  # fmt: skip
+OUTSIDE = {
+    0: {"torch", "numpy", "scipy"},
+    1: {"torch", "numpy"},
+    3: {"torch", "numpy", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "rich", "PIL", "yaml",
+        "jinja2", "markupsafe", "matplotlib", "wandb", "omegaconf"},
+    4: {"torch", "numpy", "hydra", "omegaconf", "pytorch_lightning", "PIL", "safetensors"},
+    5: {"torch", "numpy", "omegaconf", "rich", "yaml"},
+}  # fmt: skip
+OUTSIDE_OF = {
+    "data": {"torch", "numpy", "webdataset", "pytorch_lightning", "lmdb", "PIL", "sklearn"},
+    "metrics": {"torch", "numpy", "torchmetrics", "torch_fidelity", "scipy"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, whole: bool = True) -> set[str]:
+    """Modules a file imports; at its top level only, unless whole."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if whole else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inside = node.module == "diffusion" or node.module.startswith("diffusion.")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if inside else {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_from_a_smaller_layer(path):
+    import sys
+
+    part = part_of(path)
+    layer = LAYERS[part]
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "diffusion":
+            other = name.split(".")[1]
+            same_folder = other == part and (PACKAGE / part).is_dir()
+            assert same_folder or LAYERS[other] < layer, f"{path.name} imports {name}"
+        elif top not in sys.stdlib_module_names:
+            allowed = OUTSIDE_OF.get(part, OUTSIDE[layer])
+            assert top in allowed, f"{path.name} imports {name}"
+
+
+TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.training.run_folder", "diffusion.data.index",
+              "diffusion.data.layout", "diffusion.process.times", "diffusion.train", "diffusion.sample",
+              "diffusion.evaluate", "diffusion.prepare", "diffusion.report"]  # fmt: skip
+
+
+def test_checking_a_configuration_needs_neither_torch_nor_lightning():
+    import subprocess
+    import sys
+
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {TORCH_FREE}]; "
+    code += "print([m for m in ('torch', 'pytorch_lightning', 'matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
