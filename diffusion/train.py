@@ -43,15 +43,18 @@ def main(cfg: DictConfig) -> None:
 
     with refusing(cfg.debug):
         run = Run(cfg, config, folder)
-    sys.exit(run.go(say, main_rank()))
+    status = run.go(say, main_rank())
+    if status:
+        sys.exit(status)
 
 
 def finished(cfg: DictConfig, folder: RunFolder) -> bool:
     """Whether training is over and none of its scores, samples or report is missing."""
-    steps = folder.steps()
-    if not steps or steps[0] < cfg.trainer.max_steps:
+    if not folder.steps() or folder.steps()[0] < cfg.trainer.max_steps:
         return False
-    step = steps[0]
+    step, _, _ = folder.latest_valid()
+    if step < cfg.trainer.max_steps:
+        return False
     scored = {r.get("name") for r in folder.results() if r.get("step") == step}
     wanted = set(cfg.metrics) if cfg.callbacks.enabled else set()
     looked = not cfg.callbacks.enabled or (folder.samples / f"step_{step:08d}.png").is_file()

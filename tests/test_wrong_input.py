@@ -131,3 +131,18 @@ def test_paths_may_hold_anything(small_run, command, tmp_path):
         assert sorted(p.name for p in (tmp_path / odd / name).iterdir()) == ["grid.png", "samples.npz"]
     done = command("sample", f"checkpoint={odd}/run", f"out={odd}/out", *quick)
     assert done.returncode == 2 and "overwrite=true" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, command, tmp_path):
+    run, words = small_run
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    path = tmp_path / "run" / "checkpoints" / "step_00000002.ckpt"
+    whole = torch.load(path, weights_only=True)["state_dict"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    done = command("train", *words, "run_dir=run", check=0)
+    assert "step_00000002.ckpt is not used: its sha256" in done.stdout and "going on from step 1" in done.stdout
+    assert path.with_suffix(".ckpt.damaged").is_file()
+    again = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[k], again[k]) for k in whole)

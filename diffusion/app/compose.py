@@ -24,9 +24,11 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead o
 
 import hydra  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.core.override_parser.types import Override, QuotedString  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
@@ -210,10 +212,13 @@ def check_value(override: Override, reference: DictConfig) -> str | None:
     return None
 
 
-def check_words(config_name: str, words: list[str]) -> list[str]:
-    """Refuse what cannot be composed, by name; returns the words as Hydra shall see them."""
+def check_words(config_name: str, words: list[str], sweep: bool = False) -> list[str]:
+    """Refuse what cannot be composed, by name; returns the words as Hydra shall see them.
+
+    In a sweep a comma separates values, so paths are left as they are written.
+    """
     known, chosen, settings = groups(), [], []
-    words = [quote_path(w) for w in words]
+    words = list(words) if sweep else [quote_path(w) for w in words]
     for i, word in enumerate(words):
         override = parse(word)
         name = override.key_or_group
@@ -237,6 +242,13 @@ def check_words(config_name: str, words: list[str]) -> list[str]:
             continue
         words[i] = check_value(override, reference) or words[i]
     return words
+
+
+def sweep_folder(run_dir: str, words: list[str]) -> str:
+    """The run folder of one job of a sweep: below the common one, named by its overrides, the same on every start."""
+    own = sorted(w.lstrip("+") for w in words if not w.lstrip("+").startswith(("run_dir=", "experiment=")))
+    slug = re.sub(r"[^\w.=,+-]+", "-", ",".join(own)) or "default"
+    return str(Path(run_dir) / slug)
 
 
 # ---- commands ----
@@ -288,7 +300,7 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                 if experiment and not any(re.match(r"\+{0,2}experiment=", w) for w in words):
                     words.insert(0, f"+experiment={experiment}")
                 sweep = "-m" in flags or "--multirun" in flags
-                sys.argv[1:] = [*flags, *(words if sweep else check_words(config_name, words))]
+                sys.argv[1:] = [*flags, *check_words(config_name, words, sweep)]
             application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
             try:
                 application(functools.partial(_task, main))()
@@ -306,10 +318,15 @@ def _task(main: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(cfg) - {"hydra"})
         if missing:
             raise Refusal(f"{missing[0]} is needed: give {missing[0]}=...")
+        if HydraConfig.get().mode == RunMode.MULTIRUN and "run_dir" in cfg:
+            cfg.run_dir = sweep_folder(cfg.run_dir, list(HydraConfig.get().overrides.task))
         OmegaConf.resolve(cfg)
     OmegaConf.set_readonly(cfg, True)
     try:
         main(cfg)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
     except Exception:  # no refusal but a failure: the whole story, and a status of its own
         traceback.print_exc()
         sys.exit(1)

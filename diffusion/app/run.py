@@ -97,6 +97,9 @@ class Run:
         step, path, complaints = self.folder.latest_valid()
         for complaint in complaints:
             say(complaint)
+        if main_rank:
+            for damaged in [s for s in self.folder.steps() if s > step]:
+                self.folder.set_aside(damaged)
         if step >= cfg.trainer.max_steps:
             return 0
         say(self.introduction(step))
@@ -212,10 +215,10 @@ class Run:
     def finish(self, say: Callable[[str], None]) -> None:
         """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report."""
         cfg = self.cfg
-        step = self.folder.steps()[0]
+        step, path, _ = self.folder.latest_valid()
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
         with torch.no_grad():
-            ema = load(self.folder.checkpoint_path(step))["ema"]
+            ema = load(path)["ema"]
             load_average(network, ema, [p.data for p in network.parameters()])
         if cfg.callbacks.enabled and not grid_path(self.folder, step).is_file():
             self.look(step)

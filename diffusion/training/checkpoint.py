@@ -67,11 +67,19 @@ class Saver(Checkpoint):
         self.folder, self.every_steps, self.every_minutes, self.keep = folder, every_steps, every_minutes, keep
         self.stopped_by: int | None = None
         self._seen, self._saved_at = 0, 0.0
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take the signals, after Lightning has set its own handlers."""
         self._seen, self._saved_at = trainer.global_step, time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Give the signals back: when training is over there is nothing left to save."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None and number == signal.SIGINT:

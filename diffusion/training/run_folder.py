@@ -92,7 +92,9 @@ class RunFolder:
         """
         old = self.config()
         if old is None:
-            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+            beside = self.path.iterdir() if self.path.is_dir() else ()
+            sweep = (".lock", "multirun.yaml")  # the runs of a sweep lie below the folder of the single run
+            if any(p.name not in sweep and not (p / "config.yaml").is_file() for p in beside):
                 raise ValueError(
                     f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
                     f"Choose another run_dir."
@@ -155,6 +157,12 @@ class RunFolder:
                 return step, path, complaints
             complaints.append(f"{path} is not used: {wrong}.")
         return 0, None, complaints
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that it does not count among the kept ones."""
+        path = self.checkpoint_path(step)
+        path.rename(path.with_suffix(".ckpt.damaged"))
+        path.with_suffix(".sha256").unlink(missing_ok=True)
 
     def point_last_to(self, path: Path) -> None:
         """last.ckpt -> path, atomically; a copy where links are not supported."""
