@@ -41,8 +41,7 @@ def main(cfg: DictConfig) -> None:
 
         where = build.place(cfg.trainer)
         model = build.trained(cfg.checkpoint, where, cfg.ema)
-        labels = list(cfg.labels) if cfg.labels is not None else None
-        sampling = build.sampling(cfg, model.denoiser, where, model.image_shape, cfg.batch_size, labels)
+        sampling = build.sampling(cfg, model.denoiser, where, model.image_shape, cfg.batch_size, list(cfg.labels))
     steps = len(sampling.times) - 1
     print(
         f"Sampling {cfg.num_images} images with {sampling.about['sampler']}, {steps} steps, from {model.path} "

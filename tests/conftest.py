@@ -38,3 +38,46 @@ def command(tmp_path):
         return done
 
     return run
+
+
+def inside(name: str, words: list[str], folder: Path) -> int:
+    """A command inside this process and in this folder, which saves the imports; its exit status."""
+    import importlib
+
+    argv, here = sys.argv, os.getcwd()
+    sys.argv = [f"diffusion.{name}", *words]
+    os.chdir(folder)
+    try:
+        importlib.import_module(f"diffusion.{name}").main()
+        return 0
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+
+
+@pytest.fixture
+def command_inside(tmp_path, capfd):
+    """What `command` gives, by `inside`: for what is the same in this process and takes torch seconds to import."""
+
+    def run(name: str, *words: str, check: int | None = None) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        status = inside(name, list(words), tmp_path)
+        done = subprocess.CompletedProcess([name, *words], status, *capfd.readouterr())
+        assert check in (None, status), done
+        return done
+
+    return run
+
+
+@pytest.fixture
+def call(tmp_path, capfd):
+    """`call("train", *words)`: `inside`, in an empty folder; (status, what it printed)."""
+
+    def run(name: str, *words: str) -> tuple[int, str]:
+        status = inside(name, list(words), tmp_path)
+        out, err = capfd.readouterr()
+        return status, out + err
+
+    return run

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import inside
 
 WRONG = {
     "unknown experiment": ("train", ["+experiment=digts"], ["experiment=digts", "digits", "cifar10"]),
@@ -65,16 +66,9 @@ def test_help_shows_what_can_be_set(name, command):
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory, digits):
     """A run of two steps, to be damaged in copies."""
-    import os
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("small")
     words = ["callbacks=none", "trainer.max_steps=2", "save.every_steps=1", "data.batch_size=8", f"data.root={digits}"]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, "-m", "diffusion.train", *words, "run_dir=run"], cwd=folder, env=env, check=True)
+    assert inside("train", [*words, "run_dir=run"], folder) == 0
     return folder / "run", words
 
 
@@ -103,7 +97,7 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, digits):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "of another model", "of another program", "no checkpoint"])
-def test_a_wrong_checkpoint_is_refused(kind, small_run, command, tmp_path):
+def test_a_wrong_checkpoint_is_refused(kind, small_run, command_inside, tmp_path):
     source = (small_run[0] / "checkpoints" / "last.ckpt").resolve()
     path = tmp_path / "given.ckpt"
     if kind == "truncated":
@@ -116,24 +110,24 @@ def test_a_wrong_checkpoint_is_refused(kind, small_run, command, tmp_path):
         torch.save({"model": {"weight": torch.zeros(3)}}, path)
     else:
         path.write_text("thesis")
-    done = command("sample", "checkpoint=given.ckpt", "out=samples")
+    done = command_inside("sample", "checkpoint=given.ckpt", "out=samples")
     refused(done, ["checkpoint=given.ckpt"], tmp_path, ["given.ckpt"])
 
 
-def test_paths_may_hold_anything(small_run, command, tmp_path):
+def test_paths_may_hold_anything(small_run, command_inside, tmp_path):
     odd = "a b=c,[d]{e} 'f' (g)"
     (tmp_path / odd).mkdir()
     shutil.copytree(small_run[0], tmp_path / odd / "run", symlinks=True)
     quick = ["num_images=2", "sampler.num_steps=2"]
-    command("sample", f"checkpoint={odd}/run", f"out={odd}/out", *quick, check=0)
-    command("sample", f"checkpoint={odd}/run/checkpoints/last.ckpt", f"out={odd}/out, too", *quick, check=0)
+    command_inside("sample", f"checkpoint={odd}/run", f"out={odd}/out", *quick, check=0)
+    command_inside("sample", f"checkpoint={odd}/run/checkpoints/last.ckpt", f"out={odd}/out, too", *quick, check=0)
     for name in ("out", "out, too"):
         assert sorted(p.name for p in (tmp_path / odd / name).iterdir()) == ["grid.png", "samples.npz"]
-    done = command("sample", f"checkpoint={odd}/run", f"out={odd}/out", *quick)
+    done = command_inside("sample", f"checkpoint={odd}/run", f"out={odd}/out", *quick)
     assert done.returncode == 2 and "overwrite=true" in done.stderr
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, command, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, command_inside, tmp_path):
     run, words = small_run
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     path = tmp_path / "run" / "checkpoints" / "step_00000002.ckpt"
@@ -141,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, com
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
-    done = command("train", *words, "run_dir=run", check=0)
+    done = command_inside("train", *words, "run_dir=run", check=0)
     assert "step_00000002.ckpt is not used: its sha256" in done.stdout and "going on from step 1" in done.stdout
     assert path.with_suffix(".ckpt.damaged").is_file()
     again = torch.load(path, weights_only=True)["state_dict"]

@@ -5,7 +5,7 @@ nowhere else.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,12 +259,12 @@ def sampling(
     where: Place,
     image_shape: tuple[int, int, int],
     batch_size: int = 256,
-    labels: list[int] | None = None,
+    labels: Sequence[int] = (),
 ) -> Sampling:
     """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed."""
     built, visited = sampler(cfg, denoiser.schedule)
     num_classes = denoiser.network.num_classes
-    for label in labels or ():
+    for label in labels:
         if label >= max(num_classes, 1):
             raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
     if labels and not num_classes:

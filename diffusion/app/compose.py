@@ -203,7 +203,8 @@ def check_value(override: Override, reference: DictConfig) -> str | None:
     if default is None or value is None or str(value).startswith("${"):
         return None
     if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
-        return None if isinstance(default, str) else ""
+        name, _, text = override.input_line.partition("=")  # trainer.precision=32
+        return f"{name}='{text}'"
     if type(default) is int and type(value) is float and value.is_integer():
         return f"{override.input_line.partition('=')[0]}={int(value)}"
     same = {DictConfig: dict, ListConfig: list}.get(type(default), type(default))
@@ -242,6 +243,15 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
             continue
         words[i] = check_value(override, reference) or words[i]
     return words
+
+
+def composed(config_name: str, words: list[str]) -> DictConfig:
+    """What a command would be given for these words, resolved; refused as there."""
+    words = check_words(config_name, words)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(config_name, overrides=words)
+    OmegaConf.resolve(cfg)
+    return cfg
 
 
 def sweep_folder(run_dir: str, words: list[str]) -> str:

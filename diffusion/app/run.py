@@ -24,7 +24,7 @@ from diffusion.training.callbacks import Look, grid_path, save_grid
 from diffusion.training.checkpoint import AtomicCheckpointIO, Saver, load
 from diffusion.training.ema import EMA, load_average
 from diffusion.training.logger import loggers
-from diffusion.training.meter import Bar, Meter, MetricsCsv, count_parameters
+from diffusion.training.meter import Bar, Meter, MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.scoring import Sampling, describe, score, stored, watched
@@ -69,6 +69,8 @@ class Run:
         if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name != "digits":
             self.extractor = build.extractor(cfg, self.place)
         self._reference: Features | None = None
+        self.csv = MetricsCsv(folder.metrics_path)
+        self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
 
     # ---- the whole ----
 
@@ -79,16 +81,19 @@ class Run:
         with refusing(self.cfg.debug):
             lock = self.folder.locked()
             lock.__enter__()
+        status = 1  # a failure, unless what follows says otherwise
         try:
             with refusing(self.cfg.debug):
                 self.folder.refuse_other(self.config)  # again, now that nobody else can write here
             self.config["data"]["lanes"] = self.data.lanes
             self.folder.write_config(self.config)
-            status = self.train(say, main_rank)
-            if status == 0:
-                self.finish(say)
+            for logger in self.loggers:
+                logger.start(say)
+            status = self.train(say, main_rank) or self.finish(say)
             return status
         finally:
+            for logger in self.loggers:
+                logger.close(status)
             lock.__exit__(None, None, None)
 
     def train(self, say: Callable[[str], None], main_rank: bool) -> int:
@@ -103,9 +108,8 @@ class Run:
         if step >= cfg.trainer.max_steps:
             return 0
         say(self.introduction(step))
-        csv = MetricsCsv(self.folder.metrics_path)
         if main_rank:
-            csv.cut_after(step)
+            self.csv.cut_after(step)
         meter = Meter(cfg.log_every, cfg.data.batch_size)
         saver = Saver(self.folder, cfg.save.every_steps, cfg.save.every_minutes, cfg.save.keep)
         callbacks: list[pl.Callback] = [self.ema, meter, Bar(meter), *self.looks(), saver]
@@ -120,7 +124,7 @@ class Run:
             max_epochs=-1,
             accumulate_grad_batches=cfg.trainer.accumulate,
             callbacks=callbacks,
-            logger=loggers(cfg.logger, self.folder, csv, self.config),
+            logger=self.loggers,
             plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if ranks == 1 else [])],
             log_every_n_steps=cfg.log_every,
             enable_progress_bar=False,
@@ -176,19 +180,17 @@ class Run:
         if cfg.grid.every_steps:
             found.append(Look(cfg.grid.every_steps, self.ema, lambda _, step: self.look(step)))
         if cfg.score.every_steps and self.cfg.metrics:
-            found.append(Look(cfg.score.every_steps, self.ema, self.score_during))
+            found.append(Look(cfg.score.every_steps, self.ema, lambda _, step: self.score(step)))
         return found
 
     def look(self, step: int) -> None:
-        save_grid(self.folder, step, self.sampling(), self.cfg.callbacks.grid.num_images)
-
-    def score_during(self, trainer: pl.Trainer, step: int) -> None:
-        for row in self.score(step):
-            for logger in trainer.loggers:
-                logger.log_metrics({f"eval/{row['name']}": row["value"]}, step)
+        """A grid of samples, on disk and in the loggers."""
+        path = save_grid(self.folder, step, self.sampling(), self.cfg.callbacks.grid.num_images)
+        for logger in self.loggers:
+            logger.log_picture(path, step)
 
     def score(self, step: int) -> list[dict[str, Any]]:
-        """Sample, score, and add to results.jsonl."""
+        """Sample, score, and add to results.jsonl and to the loggers."""
         number = self.cfg.callbacks.score.num_images
         if self.extractor is None:
             self.extractor = build.extractor(self.cfg, self.place, self.data)
@@ -210,10 +212,13 @@ class Run:
             dict(self.cfg.paper),
         )
         self.folder.add_results(rows)
+        for logger in self.loggers:
+            logger.log_scores(rows, step)
         return rows
 
-    def finish(self, say: Callable[[str], None]) -> None:
-        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report."""
+    def finish(self, say: Callable[[str], None]) -> int:
+        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report.
+        Returns the exit status, 0."""
         cfg = self.cfg
         step, path, _ = self.folder.latest_valid()
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
@@ -225,11 +230,10 @@ class Run:
             say(f"Samples: {grid_path(self.folder, step)}")
         scored = {r.get("name") for r in self.folder.results() if r.get("step") == step}
         if cfg.callbacks.enabled and set(cfg.metrics) - scored:
-            rows = self.score(step)
-            MetricsCsv(self.folder.metrics_path).log_metrics({f"eval/{r['name']}": r["value"] for r in rows}, step)
-            for row in rows:
+            for row in self.score(step):
                 say(describe(row))
         write_report(self.folder)
         say(f"Report: {self.folder.report_path}")
+        return 0
 
 

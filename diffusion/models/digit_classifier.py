@@ -45,7 +45,7 @@ def train_digit_classifier(images: Tensor, labels: Tensor, epochs: int = 20, see
             order = torch.from_numpy(permutation(len(images), seed, Stream.SHARDS, epoch))
             for batch in order.split(64):
                 _, logits = model(images[batch])
-                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
+                loss = F.cross_entropy(logits, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

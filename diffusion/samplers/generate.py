@@ -15,7 +15,7 @@ from diffusion.process.schedule import Denoiser
 from diffusion.samplers.base import Sampler
 
 
-def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int] | None = None) -> Tensor | None:
+def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int] = ()) -> Tensor | None:
     """Image k gets label k mod classes, or the chosen labels in turn; None for an unconditional model."""
     if not num_classes:
         return None

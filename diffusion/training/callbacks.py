@@ -4,6 +4,7 @@ Neither draws from the generators of training: with or without them the same wei
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from diffusion.training.run_folder import RunFolder
 from diffusion.training.scoring import Sampling
 
 
-def save_grid(folder: RunFolder, step: int, sampling: Sampling, num_images: int) -> None:
-    """samples/step_00001000.png: images 0 ... num_images - 1 at this step."""
+def save_grid(folder: RunFolder, step: int, sampling: Sampling, num_images: int) -> Path:
+    """samples/step_00001000.png: images 0 ... num_images - 1 at this step. Returns its path."""
     images = sampling.images(torch.arange(num_images))
     columns = sampling.num_classes if sampling.num_classes and num_images % sampling.num_classes == 0 else None
-    save_png(grid(images, columns), grid_path(folder, step))
+    path = grid_path(folder, step)
+    save_png(grid(images, columns), path)
+    return path
 
 
-def grid_path(folder: RunFolder, step: int) -> Any:
+def grid_path(folder: RunFolder, step: int) -> Path:
     return folder.samples / f"step_{step:08d}.png"
 
 

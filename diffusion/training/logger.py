@@ -1,30 +1,56 @@
-"""Where the rows of a run go beside metrics.csv. Choosing Weights & Biases is the user's; the run is the same without.
+"""Where the figures of a run go beside metrics.csv: Weights & Biases, if the user asks for it.
 
-The W&B run id is kept in the run folder, so that a resumed run goes on as the same W&B run; `step` is always the
-optimizer step, since W&B's own counter starts anew in every process.
+Training knows nothing of it and is the same, to the bit, without.
+
+The id of the W&B run is kept in the run folder, so that a resumed run goes on as the same W&B run. Each row stands at
+its optimizer step, as `step` and as W&B's own `_step`, which would count anew in every process. Nothing that W&B does
+or fails to do ends a run: what goes wrong is said once, and the run goes on without it. metrics.csv is the record.
 """
 
+import contextlib
 import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from diffusion.files import write_atomically
-from diffusion.training.meter import MetricsCsv
+from diffusion.training.meter import RunLogger
 from diffusion.training.run_folder import RunFolder
 
+# What W&B reads from the environment; a value set there by the user stays.
+ENVIRONMENT = {
+    "WANDB_SILENT": "true",  # where the run is, and what goes wrong, is said here
+    "WANDB_CONSOLE": "off",  # the progress bar writes to the terminal itself
+    "WANDB_ERROR_REPORTING": "false",  # reports go over the network, also from an offline run
+    "WANDB_INIT_TIMEOUT": "30",  # seconds for a server to answer
+    "WANDB_FINISH_TIMEOUT": "30",  # seconds for the upload at the end; what is left can be uploaded later
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds that a kill may cost; 15 by default
+}
+WITHOUT_SERVER = ("offline", "dryrun", "disabled")
+WITH_SERVER = ("online", "run")
 
-class Wandb(Logger):
-    """A W&B run that belongs to the run folder: same id on resume, offline where there is no key.
+
+class Wandb(RunLogger):
+    """A W&B run that belongs to the run folder.
 
     Args:
         folder: of the run; its wandb/ holds the files and the id.
-        config: resolved and plain.
-        project, entity, group, tags: as W&B has them. mode: online, offline, or auto: online with a key.
+        config: of the run, resolved and plain.
+        project, entity, group, tags: as W&B has them; null leaves them to its own settings, such as WANDB_ENTITY.
+        mode: online, offline, or auto: WANDB_MODE if that is set, else online with a key and offline without.
+
+    Raises:
+        ValueError: W&B does not accept one of these, or the run is to be online and there is no usable key.
     """
+
+    name = "wandb"
+    version = ""
 
     def __init__(
         self,
@@ -38,68 +64,159 @@ class Wandb(Logger):
     ) -> None:
         super().__init__()
         self.folder, self.config = folder, config
-        self.settings = {"project": project, "entity": entity, "group": group, "tags": tags or None}
-        self.mode = mode
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        if mode != "auto":
+            os.environ["WANDB_MODE"] = mode
+        import wandb
+
+        try:
+            self._settings = wandb.Settings(
+                project=project,
+                entity=entity or None,
+                run_group=group or None,
+                run_tags=tuple(map(str, tags)) if tags else None,
+                run_name=folder.path.resolve().name,
+            )
+        except (wandb.Error, ValueError) as e:  # of the names only a project's may be wrong
+            raise ValueError(f"logger.project={project}: {e}.") from e
+        try:
+            self.mode = self._mode(mode)
+        except wandb.Error as e:
+            raise ValueError(f"logger.mode={mode}: {e} Correct it, or give logger.mode=offline.") from e
         self._run: Any = None
+        self._say: Callable[[str], None] = print
 
-    name = "wandb"
+    @staticmethod
+    def _mode(asked: str) -> str:
+        """The mode W&B is started in; it never asks for a key, as it would at a terminal."""
+        import wandb
 
-    @property
-    def version(self) -> str:
-        return self.id()
+        mode = os.environ.get("WANDB_MODE")
+        if mode in WITHOUT_SERVER:
+            return mode
+        if mode not in (None, *WITH_SERVER):
+            raise ValueError(f"WANDB_MODE={mode} is none of {', '.join(WITH_SERVER + WITHOUT_SERVER)}.")
+        key = wandb.login(prompt=False, verify=False)
+        if mode and not key:
+            source = f"WANDB_MODE={mode}" if asked == "auto" else f"logger.mode={asked}"
+            raise ValueError(
+                f"{source} needs a key: run `wandb login` or set WANDB_API_KEY; or give logger.mode=offline."
+            )
+        return "online" if key else "offline"
 
     def id(self) -> str:
-        """The id of this folder's W&B run, made once."""
+        """The id of this folder's W&B run, drawn once."""
         path = self.folder.path / "wandb" / "run_id"
         if not path.is_file():
-            write_atomically(path, f"{int.from_bytes(os.urandom(5), 'big'):010x}\n")
+            write_atomically(path, f"{os.urandom(5).hex()}\n")
         return path.read_text().strip()
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The live W&B run, started on first use."""
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Whatever W&B raises is said once and ends the logging, not the run."""
+        try:
+            yield
+        except Exception as e:  # of many kinds: its own, of sockets, of files, timeouts
+            self._run = None
+            self._say(f"W&B has failed and logs no more; the run goes on. {first_line(e)}")
+            self._stop_service()
+
+    # ---- the life of the run ----
+
+    def start(self, say: Callable[[str], None]) -> None:
+        """Start or go on with the W&B run and say where it is; offline where the server is out of reach or refuses."""
+        self._say = say
+        if self.mode == "disabled":
+            say("W&B: disabled by WANDB_MODE.")
+            return
+        if self.mode == "online":
+            try:
+                self._run = self._init("online")
+                say(f"W&B: {self._run.url}")
+                return
+            except Exception as e:
+                say(f"W&B cannot be reached or refuses, so the run is logged offline. {first_line(e)}")
+                self._stop_service()
+        with self._harmless():
+            self._run = self._init("offline")
+            files = self.folder.path / "wandb"
+            say(f"W&B: offline in {files}; to upload it: wandb sync {shlex.quote(str(files))}/offline-run-*")
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        run = wandb.init(
+            config=self.config, dir=self.folder.path, id=self.id(), resume="allow", mode=mode, settings=self._settings
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    @staticmethod
+    def _stop_service() -> None:
+        """End W&B's process: it would refuse to start a run of the same id again, or fail once more at exit."""
+        import wandb
+
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+
+    def close(self, status: int) -> None:
+        """Write and upload what is left, for at most WANDB_FINISH_TIMEOUT seconds. Never raises.
+
+        A run stopped by a signal is marked as preempted, as the same command goes on with it.
+        """
         if self._run is None:
-            import wandb
+            return
+        run, self._run = self._run, None
+        try:
+            if status > 128:
+                run.mark_preempting()
+            run.finish(exit_code=status)
+        except Exception as e:
+            files = shlex.quote(str(Path(run.dir).parent))
+            self._say(f"W&B has not got all of the run; to upload it: wandb sync {files}. {first_line(e)}")
 
-            mode = self.mode
-            if mode == "auto":
-                mode = "online" if wandb.api.api_key else "offline"
-            self._run = wandb.init(
-                dir=self.folder.path, id=self.id(), resume="allow", name=self.config["name"], config=self.config,
-                mode=mode, settings=wandb.Settings(console="off", silent=True), **self.settings,
-            )  # fmt: skip
-            self._run.define_metric("*", step_metric="step")
-        return self._run
+    # ---- what is logged ----
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The configuration is given when the W&B run starts."""
+    def _log(self, row: dict[str, Any], step: int) -> None:
+        """Add to the row of this step. W&B drops rows before the step at which it resumed, so none is put there."""
+        self._run.log({**row, "step": step}, step=max(step, self._run.starting_step))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.experiment.log({**metrics, "step": step})
+        """Add to the row of this step; one that was sent before a kill and is trained again is not sent twice."""
+        if self._run is not None and step >= self._run.starting_step:
+            with self._harmless():
+                self._log(metrics, step)
 
-    @rank_zero_only
     def log_picture(self, path: Path, step: int) -> None:
-        """A grid of samples."""
+        """A grid of samples, as `samples`."""
+        if self._run is None:
+            return
         import wandb
 
-        self.experiment.log({"samples": wandb.Image(str(path)), "step": step})
+        with self._harmless():
+            self._log({"samples": wandb.Image(str(path))}, step)
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """W&B is closed by `close`, when the scores are in as well."""
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-
-def loggers(cfg: DictConfig, folder: RunFolder, csv: MetricsCsv, config: dict[str, Any]) -> list[Logger]:
-    """metrics.csv, and what the `logger` group adds to it."""
-    if cfg.name == "none":
-        return [csv]
-    return [csv, Wandb(folder, config, **{k: v for k, v in cfg.items() if k != "name"})]
+    def log_scores(self, rows: list[dict[str, Any]], step: int) -> None:
+        """eval/NAME of each, and the paper's value as paper/NAME in the summary."""
+        if self._run is None:
+            return
+        with self._harmless():
+            self._log({f"eval/{r['name']}": r["value"] for r in rows}, step)
+            papers = {f"paper/{r['name']}": r["reference"] for r in rows if r.get("reference") is not None}
+            if papers:
+                self._run.summary.update(papers)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def loggers(cfg: DictConfig, folder: RunFolder, config: dict[str, Any]) -> list[RunLogger]:
+    """What the `logger` group adds to metrics.csv; nothing on ranks other than 0, which write nothing."""
+    if cfg.name == "none" or rank_zero_only.rank != 0:
+        return []
+    return [Wandb(folder, config, **{k: v for k, v in cfg.items() if k != "name"})]

@@ -8,6 +8,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,28 @@ from diffusion.files import write_atomically
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", "train/grad_norm")
 
 
-class MetricsCsv(Logger):
+class RunLogger(Logger):
+    """Where the figures of a run go: Lightning's rows of numbers and, unless a logger leaves them out, pictures and
+    scores. It lives from the start of the run to after its last score, which is longer than Lightning's `fit`."""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The configuration is in the run folder before training begins."""
+
+    def start(self, say: Callable[[str], None]) -> None:
+        """Before training, on rank 0; `say` tells the user where to look."""
+
+    def log_picture(self, path: Path, step: int) -> None:
+        """A grid of samples that has been saved."""
+
+    def log_scores(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Lines of results.jsonl: a column eval/NAME each."""
+        self.log_metrics({f"eval/{row['name']}": row["value"] for row in rows}, step)
+
+    def close(self, status: int) -> None:
+        """After the last score, or after a stop or a failure, with the exit status; must not raise."""
+
+
+class MetricsCsv(RunLogger):
     """metrics.csv: one row a step, columns as they come up. A resumed run cuts the rows beyond its checkpoint."""
 
     def __init__(self, path: Path) -> None:
@@ -34,9 +56,6 @@ class MetricsCsv(Logger):
 
     name = "csv"
     version = ""
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """config.yaml holds them."""
 
     def rows(self) -> list[dict[str, str]]:
         """The rows of the file; one that a kill has cut off is left out."""
@@ -80,7 +99,8 @@ class MetricsCsv(Logger):
 
 
 class Meter(Callback):
-    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate and images/s, to all loggers.
+    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate, images/s, and on a GPU the
+    most memory held so far, to all loggers.
 
     Args:
         every: steps between two rows.
@@ -113,6 +133,8 @@ class Meter(Callback):
         row = {n: float(v / c) for n, v, c in zip(NAMES, values, numbers, strict=True) if c}
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
+        if module.device.type == "cuda":
+            row["train/peak_memory_gb"] = torch.cuda.max_memory_allocated(module.device) / 1e9
         self._since, self.latest = (step, now), row
         for logger in trainer.loggers:
             logger.log_metrics(row, step)

@@ -43,7 +43,7 @@ class Sampling:
     """How images are made from a model: all that decides them but their numbers.
 
     denoise: what the sampler calls, guided and clipped. counted: the network inside it. num_classes: 0 for an
-    unconditional model. labels: chosen ones, in turn; None for k mod classes. about: sampler's name, eta and the like,
+    unconditional model. labels: chosen ones, in turn; none for k mod classes. about: sampler's name, eta and the like,
     for the record.
     """
 
@@ -56,7 +56,7 @@ class Sampling:
     seed: int
     device: torch.device
     batch_size: int = 256
-    labels: Sequence[int] | None = None
+    labels: Sequence[int] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
     def labels_of(self, numbers: Tensor) -> Tensor | None:
