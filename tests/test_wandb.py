@@ -219,8 +219,9 @@ def made(folder: Path, **settings):
         ({}, {"WANDB_MODE": "shared"}, "WANDB_MODE=shared is none of online"),
         ({}, {"WANDB_API_KEY": "short"}, "logger.mode=auto: WANDB_API_KEY invalid"),
         ({"project": "a/b"}, {}, "logger.project=a/b"),
+        ({"entity": ["a"]}, {}, "logger.entity=.* is no name"),
     ],
-    ids=["no key", "no key, by environment", "unknown mode", "malformed key", "malformed project"],
+    ids=["no key", "no key, by environment", "unknown mode", "malformed key", "malformed project", "malformed entity"],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(settings, environment, message, clean, tmp_path):
     for key, value in environment.items():
@@ -302,3 +303,14 @@ def test_a_failure_of_its_process_is_said_once_and_raises_nothing(clean, tmp_pat
     logger.log_scores([{"name": "fid", "value": 1.0}], step + 1)
     logger.close(1)
     assert len(said) == 2 and "W&B has failed and logs no more" in said[1]
+
+
+def test_what_is_left_null_is_taken_from_the_environment(clean, tmp_path):
+    clean.setenv("WANDB_ENTITY", "us")
+    clean.setenv("WANDB_RUN_GROUP", "ours")
+    logger = made(tmp_path)
+    logger.start(str)
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.close(0)
+    run = Files(tmp_path).all("run")[0].run
+    assert (run.entity, run.run_group, run.project) == ("us", "ours", "p")

@@ -70,15 +70,16 @@ class Wandb(RunLogger):
             os.environ["WANDB_MODE"] = mode
         import wandb
 
+        chosen = {
+            "project": text("project", project),
+            "entity": text("entity", entity),
+            "run_group": text("group", group),
+            "run_tags": tuple(map(str, tags or ())) or None,
+            "run_name": folder.path.resolve().name,
+        }
         try:
-            self._settings = wandb.Settings(
-                project=project,
-                entity=entity or None,
-                run_group=group or None,
-                run_tags=tuple(map(str, tags)) if tags else None,
-                run_name=folder.path.resolve().name,
-            )
-        except (wandb.Error, ValueError) as e:  # of the names only a project's may be wrong
+            self._settings = wandb.Settings(**{k: v for k, v in chosen.items() if v is not None})
+        except wandb.Error as e:  # of the names it judges the project's alone
             raise ValueError(f"logger.project={project}: {e}.") from e
         try:
             self.mode = self._mode(mode)
@@ -208,6 +209,13 @@ class Wandb(RunLogger):
             papers = {f"paper/{r['name']}": r["reference"] for r in rows if r.get("reference") is not None}
             if papers:
                 self._run.summary.update(papers)
+
+
+def text(key: str, value: Any) -> str | None:
+    """A name as W&B wants it: text, as which a number passes too, or None."""
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"logger.{key}={value} is no name.")
+    return None if value in (None, "") else str(value)
 
 
 def first_line(error: Exception) -> str:
