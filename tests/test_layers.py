@@ -14,6 +14,7 @@ LAYERS = {
     "training": 3, "page": 3,
     "app": 4,
     "train": 5, "sample": 5, "evaluate": 5, "prepare": 5, "report": 5,
+    "benchmark": 5,
 }  # fmt: skip
 OUTSIDE = {
     0: {"torch", "numpy", "scipy"},
@@ -67,7 +68,7 @@ def test_imports_only_from_a_smaller_layer(path):
 
 TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.training.run_folder", "diffusion.data.index",
               "diffusion.data.layout", "diffusion.process.times", "diffusion.train", "diffusion.sample",
-              "diffusion.evaluate", "diffusion.prepare", "diffusion.report"]  # fmt: skip
+              "diffusion.evaluate", "diffusion.prepare", "diffusion.report", "diffusion.benchmark"]  # fmt: skip
 
 
 def test_checking_a_configuration_needs_neither_torch_nor_lightning():

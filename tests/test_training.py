@@ -1,5 +1,6 @@
 """One training step and what accompanies it: randomness by position, precision, averages, rates, and no waiting."""
 
+import functools
 import signal
 import sys
 from types import SimpleNamespace
@@ -8,12 +9,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from test_experiments import composed
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion.app import build
 from diffusion.app.build import FORMATS
 from diffusion.app.run import Run
 from diffusion.data.digits import write_digits
 from diffusion.images import from_uint8
+from diffusion.noise import ImageNoise
 from diffusion.training.ema import EMA
 from diffusion.training.module import QUARTILES, DiffusionModule
 from diffusion.training.run_folder import RunFolder
@@ -173,6 +177,27 @@ def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
     assert module.take_counts().shape == (2, 2 + QUARTILES)
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "bound", "mu"])
+def test_everything_a_step_makes_is_on_the_network_s_device(objective, make_run):
+    """A fake GPU: tensors of the right device, shape and dtype without a device; mixing devices is an error."""
+    run, batch = make_run(f"objective={objective}", "data.flip=true"), batch_at(torch.arange(8))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for layer in run.module.modules():
+            for name, p in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
+        batch = {k: v.to("cuda") for k, v in batch.items()}
+        loss = run.module.training_step(batch, 0)
+        assert loss.device.type == run.module._sums.device.type == "cuda" and loss.dtype == torch.float32
+        with pytest.raises(RuntimeError):
+            loss.item()
+        sampler, times = build.sampler(run.cfg, run.denoiser.schedule)
+        denoise = build.sampled(run.cfg, run.denoiser, run.denoiser, run.place)
+        noise = ImageNoise(0, batch["position"])
+        start = noise(torch.empty(8, 1, 8, 8, device="cuda"))
+        x = sampler.sample(functools.partial(denoise, labels=batch["label"]), start, times[:3], noise)
+        assert x.device.type == "cuda" and x.dtype == torch.float32
 
 
 # ---- precision and memory format ----

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from diffusion.models.unet import UNet
+from diffusion.models.unet import ResBlock, UNet
 
 SIZES = {
     "cifar10": (dict(image_size=32, dropout=0.1), 35_746_307),
@@ -129,3 +129,13 @@ def test_no_labels_means_the_null_label():
 def test_wrong_sizes_are_refused_by_name(wrong, key):
     with pytest.raises(ValueError, match=key):
         UNet(**(dict(image_size=8, width=32, multipliers=(1, 2)) | wrong))
+
+
+def test_every_residual_block_sees_the_time():
+    network = UNet(image_size=8, channels=1, width=32, multipliers=(1, 2), attention_resolutions=(4,), num_classes=10)
+    for module in network.modules():
+        if isinstance(module, ResBlock):
+            torch.nn.init.xavier_uniform_(module.conv_2.weight)
+            h = torch.randn(2, module.norm_1.num_channels, 8, 8)
+            one, other = (module(h, torch.randn(2, 128)) for _ in range(2))
+            assert (one - other).std() > 0.1 * one.std()

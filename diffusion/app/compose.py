@@ -24,6 +24,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead o
 
 import hydra  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.core.override_parser.types import Override, QuotedString  # noqa: E402
@@ -246,10 +247,14 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
 
 
 def composed(config_name: str, words: list[str]) -> DictConfig:
-    """What a command would be given for these words, resolved; refused as there."""
-    words = check_words(config_name, words)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(config_name, overrides=words)
+    """What a command would be given for these words, resolved; refused as there. May be asked for within a command."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # Hydra composes for one at a time
+    try:
+        words = check_words(config_name, words)
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose(config_name, overrides=words)
+    finally:
+        GlobalHydra.instance().hydra = outer
     OmegaConf.resolve(cfg)
     return cfg
 
