@@ -147,7 +147,7 @@ def sampled(cfg: DictConfig, called: Denoiser, denoiser: NetworkDenoiser, where:
 
 def data(cfg: DictConfig) -> ImageShardsDataModule:
     """The data module; what conf/ says of the set was held against its index by the checks."""
-    described = without(cfg.data, "name", "image_size", "channels", "num_classes")
+    described = without(cfg.data, "name", "image_size", "channels", "num_classes", "rule")
     return make(OmegaConf.merge(described, {"seed": cfg.seed}), "data")
 
 

@@ -82,6 +82,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "callbacks.score.batch_size": at_least(1),
     "num_images": at_least(1),
     "batch_size": at_least(1),
+    "gpu_check.steps": at_least(100),
     "logger.mode": one_of("auto", "online", "offline"),
 }
 

@@ -1,0 +1,95 @@
+"""Work spread over forked processes that never outlive the one that started them."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Tick = Callable[[], None]
+SECONDS = 0.1  # between two reports
+
+
+def over_processes(
+    items: Sequence[Item], work: Callable[[Item, Tick], Result], processes: int, report: Callable[[int], None]
+) -> Iterator[tuple[int, Result]]:
+    """`work(item, tick)` for every item: (number of the item, result), in the order they are finished.
+
+    Worker w takes items w, w + W, ...: nothing is shared but counters, so that a killed process leaves no lock behind.
+    Work calls `tick` once for each unit done; `report` gets their sum now and then.
+
+    Args:
+        processes: workers, at most.
+        work: a function of an item, called in a worker; its result is small. Workers are forks: they have all that
+            this process has.
+
+    Raises:
+        ValueError: what a worker raised as one. OSError: likewise. RuntimeError: any other failure, with its traceback,
+            or a worker that was killed. The other workers are stopped.
+    """
+    context = multiprocessing.get_context("fork")
+    number = max(1, min(processes, len(items)))
+    done = context.RawArray("q", number)
+    workers: list[Any] = []
+    connections: dict[Connection, int] = {}
+    try:
+        for which in range(number if items else 0):
+            receiver, sender = context.Pipe(duplex=False)
+            worker = context.Process(
+                target=_work, args=(os.getpid(), sender, which, number, items, work, done), daemon=True
+            )
+            worker.start()
+            sender.close()
+            workers.append(worker)
+            connections[receiver] = which
+        while connections:
+            for ready in wait(list(connections), timeout=SECONDS):
+                try:
+                    item, kind, content = ready.recv()
+                except EOFError:  # the worker is through, or dead
+                    worker = workers[connections.pop(ready)]
+                    worker.join()
+                    if worker.exitcode:
+                        by = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
+                        raise RuntimeError(f"a worker process ended by {by}") from None
+                    continue
+                if kind == "refused":
+                    raise ValueError(content)
+                if kind == "system":
+                    raise OSError(*content)
+                if kind == "failed":
+                    raise RuntimeError(f"in a worker process:\n{content}")
+                yield item, content
+            report(sum(done))
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+
+
+def _work(parent: int, sender: Connection, which: int, number: int, items: Sequence, work: Callable, done: Any) -> None:
+    """A worker's life. It ends with its parent, at the next tick."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent stops this one
+
+    def tick() -> None:
+        done[which] += 1
+        if os.getppid() != parent:
+            os._exit(1)
+
+    for item in range(which, len(items), number):
+        try:
+            result = "done", work(items[item], tick)
+        except OSError as error:
+            result = "system", (error.errno or errno.EIO, str(error.strerror or error))
+        except ValueError as error:
+            result = "refused", str(error)[:10_000]
+        except BaseException:
+            result = "failed", traceback.format_exc()[-10_000:]
+        sender.send((item, *result))
+        if result[0] != "done":
+            break
