@@ -1,6 +1,6 @@
 """Train a diffusion model, sample from it, score it.
 
-    python -m diffusion.train                                   digits, 4 minutes on two CPU cores
+    python -m diffusion.train                                   digits, minutes on two CPU cores
     python -m diffusion.train +experiment=cifar10               an experiment of conf/experiment
     python -m diffusion.train optimizer.lr=1e-4 run_dir=runs/b  any setting below
 
