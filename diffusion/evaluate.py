@@ -28,6 +28,8 @@ def main(cfg: DictConfig) -> None:
         for key in ("checkpoint", "images", "reference"):
             if cfg[key] is not None and not Path(cfg[key]).exists():
                 raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
+        if cfg.out is not None and Path(cfg.out).is_dir():
+            raise Refusal(f"out={cfg.out} is a folder: give a file, as {cfg.out}/results.jsonl.")
         from diffusion.app.evaluation import Evaluation
 
         evaluation = Evaluation(cfg)

@@ -9,11 +9,12 @@ arr_1: labels); png=true adds single files.
 """
 
 import io
+import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check
+from diffusion.app.check import check, check_guidance
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.files import write_atomically
 
@@ -41,6 +42,7 @@ def main(cfg: DictConfig) -> None:
 
         where = build.place(cfg.trainer)
         model = build.trained(cfg.checkpoint, where, cfg.ema)
+        check_guidance(cfg.guidance.scale, model.config.model.num_classes, model.config.objective.label_dropout)
         sampling = build.sampling(cfg, model.denoiser, where, model.image_shape, cfg.batch_size, list(cfg.labels))
     steps = len(sampling.times) - 1
     print(
@@ -48,6 +50,7 @@ def main(cfg: DictConfig) -> None:
         f"(step {model.step}, {model.weights} weights)",
         flush=True,
     )
+    shutil.rmtree(out / "png", ignore_errors=True)  # of an earlier run, with overwrite=true
     numbers = torch.arange(cfg.num_images)
     images = torch.cat(list(watched("sampling", cfg.num_images, sampling.batches(numbers))))
     given = sampling.labels_of(numbers)

@@ -18,18 +18,22 @@ from diffusion.app.compose import command, refusing
 from diffusion.training.run_folder import RunFolder
 
 
-def main_rank() -> bool:
-    """Whether this process is the one that writes, known from the launcher before torch is."""
+def main_rank(cfg: DictConfig) -> bool:
+    """Whether this process is the one that writes, known from the launcher before torch is. A run of one process is
+    always its own: several of them, started by mistake, meet at the lock."""
+    if cfg.trainer.devices * cfg.trainer.num_nodes == 1:
+        return True
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def say(message: str) -> None:
-    if main_rank():
-        print(message, flush=True)
 
 
 @command("train", experiment="digits")
 def main(cfg: DictConfig) -> None:
+    main_process = main_rank(cfg)
+
+    def say(message: str) -> None:
+        if main_process:
+            print(message, flush=True)
+
     with refusing(cfg.debug):
         check(cfg)
         check_data(cfg)
@@ -43,7 +47,7 @@ def main(cfg: DictConfig) -> None:
 
     with refusing(cfg.debug):
         run = Run(cfg, config, folder)
-    status = run.go(say, main_rank())
+    status = run.go(say, main_process)
     if status:
         sys.exit(status)
 
@@ -55,7 +59,7 @@ def finished(cfg: DictConfig, folder: RunFolder) -> bool:
     step, _, _ = folder.latest_valid()
     if step < cfg.trainer.max_steps:
         return False
-    scored = {r.get("name") for r in folder.results() if r.get("step") == step}
+    scored = folder.own_scores(step)
     wanted = set(cfg.metrics) if cfg.callbacks.enabled else set()
     looked = not cfg.callbacks.enabled or (folder.samples / f"step_{step:08d}.png").is_file()
     return looked and wanted <= scored and folder.report_path.is_file()

@@ -33,6 +33,7 @@ environment() {
   python=$(find_python)
   say "Making $venv from $lock with $("$python" --version) (5.5 GB with the CUDA libraries; minutes, once)"
   [ -x "$PYTHON" ] || "$python" -m venv "$venv"
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null # an environment that uv made has none
   if [ -x "$venv/bin/uv" ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check uv==0.13.9 >&2; then
     "$venv/bin/uv" pip install --quiet --python "$PYTHON" --compile-bytecode --requirement "$lock"
   else

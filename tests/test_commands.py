@@ -28,7 +28,7 @@ def test_a_run_leaves_what_the_design_says(run):
     expected = {"config.yaml", "metrics.csv", "results.jsonl", "report.html", "checkpoints/last.ckpt"}
     expected |= {f"checkpoints/step_{s:08d}.{e}" for s in (4, 6) for e in ("ckpt", "sha256")}
     expected |= {f"samples/step_{s:08d}.png" for s in (3, 6)}
-    assert names == expected | {".lock"}
+    assert names == expected | {".lock", ".results.lock"}
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
     assert {f"network.{k}" for k in checkpoint["ema"]} == set(checkpoint["state_dict"])

@@ -69,7 +69,8 @@ def test_recipe_is_the_papers(name):
 @pytest.mark.parametrize("group", ["schedule", "objective", "sampler", "guidance", "optimizer", "model"])
 def test_every_option_of_a_group_builds(group):
     for option in groups()[group]:
-        words = [f"{group}={option}"] + (["model.num_classes=10"] if option == "classifier_free" else [])
+        conditional = ["model.num_classes=10", "objective.label_dropout=0.1"]
+        words = [f"{group}={option}"] + (conditional if option == "classifier_free" else [])
         cfg = composed("+experiment=cifar10", *words)
         if cfg.model.image_size % 2 ** (len(cfg.model.multipliers) - 1) == 0:
             check(cfg)

@@ -137,3 +137,17 @@ def test_two_processes_train_as_one(digits, tmp_path):
     one, two = losses("one"), losses("two")
     assert len(one) == len(two) == 20
     assert (one - two).abs().max() <= 1e-4
+
+
+def test_a_signal_during_the_final_scores_ends_the_run_at_once_and_they_are_made_later(digits, tmp_path):
+    words = [f"data.root={digits}", "run_dir=run", "trainer.max_steps=2", "callbacks.grid.num_images=10"]
+    words += ["sampler.num_steps=2", "trainer.threads=1"]
+    process = start([*words, "callbacks.score.num_images=1000000"], tmp_path)
+    wait_for(tmp_path / "run" / "samples" / "step_00000002.png", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    whole([*words, "callbacks.score.num_images=20"], tmp_path, "run")
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffusion.app.check import check_guidance, check_steps
+from diffusion.app.check import check_steps
 from diffusion.app.compose import Refusal
 from diffusion.data.digits import DigitsDataModule
 from diffusion.data.module import ImageShardsDataModule
@@ -35,6 +35,12 @@ from diffusion.training.run_folder import RunFolder
 from diffusion.training.scoring import Counted, Sampling
 
 CLASSIFIER = "classifier.safetensors"
+SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "ve_geometric")
+TARGETS = {  # what a checkpoint may ask to be built
+    "model": ("diffusion.models.unet.UNet",),
+    "schedule": tuple(f"diffusion.process.schedule.{name}" for name in SCHEDULES),
+    "data": ("diffusion.data.module.ImageShardsDataModule", "diffusion.data.digits.DigitsDataModule"),
+}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -133,8 +139,6 @@ def sampler(cfg: DictConfig, levels: Schedule) -> tuple[Sampler, list[float]]:
 
 def sampled(cfg: DictConfig, called: Denoiser, denoiser: NetworkDenoiser, where: Place) -> Denoiser:
     """What a sampler calls: `called`, the network's denoiser, in its precision, guided and clipped as configured."""
-    check_guidance(cfg.guidance.scale, denoiser.network.num_classes)
-
     def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         with where.autocast():
             return called(x_t.contiguous(memory_format=where.memory_format), t, labels)
@@ -223,6 +227,8 @@ def checkpoint_path(given: str) -> Path:
     if path.is_dir():
         folder = RunFolder(path)
         _, found, complaints = folder.latest_valid()
+        for complaint in complaints:
+            print(complaint)
         if found is None:
             detail = " ".join(complaints) or f"there is none in {folder.checkpoints}."
             raise Refusal(f"checkpoint={given} holds no usable checkpoint: {detail}")
@@ -232,11 +238,20 @@ def checkpoint_path(given: str) -> Path:
     return path
 
 
+def refuse_foreign_targets(config: DictConfig, path: Path) -> None:
+    """A checkpoint names the classes it is built with: only those that its groups are made for are taken."""
+    for group, allowed in TARGETS.items():
+        target = str(config[group].get("_target_"))
+        if target not in allowed:
+            raise Refusal(f"checkpoint={path} asks for {group}._target_={target}, which is none of {list(allowed)}.")
+
+
 def trained(given: str, where: Place, ema: bool = True) -> Trained:
     """The model of a checkpoint, on its device, in evaluation mode."""
     path = checkpoint_path(given)
     content = load(path)
     config = OmegaConf.create(content["config"])
+    refuse_foreign_targets(config, path)
     with torch.device("meta"):
         net = make(config.model, "model")
     net.to_empty(device="cpu")
@@ -264,6 +279,8 @@ def sampling(
     """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed."""
     built, visited = sampler(cfg, denoiser.schedule)
     num_classes = denoiser.network.num_classes
+    if getattr(built, "variance", "") == "learned" and denoiser.network.out_channels == image_shape[0]:
+        raise Refusal("sampler.variance=learned: this network predicts no variance; use small or large.")
     for label in labels:
         if label >= max(num_classes, 1):
             raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")

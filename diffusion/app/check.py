@@ -83,6 +83,8 @@ RULES: dict[str, tuple[Test, str]] = {
     "num_images": at_least(1),
     "batch_size": at_least(1),
     "gpu_check.steps": at_least(100),
+    "data.lanes": at_least(1),
+    "extractor.name": one_of("inception", "digits"),
     "logger.mode": one_of("auto", "online", "offline"),
 }
 
@@ -91,7 +93,11 @@ def check(cfg: DictConfig) -> None:
     """Refuse values out of their range and combinations that cannot be; looks at nothing but the configuration."""
     for key, (test, text) in RULES.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and not test(value):
+        try:
+            fits = value is None or test(value)
+        except TypeError:  # text where a number is needed, and the default is null
+            fits = False
+        if not fits:
             raise Refusal(f"{key}={value} {text}.")
     for metric in cfg.get("metrics") or ():
         if metric not in METRICS:
@@ -128,7 +134,7 @@ def check_training(cfg: DictConfig) -> None:
         raise Refusal(
             f"objective.label_dropout={cfg.objective.label_dropout} needs a conditional model: model.num_classes=0."
         )
-    check_guidance(cfg.guidance.scale, cfg.model.num_classes)
+    check_guidance(cfg.guidance.scale, cfg.model.num_classes, cfg.objective.label_dropout)
     if cfg.callbacks.enabled and "fid" in cfg.metrics and cfg.extractor.name == "digits":
         if cfg.data.image_size != 8 or cfg.data.channels != 1:
             raise Refusal(
@@ -148,9 +154,15 @@ def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
     times(num_timesteps, steps, sampler.spacing)
 
 
-def check_guidance(scale: float, num_classes: int) -> None:
+def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None:
+    """Refuse guidance of a model without classes, or of one that has never seen an image without its label."""
     if scale != 1 and not num_classes:
         raise Refusal(f"guidance.scale={scale} needs a conditional model: this one has no classes; give guidance=none.")
+    if scale != 1 and not label_dropout:
+        raise Refusal(
+            f"guidance.scale={scale} needs a model that was trained with objective.label_dropout above 0: "
+            f"this one has never seen an image without its label; give guidance=none."
+        )
 
 
 def check_data(cfg: DictConfig) -> None:

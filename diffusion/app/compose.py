@@ -36,7 +36,9 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "runs", "reference")
 PATH_KEYS += ("data.root", "extractor.weights")
-FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p", "--cfg")
+MAY_BE_NULL = ("sampler.num_steps", "logger.project")
+FLAGS_WITH_VALUE = ("-c", "--cfg", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir", "-p")
+FLAGS_WITH_VALUE += ("--package",)
 
 
 class Refusal(ValueError):
@@ -198,9 +200,11 @@ def check_value(override: Override, reference: DictConfig) -> str | None:
     if override.is_delete() or override.is_sweep_override():
         return None
     default, value = OmegaConf.select(reference, key, throw_on_missing=False), plain(override.value())
-    if isinstance(default, ListConfig) and value is not None and not isinstance(value, list):
+    if isinstance(default, ListConfig) and value is not None and not isinstance(value, list | dict):
         word = override.input_line
         return None if str(value).startswith("${") else f"{word.partition('=')[0]}=[{word.partition('=')[2]}]"
+    if value is None and default is not None and key not in MAY_BE_NULL:
+        raise Refusal(f"{key}=null: a value is needed, {kind(default)}; the default is {key}={default}.")
     if default is None or value is None or str(value).startswith("${"):
         return None
     if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
@@ -274,7 +278,7 @@ def refusing(debug: bool = False) -> Iterator[None]:
     """A ValueError, or an error of Hydra's, while a command checks and builds: one message, exit status 2."""
     try:
         yield
-    except (ValueError, HydraException, OmegaConfBaseException) as e:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as e:
         if debug:
             traceback.print_exc()
         cause = e.__cause__ if isinstance(e, HydraException) and isinstance(e.__cause__, ValueError) else e

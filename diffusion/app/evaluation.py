@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.app import build
-from diffusion.app.check import check_data
+from diffusion.app.check import check_data, check_guidance
 from diffusion.app.compose import Refusal
 from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.stream import Samples
@@ -26,6 +27,8 @@ def read_images(given: str, key: str, channels: int) -> Tensor:
     Nothing is unpickled. ValueError for anything else, no images, or images of several sizes.
     """
     path = Path(given)
+    if (path / "samples.npz").is_file():  # a folder that `sample` made
+        path = path / "samples.npz"
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
         if not files:
@@ -43,7 +46,7 @@ def read_images(given: str, key: str, channels: int) -> Tensor:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 pixels = archive["arr_0"]
-        except (ValueError, KeyError, OSError) as e:
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as e:
             raise Refusal(f"{key}={path} is no .npz with uint8 images in arr_0 ({e}).") from e
         if pixels.dtype != np.uint8 or pixels.ndim != 4:
             raise Refusal(f"{key}={path}: arr_0 is {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, C).")
@@ -60,6 +63,7 @@ class Evaluation:
         if cfg.checkpoint is not None:
             self.model = build.trained(cfg.checkpoint, self.place, cfg.ema)
             run = self.model.config
+            check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
             self.paper = dict(run.paper)
             self.sampling = build.sampling(cfg, self.model.denoiser, self.place, self.model.image_shape, cfg.batch_size)
             if self.model.path.parent.name == "checkpoints":

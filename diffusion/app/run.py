@@ -6,7 +6,7 @@ trains from the newest sound checkpoint, and makes what is missing of pictures, 
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -110,6 +110,7 @@ class Run:
         say(self.introduction(step))
         if main_rank:
             self.csv.cut_after(step)
+            self.folder.cut_results_after(step)
         meter = Meter(cfg.log_every, cfg.data.batch_size)
         saver = Saver(self.folder, cfg.save.every_steps, cfg.save.every_minutes, cfg.save.keep)
         callbacks: list[pl.Callback] = [self.ema, meter, Bar(meter), *self.looks(), saver]
@@ -134,7 +135,10 @@ class Run:
             deterministic=cfg.deterministic,
             default_root_dir=self.folder.path,
         )
-        trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
+        # Lightning would broadcast a flag and look at it on every batch; the saver has the signals.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        with saver.signals(trainer):
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
         if saver.stopped_by:
             say(
                 f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; "
@@ -189,7 +193,7 @@ class Run:
         for logger in self.loggers:
             logger.log_picture(path, step)
 
-    def score(self, step: int) -> list[dict[str, Any]]:
+    def score(self, step: int, metrics: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Sample, score, and add to results.jsonl and to the loggers."""
         number = self.cfg.callbacks.score.num_images
         if self.extractor is None:
@@ -198,6 +202,7 @@ class Run:
             self._reference = self.extractor(stored(self.data.samples))
         sampling = self.sampling(self.cfg.callbacks.score.batch_size)
         about = {
+            "by": "train",
             "step": step,
             "weights": "ema",
             "data": self.cfg.data.name,
@@ -207,7 +212,7 @@ class Run:
             watched("sampling", number, sampling.batches(torch.arange(number))),
             self.extractor,
             self._reference,
-            list(self.cfg.metrics),
+            list(self.cfg.metrics) if metrics is None else metrics,
             lambda n: {**sampling.record(n), **about},
             dict(self.cfg.paper),
         )
@@ -228,9 +233,9 @@ class Run:
         if cfg.callbacks.enabled and not grid_path(self.folder, step).is_file():
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")
-        scored = {r.get("name") for r in self.folder.results() if r.get("step") == step}
-        if cfg.callbacks.enabled and set(cfg.metrics) - scored:
-            for row in self.score(step):
+        missing = [m for m in cfg.metrics if m not in self.folder.own_scores(step)]
+        if cfg.callbacks.enabled and missing:
+            for row in self.score(step, missing):
                 say(describe(row))
         write_report(self.folder)
         say(f"Report: {self.folder.report_path}")

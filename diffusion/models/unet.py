@@ -191,6 +191,7 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} is outside [0, 1).")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self.out_channels = out_channels or channels
         embedding, size = 4 * width, image_size
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
@@ -222,7 +223,7 @@ class UNet(nn.Module):
             self.up.append(Level(blocks, Upsample(h) if level else None))
             size *= 2
         self.norm = group_norm(h)
-        self.head = conv3x3(h, out_channels or channels, scale=1e-10)
+        self.head = conv3x3(h, self.out_channels, scale=1e-10)
 
     @property
     def null_label(self) -> int | None:

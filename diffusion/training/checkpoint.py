@@ -6,6 +6,8 @@ weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from diffusion.files import replacing, sha256_of, write_atomically
 from diffusion.training.run_folder import RunFolder, damage
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -67,19 +71,23 @@ class Saver(Checkpoint):
         self.folder, self.every_steps, self.every_minutes, self.keep = folder, every_steps, every_minutes, keep
         self.stopped_by: int | None = None
         self._seen, self._saved_at = 0, 0.0
-        self._handlers: dict[int, Any] = {}
+
+    @contextmanager
+    def signals(self, trainer: Trainer) -> Iterator[None]:
+        """Around `fit`: the signals are ours, whatever stage it is in, and afterwards what they were before.
+
+        Lightning's own handlers, which act in the middle of a step and leave with status 0, are not installed.
+        """
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the signals, after Lightning has set its own handlers."""
         self._seen, self._saved_at = trainer.global_step, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._handlers[number] = signal.signal(number, self._note)
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Give the signals back: when training is over there is nothing left to save."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None and number == signal.SIGINT:

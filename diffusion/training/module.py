@@ -131,10 +131,15 @@ class DiffusionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
-        checkpoint["counts"] = {"sums": self._sums, "norms": self._norms}
+        counts = {"sums": self._sums, "norms": self._norms}
+        if self.trainer.world_size > 1:  # of all ranks; given back to the first
+            strategy = self.trainer.strategy
+            counts = {k: v if v is None else strategy.reduce(v.clone(), reduce_op="sum") for k, v in counts.items()}
+        checkpoint["counts"] = counts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._sums, self._norms = checkpoint["counts"]["sums"], checkpoint["counts"]["norms"]
+        if self.trainer.is_global_zero:
+            self._sums, self._norms = checkpoint["counts"]["sums"], checkpoint["counts"]["norms"]
 
     def on_train_start(self) -> None:
         """A run may be resumed with another number of micro-batches a step, which Lightning's own count does not know:

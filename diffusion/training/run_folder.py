@@ -23,8 +23,8 @@ from diffusion.files import remove_leftovers, sha256_of, sync_folder, write_atom
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
-    "trainer data.num_workers data.cache data.root data.prepare logger save callbacks extractor metrics sampler "
-    "guidance paper debug fingerprint_every deterministic log_every run_dir"
+    "trainer data.rule data.num_workers data.cache data.root data.prepare logger save callbacks extractor metrics "
+    "sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
 
 
@@ -93,7 +93,7 @@ class RunFolder:
         old = self.config()
         if old is None:
             beside = self.path.iterdir() if self.path.is_dir() else ()
-            sweep = (".lock", "multirun.yaml")  # the runs of a sweep lie below the folder of the single run
+            sweep = (".lock", ".results.lock", "multirun.yaml")  # whose runs lie below the folder of the single run
             if any(p.name not in sweep and not (p / "config.yaml").is_file() for p in beside):
                 raise ValueError(
                     f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
@@ -192,5 +192,27 @@ class RunFolder:
 
     def add_results(self, rows: list[dict]) -> None:
         """Add lines; written whole, so that a kill leaves either all of them or none."""
-        rows = self.results() + rows
+        with self._results_locked():
+            self._write_results(self.results() + rows)
+
+    def cut_results_after(self, step: int) -> None:
+        """Drop the run's own scores of steps that will be trained again."""
+        with self._results_locked():
+            rows = self.results()
+            kept = [r for r in rows if r.get("by") != "train" or r.get("step", 0) <= step]
+            if len(kept) < len(rows):
+                self._write_results(kept)
+
+    def own_scores(self, step: int) -> set[str]:
+        """Names of the metrics that the run itself, not `evaluate`, has of this step."""
+        return {r.get("name") for r in self.results() if r.get("by") == "train" and r.get("step") == step}
+
+    def _write_results(self, rows: list[dict]) -> None:
         write_atomically(self.results_path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
+
+    @contextmanager
+    def _results_locked(self) -> Iterator[None]:
+        """results.jsonl is also written by `evaluate`, while the run may go on."""
+        with open(self.path / ".results.lock", "a") as f:
+            fcntl.lockf(f, fcntl.LOCK_EX)
+            yield
