@@ -4,6 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Read by OpenMP when torch is imported. Threads that spin while they wait make a step twenty times slower as soon as
-# another program wants a core (226 ms against 4.6 s, two cores, a busy neighbour).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by OpenMP when torch is imported: how long a thread spins before it sleeps. By default it spins long, and as soon
+# as another program wants a core a training step can take twenty times as long; without spinning it takes twice as long
+# on an idle machine (docs/measurements.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
