@@ -302,7 +302,9 @@ def test_a_walk_visits_the_times_it_is_given_with_one_call_each(sampler):
 
 def test_deterministic_sampling_asks_for_no_noise():
     schedule = SCHEDULES["linear"]
-    DDIM(schedule).sample(NetworkDenoiser(guess, schedule), images(), times(1000, 5), None)
+    asked = []
+    DDIM(schedule).sample(NetworkDenoiser(guess, schedule), images(), times(1000, 5), asked.append)
+    assert asked == []
 
 
 @with_all
