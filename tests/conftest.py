@@ -22,6 +22,14 @@ def digits(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The root of the numbered images of `numbered.py`."""
+    from numbered import write_numbered
+
+    return write_numbered(tmp_path_factory.mktemp("numbered"))
+
+
 @pytest.fixture
 def command(tmp_path):
     """`command("train", *words)`: a command as a user runs it, in an empty folder, from this checkout."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion.data.digits import DigitsDataModule, write_digits
 from diffusion.data.index import INDEX_NAME, MissingData, read_index
-from diffusion.data.stream import BadSample, Samples, decode_image, decode_label
+from diffusion.data.samples import BadSample, Samples, decode_image, decode_label
 from diffusion.data.writer import ShardWriter, encode_png
 from diffusion.files import sha256_of
 
@@ -162,13 +162,18 @@ def test_a_truncated_file_is_named(tmp_path, part):
         read_index(tmp_path)
 
 
+SHARD = {"path": "x.tar", "split": "a", "samples": 1, "bytes": 1, "sha256": "0" * 64, "offsets_sha256": "0" * 64}
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"version": 2}, "format version 2, expected 1"),
+        ({"version": 1}, "format version 1, expected 2"),
         ({"image_size": "6"}, "damaged.*image_size"),
         ({"shards": []}, "damaged.*no shards"),
-        ({"shards": [{"path": "../x.tar", "split": "a", "samples": 1, "bytes": 1, "sha256": ""}]}, r"damaged.*\.\./x"),
+        ({"shards": [SHARD | {"path": "../x.tar"}]}, r"damaged.*\.\./x"),
+        ({"shards": [SHARD | {"sha256": "0" * 63}]}, "damaged.*sha256 of x.tar"),
+        ({"shards": [SHARD | {"samples": 0}]}, "damaged.*samples of x.tar"),
         ({"shards": [{"path": "x.tar"}]}, "damaged"),
     ],
 )

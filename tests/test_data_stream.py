@@ -1,7 +1,9 @@
 """Batches as they come out of real loaders and a real Trainer: the same in every layout, and after every stop."""
 
 import itertools
+import multiprocessing
 import os
+import shutil
 import signal
 import warnings
 from dataclasses import replace
@@ -10,71 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numbered import BATCH, CLASSES, COUNT, Counted, global_batches, number_of, pixels, plan_of, take
 from pytorch_lightning import LightningModule, Trainer
 
-from diffusion.data.index import read_index
+from diffusion.data.index import read_index, write_index
 from diffusion.data.layout import Layout
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.order import Plan
-from diffusion.data.stream import LocalShard, Samples, StreamLoader
+from diffusion.data.samples import Samples
+from diffusion.data.sets import CelebAHQDataModule, CIFAR10DataModule, LSUNDataModule
+from diffusion.data.shards import LocalShards
+from diffusion.data.stream import StreamLoader
 from diffusion.data.writer import ShardWriter
-
-COUNT, CLASSES, BATCH = 1009, 7, 840  # a prime number of images; a batch that 1 to 8 ranks divide
-
-
-def pixels(number):
-    """An image that says its number."""
-    return np.array([number >> 8, number & 255, 0, 255], dtype=np.uint8).reshape(1, 2, 2)
-
-
-def number_of(images):
-    flat = images.reshape(len(images), 4).to(torch.int64)
-    assert (flat[:, 2] == 0).all() and (flat[:, 3] == 255).all()
-    return flat[:, 0] * 256 + flat[:, 1]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """1,009 numbered images in 11 shards, the last of them smaller."""
-    root = tmp_path_factory.mktemp("numbered")
-    with ShardWriter(root, "numbered", image_size=2, channels=1, classes=CLASSES, max_samples=93) as writer:
-        for number in range(COUNT):
-            writer.write(pixels(number), number % CLASSES)
-    return root
-
-
-class Counted(Samples):
-    """Samples that note the numbers of those they decode."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.decoded = []
-
-    def _decode(self, number):
-        self.decoded.append(number)
-        return super()._decode(number)
-
-
-def plan_of(samples, batch_size=BATCH, lanes=8, seed=3):
-    return Plan(samples.counts, batch_size, lanes, seed)
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
-
-
-def global_batches(samples, ranks, workers, steps, accumulate=1, start=0, batch_size=BATCH):
-    """The global batches that the ranks' loaders make together: (position, number), each (steps, batch_size)."""
-    parts = []
-    for rank in range(ranks):
-        layout = Layout(batch_size, rank, ranks, accumulate)
-        loader = StreamLoader(samples, plan_of(samples, batch_size), layout, start * accumulate, workers)
-        batches = take(loader, steps * accumulate)
-        assert all(len(batch["image"]) == layout.micro_batch_size for batch in batches)
-        assert all((batch["label"] == number_of(batch["image"]) % CLASSES).all() for batch in batches)
-        parts.append([torch.stack([batch["position"], number_of(batch["image"])]) for batch in batches])
-    steps_of = [[torch.cat(part[s * accumulate : (s + 1) * accumulate], dim=1) for part in parts] for s in range(steps)]
-    return torch.stack([torch.cat(step, dim=1) for step in steps_of], dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +76,7 @@ def test_resuming_on_other_ranks_loses_nothing_repeats_nothing_and_decodes_nothi
     for start, stop in itertools.pairwise([0, *stops, total]):
         samples, ranks = Counted(index), int(rng.choice([1, 2, 3, 4, 5, 6, 8]))
         met.append(global_batches(samples, ranks, 0, stop - start, start=start, batch_size=batch_size))
-        # a loader looks one sample ahead of the last batch taken from it
-        assert len(samples.decoded) <= (stop - start) * batch_size + ranks
+        assert len(samples.decoded) == (stop - start) * batch_size
         ahead = whole.locate(np.arange(start * batch_size, (stop + 1) * batch_size))[1]
         assert set(samples.decoded) <= set(ahead.tolist())
     positions, numbers = torch.cat(met, dim=1)
@@ -162,15 +110,16 @@ def test_all_ranks_together_open_each_shard_about_once(tmp_path):
     index = replace(index, shards=tuple(replace(shard, split="train") for shard in index.shards))
     opened = []
 
-    def noting(index, shard):
-        opened.append(shard)
-        return LocalShard(index, shard)
+    class Noting(LocalShards):
+        def open(self, shard):
+            opened.append(shard)
+            return super().open(shard)
 
     batch_size = 64
     for ranks in (1, 2, 4, 8):
         opened.clear()
         for rank in range(ranks):
-            samples = Samples(index, open_shard=noting)
+            samples = Samples(index, shards=Noting(index))
             plan = plan_of(samples, batch_size, lanes=64)
             in_epoch = plan.locate(np.arange(number + batch_size))[0] == 0
             places = [Layout(batch_size, rank, ranks).places(step) for step in range(-(-number // batch_size))]
@@ -182,7 +131,7 @@ def test_all_ranks_together_open_each_shard_about_once(tmp_path):
 
 
 def test_few_files_stay_open(root, monkeypatch):
-    monkeypatch.setattr("diffusion.data.stream.OPEN_SHARDS", 3)
+    monkeypatch.setattr("diffusion.data.samples.OPEN_SHARDS", 3)
     samples = Samples(read_index(root))
     before = len(os.listdir("/proc/self/fd"))
     for number in range(0, COUNT, 17):
@@ -197,7 +146,7 @@ def test_a_cached_sample_is_decoded_once_and_not_every_epoch(root):
     for cache, limit, decodes in [("memory", 0, 1), ("auto", COUNT * 4, 1), ("auto", COUNT * 4 - 1, 3), ("none", 0, 3)]:
         samples = Counted(index, cache=cache, cache_bytes=limit)
         plan = plan_of(samples, batch_size=1, lanes=1)  # whose epochs end between two batches
-        take(StreamLoader(samples, plan, Layout(1)), 3 * COUNT - 1)
+        take(StreamLoader(samples, plan, Layout(1)), 3 * COUNT)
         assert len(samples.decoded) == decodes * COUNT
 
 
@@ -213,13 +162,89 @@ def test_workers_share_the_cache(root):
 
 def test_workers_ignore_the_signals_that_stop_the_trainer(root):
     samples = Samples(read_index(root))
+    before = set(multiprocessing.active_children())
     loader = iter(StreamLoader(samples, plan_of(samples, 24), Layout(24), num_workers=1))
     next(loader)
-    (worker,) = loader._workers
+    (worker,) = set(multiprocessing.active_children()) - before
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
     positions = torch.cat([next(loader)["position"] for _ in range(10)])
     assert (positions == torch.arange(24, 11 * 24)).all() and worker.is_alive()
+
+
+# ---- stopping and going on, at random ----
+
+
+class Watched(LocalShards):
+    """Shards that note which ones are opened."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.opened = []
+
+    def open(self, shard):
+        self.opened.append(self.index.shards.index(shard))
+        return super().open(shard)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """48 shards of 20 to 60 samples."""
+    root, rng, number = tmp_path_factory.mktemp("uneven"), np.random.default_rng(0), 0
+    with ShardWriter(root, "uneven", image_size=2, channels=1, classes=CLASSES) as writer:
+        for split in range(48):  # a change of split closes a shard
+            for _ in range(int(rng.integers(20, 61))):
+                writer.write(pixels(number), number % CLASSES, split=f"{split}")
+                number += 1
+    index = read_index(root)
+    write_index(replace(index, shards=tuple(replace(shard, split="train") for shard in index.shards)))
+    return root
+
+
+@pytest.mark.parametrize("case", range(50))
+def test_a_random_stop_loses_and_repeats_nothing_and_looks_no_further_than_it_must(uneven, case):
+    """Stop at any step, go on with another number of ranks: the very next samples. Until a rank has its first batch it
+    opens no shard but those of the windows that its lanes are in and of their next ones; nothing skipped is decoded."""
+    rng, index, batch_size = np.random.default_rng(case), read_index(uneven), 120
+    before, after = (int(rng.choice([1, 2, 3, 4, 5, 6, 8])) for _ in range(2))
+    lanes, accumulate = int(rng.choice([1, 2, 4, 8])), int(rng.choice([1, 5]))
+    stop = int(rng.integers(1, 40))
+    whole = Plan([shard.samples for shard in index.shards], batch_size, lanes, seed=case)
+    met = []
+    for ranks, first, steps in ((before, 0, stop), (after, stop, 5)):
+        parts = []
+        for rank in range(ranks):
+            layout = Layout(batch_size, rank, ranks, accumulate if batch_size % (ranks * accumulate) == 0 else 1)
+            shards = Watched(index)
+            samples = Counted(index, shards=shards)
+            plan = Plan(samples.counts, batch_size, lanes, seed=case)
+            loader = iter(StreamLoader(samples, plan, layout, first * layout.accumulate))
+            allowed, _ = whole.ahead(layout.slots(first))
+            batches = [next(loader)]
+            assert set(shards.opened) <= set(allowed)
+            batches += take(loader, steps * layout.accumulate - 1)
+            assert len(samples.decoded) == steps * layout.accumulate * layout.micro_batch_size
+            mine = [whole.locate(layout.slots(step))[1] for step in range(first, first + steps)]
+            assert sorted(samples.decoded) == sorted(np.concatenate(mine).tolist())
+            parts.append(torch.cat([number_of(batch["image"]) for batch in batches]).view(steps, -1))
+        met.append(torch.cat(parts, dim=1).ravel())
+    expected = whole.locate(np.arange((stop + 5) * batch_size))[1]
+    assert (torch.cat(met).numpy() == expected).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, batch_size", [(10_000, 840), (9_973, 840), (10_000, 64)])
+def test_ten_thousand_samples_in_every_layout_for_three_epochs(tmp_path, count, batch_size):
+    with ShardWriter(tmp_path, "numbered", image_size=2, channels=1, classes=CLASSES, max_samples=211) as writer:
+        for number in range(count):
+            writer.write(pixels(number), number % CLASSES)
+    samples, steps = Samples(read_index(tmp_path), cache="memory"), -(-3 * count // batch_size)
+    epoch, expected = plan_of(samples, batch_size).locate(np.arange(steps * batch_size))
+    for e in range(3):
+        assert sorted(expected[epoch == e]) == list(range(count))
+    for ranks, workers in itertools.product((1, 2, 4, 8), (0, 1, 3)):
+        met = global_batches(samples, ranks, workers, steps, batch_size=batch_size)
+        assert (met[1].ravel().numpy() == expected).all()
 
 
 # ---- the data module and the Trainer ----
@@ -306,11 +331,36 @@ def test_the_data_module_tells_what_the_index_says(root):
         (dict(batch_size=96, lanes=0), r"data\.lanes=0"),
         (dict(batch_size=96, num_workers=-1), r"data\.num_workers=-1"),
         (dict(batch_size=96, cache="disk"), r"data\.cache=disk"),
+        (dict(batch_size=96, on_bad_sample="ignore"), r"data\.on_bad_sample=ignore is not one of error, skip"),
+        (dict(batch_size=96, max_bad_share=1.5), r"data\.max_bad_share=1\.5"),
+        (dict(batch_size=96, remote={"cache": "x"}), r"data\.remote has no cache, only folder, gigabytes"),
+        (dict(batch_size=96, remote={"attempts": 0}), r"data\.remote\.attempts=0"),
+        (dict(batch_size=96, remote={"timeout": 0}), r"data\.remote\.timeout=0"),
     ],
 )
 def test_settings_out_of_range_are_named(root, setting, complaint):
     with pytest.raises(ValueError, match=complaint):
         ImageShardsDataModule(root, **setting)
+
+
+def test_a_data_module_for_one_data_set_refuses_another(root):
+    for kind, complaint in (
+        (CIFAR10DataModule, "CIFAR10DataModule is for a set with image_size 32, this one has 2"),
+        (LSUNDataModule, "LSUNDataModule is for a set with channels 3, this one has 1"),
+        (CelebAHQDataModule, "channels 3"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            _ = kind(root, batch_size=8).index
+
+
+def test_the_set_a_run_was_begun_with_is_known_again(root, tmp_path):
+    digest = ImageShardsDataModule(root, batch_size=8).index.digest
+    assert ImageShardsDataModule(shutil.copytree(root, tmp_path / "moved"), 8, digest=digest).index.digest == digest
+    with ShardWriter(tmp_path / "other", "numbered", image_size=2, channels=1, classes=CLASSES) as writer:
+        for number in range(COUNT):
+            writer.write(pixels(number), (number + 1) % CLASSES)
+    with pytest.raises(ValueError, match=r"data\.root=.* holds another data set .*data\.digest="):
+        _ = ImageShardsDataModule(tmp_path / "other", 8, digest=digest).index
 
 
 def test_a_trainer_the_batch_does_not_divide_by_is_refused(root, tmp_path):

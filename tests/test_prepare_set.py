@@ -25,7 +25,7 @@ from diffusion.app.check import check, check_data
 from diffusion.app.compose import composed, groups
 from diffusion.app.prepare import described
 from diffusion.data.index import read_index
-from diffusion.data.stream import Samples
+from diffusion.data.samples import Samples
 from diffusion.files import sha256_of
 
 RNG = np.random.default_rng(11)

@@ -174,7 +174,7 @@ def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
         run.ema.on_train_batch_end(SimpleNamespace(global_step=step), module)
-    assert module.take_counts().shape == (2, 2 + QUARTILES)
+    assert module.take_counts().shape == (2, 3 + QUARTILES)
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
 

@@ -39,7 +39,11 @@ SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "ve_geomet
 TARGETS = {  # what a checkpoint may ask to be built
     "model": ("diffusion.models.unet.UNet",),
     "schedule": tuple(f"diffusion.process.schedule.{name}" for name in SCHEDULES),
-    "data": ("diffusion.data.module.ImageShardsDataModule", "diffusion.data.digits.DigitsDataModule"),
+    "data": (
+        "diffusion.data.module.ImageShardsDataModule",
+        "diffusion.data.digits.DigitsDataModule",
+        *(f"diffusion.data.sets.{name}DataModule" for name in ("LSUN", "CelebAHQ", "CIFAR10")),
+    ),
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

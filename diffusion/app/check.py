@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.app.compose import Refusal
-from diffusion.data.index import read_index
+from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.layout import check_batch, check_lanes
+from diffusion.data.remote import Access, is_remote
 from diffusion.process.times import times
 
 METRICS = ("fid", "is")
@@ -41,6 +42,11 @@ RULES: dict[str, tuple[Test, str]] = {
     "data.batch_size": at_least(1),
     "data.num_workers": at_least(0),
     "data.cache": one_of("auto", "memory", "none"),
+    "data.on_bad_sample": one_of("error", "skip"),
+    "data.max_bad_share": between(0, 1),
+    "data.remote.gigabytes": above(0),
+    "data.remote.attempts": at_least(1),
+    "data.remote.timeout": above(0),
     "model.dropout": between(0, 1, including_high=False),
     "model.blocks_per_level": at_least(1),
     "model.num_classes": at_least(0),
@@ -83,6 +89,13 @@ RULES: dict[str, tuple[Test, str]] = {
     "num_images": at_least(1),
     "batch_size": at_least(1),
     "gpu_check.steps": at_least(100),
+    "loader.images": at_least(1),
+    "loader.image_size": at_least(8),
+    "loader.batch_size": at_least(1),
+    "loader.num_workers": at_least(0),
+    "loader.batches": at_least(1),
+    "loader.rounds": at_least(1),
+    "loader.cifar_images": at_least(128),
     "data.lanes": at_least(1),
     "extractor.name": one_of("inception", "digits"),
     "logger.mode": one_of("auto", "online", "offline"),
@@ -167,9 +180,10 @@ def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None
 
 def check_data(cfg: DictConfig) -> None:
     """Refuse a data set that is not on disk, or is another than conf/ says; digits are made when they are missing."""
-    if cfg.data.name == "digits" and not (Path(cfg.data.root) / "index.json").is_file():
+    root = cfg.data.root
+    if cfg.data.name == "digits" and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
         return
-    index = read_index(cfg.data.root, cfg.data.prepare)
+    index = read_index(root, cfg.data.prepare, Access(cfg.data.remote.attempts, cfg.data.remote.timeout))
     for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
         wanted = cfg.data[key]
         if wanted != found and not (key == "num_classes" and wanted == 0):

@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "runs", "reference")
-PATH_KEYS += ("data.root", "extractor.weights")
+PATH_KEYS += ("data.root", "data.remote.folder", "extractor.weights")
 MAY_BE_NULL = ("sampler.num_steps", "logger.project")
 FLAGS_WITH_VALUE = ("-c", "--cfg", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir", "-p")
 FLAGS_WITH_VALUE += ("--package",)

@@ -13,8 +13,9 @@ from torch import Tensor
 from diffusion.app import build
 from diffusion.app.check import check_data, check_guidance
 from diffusion.app.compose import Refusal
-from diffusion.data.index import INDEX_NAME, read_index
-from diffusion.data.stream import Samples
+from diffusion.data.index import INDEX_NAME
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.remote import is_remote
 from diffusion.metrics.extractors import Features
 from diffusion.training.scoring import score, stored, watched
 
@@ -69,6 +70,11 @@ class Evaluation:
             if self.model.path.parent.name == "checkpoints":
                 self.run_folder = self.model.path.parent.parent
             if cfg.reference is None:
+                if str(run.data.root).startswith("pipe:"):
+                    raise Refusal(
+                        f"checkpoint={cfg.checkpoint} names the command {run.data.root} as the source of its data, and "
+                        f"a file is not to say what is run here: give reference='{run.data.root}' to have it run."
+                    )
                 check_data(run)
                 self.module = build.data(run)
             if cfg.extractor.name == "inception" and run.extractor.name != "inception" and run.data.channels != 3:
@@ -91,9 +97,9 @@ class Evaluation:
         """Features of the real images."""
         if self.module is not None:
             return self.extractor(stored(self.module.samples))
-        root = Path(self.cfg.reference)
-        if (root / INDEX_NAME).is_file():
-            return self.extractor(stored(Samples(read_index(root))))
+        root = self.cfg.reference
+        if is_remote(root) or (Path(root) / INDEX_NAME).is_file():
+            return self.extractor(stored(ImageShardsDataModule(root, batch_size=1).samples))
         return self.extractor([read_images(self.cfg.reference, "reference", self.extractor.channels)])
 
     def rows(self) -> list[dict[str, Any]]:

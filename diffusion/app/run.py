@@ -5,6 +5,8 @@ trains from the newest sound checkpoint, and makes what is missing of pictures, 
 """
 
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +19,8 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from diffusion.app import build
 from diffusion.app.compose import refusing
+from diffusion.data.remote import Unreachable
+from diffusion.data.samples import BadSample
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.metrics.extractors import Features
 from diffusion.page import write_report
@@ -26,12 +30,14 @@ from diffusion.training.ema import EMA, load_average
 from diffusion.training.logger import loggers
 from diffusion.training.meter import Bar, Meter, MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
-from diffusion.training.run_folder import RunFolder
+from diffusion.training.run_folder import RECORDED, RunFolder
 from diffusion.training.scoring import Sampling, describe, score, stored, watched
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
+
+FAILURES = (BadSample, Unreachable)  # what can end a training without a bug of ours
 
 
 class Run:
@@ -43,8 +49,9 @@ class Run:
 
     def __init__(self, cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> None:
         recorded = folder.config()
-        if recorded is not None:  # lanes left open were chosen when the run began
-            cfg = OmegaConf.merge(cfg, {"data": {"lanes": recorded["data"]["lanes"]}})
+        if recorded is not None:  # what was left open was found out when the run began
+            known = {k: recorded["data"].get(k) for k in RECORDED if cfg.data[k] is None}
+            cfg = OmegaConf.merge(cfg, {"data": known})
         self.cfg, self.config, self.folder = cfg, config, folder
         self.place = build.place(cfg.trainer)
         self.data = build.data(cfg)
@@ -85,7 +92,7 @@ class Run:
         try:
             with refusing(self.cfg.debug):
                 self.folder.refuse_other(self.config)  # again, now that nobody else can write here
-            self.config["data"]["lanes"] = self.data.lanes
+            self.config["data"] |= {"lanes": self.data.lanes, "digest": self.data.index.digest}
             self.folder.write_config(self.config)
             for logger in self.loggers:
                 logger.start(say)
@@ -137,14 +144,33 @@ class Run:
         )
         # Lightning would broadcast a flag and look at it on every batch; the saver has the signals.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        with saver.signals(trainer):
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
+        try:
+            with saver.signals(trainer):
+                trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
+        except FAILURES as error:
+            return self.failed(error, trainer)
+        if meter.stand_ins:
+            say(f"Bad samples: {meter.stand_ins:,} times so far another image stood in for one that cannot be decoded.")
         if saver.stopped_by:
             say(
                 f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; "
                 f"the same command goes on from there."
             )
         return saver.exit_status()
+
+    def failed(self, error: Exception, trainer: pl.Trainer) -> int:
+        """Say what ended the training, which is no bug of ours; the exit status, 1."""
+        if self.cfg.debug:
+            traceback.print_exception(error)
+        rank = f" of rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+        saved = self.folder.steps()
+        print(
+            f"error: {error}\nTraining{rank} ended at step {trainer.global_step}; the same command goes on from step "
+            f"{saved[0] if saved else 0}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
 
     def strategy(self) -> DDPStrategy:
         """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an

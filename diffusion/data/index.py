@@ -5,20 +5,24 @@
     root/train-00000.tar.offsets     where the members of every sample lie in it, so that nothing needs scanning
 
 An offsets file is a row of four little-endian uint64 per sample: offset and size of the image, offset and size of the
-label (0, 0 without one). This module reads the index and knows how to find a sample's bytes; it knows neither their
-meaning nor the order they are used in, and imports neither torch nor webdataset.
+label (0, 0 without one). The folder may be a remote one (`remote`), of which the index alone is read here. This module
+reads the index and knows how to find a sample's bytes; it knows neither their meaning nor the order they are used in,
+and imports neither torch nor webdataset.
 """
 
+import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from diffusion.data.remote import PATIENT, Access, address, is_remote
 from diffusion.files import replacing
 
-VERSION = 1
+VERSION = 2
 INDEX_NAME = "index.json"
 OFFSETS_SUFFIX = ".offsets"
 OFFSETS_ROW = np.dtype(("<u8", 4))  # image offset, image size, label offset, label size, in bytes
@@ -30,20 +34,30 @@ class MissingData(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of the file."""
+    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of it and of its offsets."""
 
     path: str
     split: str
     samples: int
     bytes: int
     sha256: str
+    offsets_sha256: str
+
+    @property
+    def files(self) -> tuple[tuple[str, int, str], ...]:
+        """Name below the root, size in bytes and sha256 of the tar and of its offsets."""
+        offsets = (self.path + OFFSETS_SUFFIX, self.samples * OFFSETS_ROW.itemsize, self.offsets_sha256)
+        return (self.path, self.bytes, self.sha256), offsets
 
 
 @dataclass(frozen=True)
 class Index:
-    """A data set: square images of `image_size` pixels and `channels` channels, `classes` labels (0: unlabelled)."""
+    """A data set: square images of `image_size` pixels and `channels` channels, `classes` labels (0: unlabelled).
 
-    root: Path
+    The root is a folder, or a remote one's URL (`remote.SCHEMES`).
+    """
+
+    root: Path | str
     name: str
     image_size: int
     channels: int
@@ -59,15 +73,21 @@ class Index:
         """The shards of one split; ValueError when there are none."""
         shards = tuple(shard for shard in self.shards if shard.split == split)
         if not shards:
-            raise ValueError(f"data.split={split} is not in {self.root / INDEX_NAME}, which has {list(self.splits)}.")
+            raise ValueError(f"data.split={split} is none of data.root={self.root}, which has {list(self.splits)}.")
         return shards
 
     def count(self, split: str) -> int:
         """Number of samples of a split."""
         return sum(shard.samples for shard in self.of_split(split))
 
+    @property
+    def digest(self) -> str:
+        """What tells this set from any other: a sha256 over the shards' own and what the index says of them."""
+        text = json.dumps([self.image_size, self.channels, self.classes, [asdict(shard) for shard in self.shards]])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def path(self, shard: Shard) -> Path:
-        """Where the tar is."""
+        """Where the tar of a set that is on this machine is."""
         return self.root / shard.path
 
     def offsets(self, shard: Shard) -> np.ndarray:
@@ -75,27 +95,38 @@ class Index:
         return np.memmap(f"{self.path(shard)}{OFFSETS_SUFFIX}", dtype="<u8", mode="r", shape=(shard.samples, 4))
 
 
-def read_index(root: str | os.PathLike, make: str | None = None) -> Index:
+def read_index(root: str | os.PathLike, make: str | None = None, access: Access = PATIENT) -> Index:
     """The index of the data set in `root`, after checking that its files are there and have the sizes it states.
 
-    Contents are not read: `sha256_of` is for when something went wrong.
+    Contents are not read: `sha256_of` is for when something went wrong. Of a remote set only the index is read.
 
     Args:
-        root: the folder with `index.json` (the setting `data.root`).
+        root: the folder with `index.json`, or a remote one (the setting `data.root`).
         make: the command that makes this data set, for the message when it is missing.
+        access: how patiently to read a remote index.
 
     Raises:
         MissingData: no folder, no index in it, or a file named by the index is not there.
-        ValueError: not an index of this version, or a file's size differs from what the index states.
+        ValueError: not an index of this version, or a file's size differs from what the index states; a remote index
+            that cannot be read.
     """
+    cure = f" Make it with: {make}" if make else " Make it with `python -m diffusion.prepare`, or set data.root."
+    if is_remote(root):
+        return _parsed(root, access.read(address(root, INDEX_NAME)), cure)
     root = Path(root)
     file = root / INDEX_NAME
-    cure = f" Make it with: {make}" if make else " Make it with `python -m diffusion.prepare`, or set data.root."
     if not file.is_file():
         seen = f"has no {INDEX_NAME}" if root.is_dir() else "does not exist"
         raise MissingData(f"data.root={root}: the folder {seen}, so there is no data set.{cure}")
+    index = _parsed(root, file.read_bytes(), cure)
+    _check_files(index, cure)
+    return index
+
+
+def _parsed(root: Path | str, text: bytes, cure: str) -> Index:
+    """The index that the text of index.json describes."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"data.root={root}: {INDEX_NAME} is not JSON ({error}).{cure}") from None
     version = content.get("version") if isinstance(content, dict) else None
@@ -107,20 +138,21 @@ def read_index(root: str | os.PathLike, make: str | None = None) -> Index:
         _check_values(index)
     except (KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"data.root={root}: {INDEX_NAME} is damaged ({error!r}).{cure}") from None
-    for shard in shards:
-        path = index.path(shard)
-        offsets = path.with_name(path.name + OFFSETS_SUFFIX)
-        for part, size in ((path, shard.bytes), (offsets, shard.samples * OFFSETS_ROW.itemsize)):
-            try:
-                found = part.stat().st_size
-            except FileNotFoundError:
-                raise MissingData(f"data.root={root}: {part.name}, named by {INDEX_NAME}, is missing.{cure}") from None
-            if found != size:
-                raise ValueError(
-                    f"data.root={root}: shard file {part.name} has {found} bytes where {INDEX_NAME} states {size}: "
-                    f"it is truncated or was replaced.{cure}"
-                )
     return index
+
+
+def _check_files(index: Index, cure: str) -> None:
+    """MissingData or ValueError unless all files that the index names are there with their sizes."""
+    for name, size, _ in (file for shard in index.shards for file in shard.files):
+        try:
+            found = (index.root / name).stat().st_size
+        except FileNotFoundError:
+            raise MissingData(f"data.root={index.root}: {name}, named by {INDEX_NAME}, is missing.{cure}") from None
+        if found != size:
+            raise ValueError(
+                f"data.root={index.root}: shard file {name} has {found} bytes where {INDEX_NAME} states {size}: "
+                f"it is truncated or was replaced.{cure}"
+            )
 
 
 def write_index(index: Index) -> None:
@@ -143,4 +175,6 @@ def _check_values(index: Index) -> None:
         assert not path.is_absolute() and ".." not in path.parts, f"path {shard.path}"
         assert type(shard.samples) is int and shard.samples > 0, f"samples of {shard.path}"
         assert type(shard.bytes) is int and shard.bytes > 0, f"bytes of {shard.path}"
-        assert isinstance(shard.split, str) and isinstance(shard.sha256, str), f"split or sha256 of {shard.path}"
+        assert isinstance(shard.split, str), f"split of {shard.path}"
+        for digest in (shard.sha256, shard.offsets_sha256):
+            assert isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"sha256 of {shard.path}"

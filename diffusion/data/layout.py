@@ -70,6 +70,12 @@ class Layout:
         """Images of one micro-batch of one rank."""
         return self.batch_size // (self.ranks * self.accumulate)
 
+    def slots(self, step: int) -> np.ndarray:
+        """Places in the endless stream of this rank's part of global batch number `step`: int64 (B / R,)."""
+        size = self.batch_size // self.ranks
+        first = step * self.batch_size + self.rank * size
+        return np.arange(first, first + size, dtype=np.int64)
+
     def places(self, micro_step: int) -> np.ndarray:
         """Places in the endless stream of this rank's micro-batch number `micro_step`: int64 (micro_batch_size,)."""
         step, micro_batch = divmod(micro_step, self.accumulate)

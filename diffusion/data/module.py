@@ -1,14 +1,21 @@
 """The training data of a run, as Lightning asks for them. It knows the Trainer's ranks and step, and no model."""
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
+from typing import ClassVar
 
 from pytorch_lightning import LightningDataModule
 
 from diffusion.data.index import Index, read_index
 from diffusion.data.layout import Layout, check_batch, check_lanes, choose_lanes
-from diffusion.data.order import Plan
-from diffusion.data.stream import CACHE_BYTES, CACHES, Samples, StreamLoader
+from diffusion.data.order import WINDOW, Plan
+from diffusion.data.remote import Access, FileCache, is_remote
+from diffusion.data.samples import CACHE_BYTES, Samples, check_values
+from diffusion.data.shards import CachedShards
+from diffusion.data.stream import StreamLoader
+
+REMOTE = {"folder": "~/.cache/diffusion", "gigabytes": 50.0, "attempts": 6, "timeout": 30.0}
 
 
 class ImageShardsDataModule(LightningDataModule):
@@ -19,7 +26,7 @@ class ImageShardsDataModule(LightningDataModule):
     The Trainer wants `use_distributed_sampler=False`, `max_epochs=-1` and `max_steps`.
 
     Args:
-        root: the folder of the data set.
+        root: the folder of the data set, or the URL of a remote one (`remote`).
         batch_size: images per optimizer step, over all ranks.
         seed: of the run; the order of the samples follows from it.
         split: the split to train on.
@@ -28,11 +35,18 @@ class ImageShardsDataModule(LightningDataModule):
         cache: `auto`, `memory` or `none`: whether decoded images are kept in memory (`stream.Samples`).
         cache_bytes: what `auto` keeps, at most, per rank.
         flip: whether training mirrors images at random. Carried here, done on the device.
+        on_bad_sample: `error`, or `skip`: another sample of the shard stands in (`samples.Samples`).
+        max_bad_share: share of the split that may be skipped.
+        remote: of a remote set: the `folder` for its shards on this machine, the `gigabytes` they may take there, the
+            `attempts` that may fail in a row, the `timeout` in seconds of each; the values not given are REMOTE's.
+        digest: the set that `root` must hold (`Index.digest`); None takes any.
         prepare: the command that makes the data set, for the message when it is missing.
 
     Raises:
         ValueError: a value out of its range. The data set itself is read when `index` is first asked for.
     """
+
+    holds: ClassVar[dict[str, int]] = {}  # what its index must say, of a class for one data set
 
     def __init__(
         self,
@@ -45,6 +59,10 @@ class ImageShardsDataModule(LightningDataModule):
         cache: str = "auto",
         cache_bytes: int = CACHE_BYTES,
         flip: bool = False,
+        on_bad_sample: str = "error",
+        max_bad_share: float = 0.01,
+        remote: Mapping[str, str | float] | None = None,
+        digest: str | None = None,
         prepare: str | None = None,
     ) -> None:
         super().__init__()
@@ -53,23 +71,45 @@ class ImageShardsDataModule(LightningDataModule):
             check_lanes(lanes, batch_size)
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers} is negative: 0 decodes in the training process.")
-        if cache not in CACHES:
-            raise ValueError(f"data.cache={cache} is not one of {', '.join(CACHES)}.")
+        check_values(cache, on_bad_sample, max_bad_share)
+        if remote and not remote.keys() <= REMOTE.keys():
+            raise ValueError(f"data.remote has no {min(remote.keys() - REMOTE.keys())}, only {', '.join(REMOTE)}.")
+        self.remote = REMOTE | dict(remote or {})
+        self.access = Access(self.remote["attempts"], self.remote["timeout"])
         self.root, self.batch_size, self.seed, self.split = root, batch_size, seed, split
         self.num_workers, self.cache, self.cache_bytes, self.flip = num_workers, cache, cache_bytes, flip
-        self.prepare = prepare
+        self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
+        self.prepare, self.digest = prepare, digest
         self._lanes = lanes
 
     @cached_property
     def index(self) -> Index:
-        """The data set's index, after `prepare_data`. MissingData (a ValueError) when there is none."""
+        """The data set's index, after `prepare_data`. MissingData (a ValueError) when there is none, ValueError when it
+        is another set than this class is for or than `digest` says."""
         self.prepare_data()
-        return read_index(self.root, self.prepare)
+        index = read_index(self.root, self.prepare, self.access)
+        for key, wanted in self.holds.items():
+            if getattr(index, key) != wanted:
+                raise ValueError(
+                    f"data.root={self.root}: {type(self).__name__} is for a set with {key} {wanted}, this one has "
+                    f"{getattr(index, key)}."
+                )
+        if self.digest not in (None, index.digest):
+            raise ValueError(
+                f"data.root={self.root} holds another data set ({index.digest[:12]}…) than the one asked for "
+                f"(data.digest={self.digest[:12]}…): its images, their order or their shards have changed."
+            )
+        return index
 
     @cached_property
     def samples(self) -> Samples:
         """The decoded samples of the split, by number."""
-        return Samples(self.index, self.split, self.cache, self.cache_bytes)
+        shards = None
+        if is_remote(self.root):
+            cache = FileCache(self.remote["folder"], int(self.remote["gigabytes"] * 1e9), self.access)
+            shards = CachedShards(self.index, cache)
+        checks = (self.on_bad_sample, self.max_bad_share)
+        return Samples(self.index, self.split, self.cache, self.cache_bytes, shards, *checks)
 
     @property
     def num_images(self) -> int:
@@ -104,9 +144,12 @@ class ImageShardsDataModule(LightningDataModule):
         """This rank's micro-batches from the Trainer's step on.
 
         Raises:
-            ValueError: the batch does not divide by the Trainer's ranks x accumulation.
+            ValueError: the batch does not divide by the Trainer's ranks x accumulation, or what is in use of a remote
+                set at any time does not fit its folder.
         """
         trainer = self.trainer
+        if is_remote(self.root):
+            self._check_room(trainer.num_nodes)
         layout = Layout(self.batch_size, trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
         return StreamLoader(
             self.samples,
@@ -116,3 +159,13 @@ class ImageShardsDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
+
+    def _check_room(self, num_nodes: int) -> None:
+        """The windows that a machine's lanes are in, and the next ones, must have room in the folder."""
+        lanes = min(self.lanes, -(-self.lanes // num_nodes) + 1)
+        largest = sorted(shard.bytes for shard in self.index.of_split(self.split))[-2 * WINDOW * lanes :]
+        if sum(largest) > self.remote["gigabytes"] * 1e9:
+            raise ValueError(
+                f"data.remote.gigabytes={self.remote['gigabytes']:g} is too small: {lanes} lanes use up to "
+                f"{len(largest)} shards at a time, {sum(largest) / 1e9:.3g} GB. Give more, or fewer data.lanes."
+            )

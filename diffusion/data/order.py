@@ -17,6 +17,8 @@ Look-ups cost a permutation of the shards per epoch and one of a window's sample
 milliseconds each, as long as a shard holds some ten thousand of them. This module knows counts, not files or ranks.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from diffusion.data.layout import check_lanes
@@ -47,13 +49,18 @@ class Plan:
         self.first_sample = np.cumsum(self.counts) - self.counts
         self.num_samples = int(self.counts.sum())
         self._epochs: dict[int, _Epoch] = {}  # the latest few
-        self._windows: dict[int, tuple[int, int, np.ndarray]] = {}  # lane -> epoch, first offset, samples of its window
+        self._windows: dict[int, _Window] = {}  # the latest of each lane
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, sample), each int64 (k,), of places int64 (k,) in the endless stream; fast for neighbours."""
-        batch, slot = np.divmod(np.asarray(places, dtype=np.int64), self.batch_size)
-        share = self.batch_size // self.lanes
-        lane, turn = slot // share, batch * share + slot % share  # the turn-th sample that the lane hands out
+        """(epoch, sample), each int64 and of the shape of `places`, int64 places in the endless stream.
+
+        What costs is the number of times that lanes change from one ascending place to the next, so many batches are
+        best asked for at once.
+        """
+        places = np.asarray(places, dtype=np.int64)
+        lane, turn = self._turns(places.ravel())
+        by_lane = np.argsort(lane, kind="stable")
+        lane, turn = lane[by_lane], turn[by_lane]
         # the epoch is the largest e with floor((e n + c) / C) <= turn
         epoch = (self.lanes * (turn + 1) - 1 - lane) // self.num_samples
         offset = turn - (epoch * self.num_samples + lane) // self.lanes
@@ -63,26 +70,68 @@ class Plan:
         for start, stop in zip(starts[:-1], starts[1:], strict=True):  # runs of one lane along one epoch
             while start < stop:
                 at = int(offset[start])
-                first, window = self._window(int(epoch[start]), int(lane[start]), at)
-                taken = window[at - first : at - first + stop - start]
+                window = self._window(int(epoch[start]), int(lane[start]), at)
+                taken = window.samples[at - window.begin : at - window.begin + stop - start]
                 sample[start : start + len(taken)] = taken
                 start += len(taken)
-        return epoch, sample
+        found = np.empty((2, len(by_lane)), dtype=np.int64)
+        found[:, by_lane] = epoch, sample
+        return found[0].reshape(places.shape), found[1].reshape(places.shape)
+
+    def _turns(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(lane, turn): the place is the turn-th sample that its lane hands out."""
+        batch, slot = np.divmod(places, self.batch_size)
+        share = self.batch_size // self.lanes
+        return slot // share, batch * share + slot % share
+
+    def ahead(self, places: np.ndarray) -> tuple[list[int], int]:
+        """What a rank will read: (shards, batches), of its slots of one global batch, `places` int64 (k,).
+
+        The shards are those of the windows that its lanes are in, then those of their next windows; the batches say
+        after how many global batches the first lane comes to its next window.
+        """
+        present, coming, batches = {}, {}, []
+        share = self.batch_size // self.lanes
+        lanes, turns = self._turns(np.asarray(places, dtype=np.int64))
+        for lane, first in zip(*np.unique(lanes, return_index=True), strict=True):
+            turn = int(turns[first])
+            epoch = int((self.lanes * (turn + 1) - 1 - lane) // self.num_samples)
+            handed_out = int((epoch * self.num_samples + lane) // self.lanes)
+            window = self._window(epoch, int(lane), turn - handed_out)
+            present |= dict.fromkeys(window.shards)
+            end = window.begin + len(window.samples)
+            batches.append((end - (turn - handed_out) + share - 1) // share)
+            length = self._epoch(epoch).length(int(lane))
+            after = self._epoch(epoch).shards_around(int(lane), end) if end < length else None
+            coming |= dict.fromkeys(after if after is not None else self._epoch(epoch + 1).shards_around(int(lane), 0))
+        return [*present, *(shard for shard in coming if shard not in present)], min(batches)
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """The shard's number for each sample number."""
         return np.searchsorted(self.first_sample, samples, side="right") - 1
 
-    def _window(self, epoch: int, lane: int, offset: int) -> tuple[int, np.ndarray]:
-        """The shuffled window of a lane's piece that holds `offset`: its first offset and its samples."""
+    def _epoch(self, epoch: int) -> "_Epoch":
+        if epoch not in self._epochs:
+            for old in sorted(self._epochs)[:-3]:
+                del self._epochs[old]
+            self._epochs[epoch] = _Epoch(self, epoch)
+        return self._epochs[epoch]
+
+    def _window(self, epoch: int, lane: int, offset: int) -> "_Window":
+        """The window of a lane's piece that holds `offset`."""
         known = self._windows.get(lane)
-        if known is None or known[0] != epoch or not 0 <= offset - known[1] < len(known[2]):
-            if epoch not in self._epochs:
-                for old in sorted(self._epochs)[:-3]:
-                    del self._epochs[old]
-                self._epochs[epoch] = _Epoch(self, epoch)
-            known = self._windows[lane] = (epoch, *self._epochs[epoch].window(lane, offset))
-        return known[1:]
+        if known is None or known.epoch != epoch or not 0 <= offset - known.begin < len(known.samples):
+            known = self._windows[lane] = self._epoch(epoch).window(lane, offset)
+        return known
+
+
+class _Window(NamedTuple):
+    """Up to WINDOW shards of a lane's piece of an epoch: its first offset in the piece, its samples, shuffled."""
+
+    epoch: int
+    begin: int
+    samples: np.ndarray
+    shards: list[int]
 
 
 class _Epoch:
@@ -98,21 +147,35 @@ class _Epoch:
         self.shards = _lay_out(permutation(len(plan.counts), plan.seed, Stream.SHARDS, epoch), plan.counts, borders)
         self.ends = np.cumsum(plan.counts[self.shards])
 
-    def window(self, lane: int, offset: int) -> tuple[int, np.ndarray]:
-        """The window of the lane's piece around `offset`: its first offset and its samples, int64, shuffled."""
-        plan, begin, end = self.plan, int(self.lane_begins[lane]), int(self.lane_begins[lane + 1])
+    def length(self, lane: int) -> int:
+        """Samples that the lane hands out in this epoch."""
+        return int(self.lane_begins[lane + 1] - self.lane_begins[lane])
+
+    def _places(self, lane: int, offset: int) -> tuple[int, range]:
+        """The number of the lane's window around `offset`, and the places of its shards on the line."""
+        begin, end = int(self.lane_begins[lane]), int(self.lane_begins[lane + 1])
         first, at, last = np.searchsorted(self.ends, (begin, begin + offset, end - 1), side="right").tolist()
         number = (at - first) // WINDOW
+        return number, range(first + number * WINDOW, min(first + (number + 1) * WINDOW, last + 1))
+
+    def shards_around(self, lane: int, offset: int) -> list[int]:
+        """The shards of the lane's window around `offset`; none if the lane hands out nothing."""
+        return [int(self.shards[place]) for place in self._places(lane, offset)[1]] if self.length(lane) else []
+
+    def window(self, lane: int, offset: int) -> _Window:
+        """The lane's window around `offset`."""
+        plan, begin, end = self.plan, int(self.lane_begins[lane]), int(self.lane_begins[lane + 1])
+        number, places = self._places(lane, offset)
         pieces, opening = [], end
-        for which in range(first + number * WINDOW, min(first + (number + 1) * WINDOW, last + 1)):
-            shard, stop = self.shards[which], int(self.ends[which])
+        for place in places:
+            shard, stop = self.shards[place], int(self.ends[place])
             start = stop - int(plan.counts[shard])  # of the shard, on the epoch's line
             inside = np.arange(max(start, begin), min(stop, end), dtype=np.int64)
             pieces.append(inside + (plan.first_sample[shard] - start))
             opening = min(opening, int(inside[0]))
         samples = np.concatenate(pieces)
         mixed = permutation(len(samples), plan.seed, Stream.SAMPLES, self.epoch, lane, number)
-        return opening - begin, samples[mixed]
+        return _Window(self.epoch, opening - begin, samples[mixed], [int(self.shards[place]) for place in places])
 
 
 def _lay_out(shuffled: np.ndarray, counts: np.ndarray, borders: np.ndarray) -> np.ndarray:

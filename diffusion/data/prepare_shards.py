@@ -462,7 +462,7 @@ def verify_shard(index: Index, shard: Shard, tick: Callable[[], None]) -> list[s
     """What is wrong with one shard: its digest, its offsets, its samples; the first twenty."""
     import tarfile
 
-    from diffusion.data.stream import decode_image, decode_label
+    from diffusion.data.samples import decode_image, decode_label
     from diffusion.files import sha256_of
 
     wrong = []

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from diffusion.data.index import INDEX_NAME, OFFSETS_SUFFIX, Index, Shard, write_index
+from diffusion.data.index import INDEX_NAME, OFFSETS_ROW, OFFSETS_SUFFIX, Index, Shard, write_index
 from diffusion.files import replacing
 
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "npy")
@@ -90,12 +90,15 @@ class ShardFile:
     ) -> None:
         if error is None:
             assert self._rows, f"{self.name} would be empty"
-            self._offsets.write(np.array(self._rows, dtype="<u8").tobytes())
+            rows = np.array(self._rows, dtype=OFFSETS_ROW.base).tobytes()
+            self._offsets.write(rows)
+            self._offsets_sha256 = hashlib.sha256(rows).hexdigest()
         self._stack.__exit__(kind, error, trace)
 
     def entry(self) -> Shard:
         """What the index says of it, once it is written."""
-        return Shard(self.name, self.split, len(self._rows), self._file.size, self._file.hash.hexdigest())
+        digests = self._file.hash.hexdigest(), self._offsets_sha256
+        return Shard(self.name, self.split, len(self._rows), self._file.size, *digests)
 
 
 class _Hashed:

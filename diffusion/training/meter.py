@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from diffusion.files import write_atomically
 
-NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", "train/grad_norm")
+STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
+NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
 
 
 class RunLogger(Logger):
@@ -112,7 +113,14 @@ class Meter(Callback):
             raise ValueError(f"log_every={every} is not at least 1.")
         self.every, self.batch_size = every, batch_size
         self.latest: dict[str, float] = {}
+        self.stand_ins = 0
         self._seen, self._since = 0, (0, 0.0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"stand_ins": self.stand_ins}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.stand_ins = state["stand_ins"]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen = trainer.global_step
@@ -131,6 +139,9 @@ class Meter(Callback):
         values, numbers = counts.cpu()
         now = time.monotonic()
         row = {n: float(v / c) for n, v, c in zip(NAMES, values, numbers, strict=True) if c}
+        if STAND_INS in row:
+            self.stand_ins += int(values[NAMES.index(STAND_INS)])
+            row[STAND_INS] = self.stand_ins
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
         if module.device.type == "cuda":

@@ -60,7 +60,7 @@ class DiffusionModule(pl.LightningModule):
         self.warmup_steps, self.gradient_clip, self.label_dropout = warmup_steps, gradient_clip, label_dropout
         self.flip, self.seed, self.memory_format, self.config = flip, seed, memory_format, config or {}
         self.num_timesteps = denoiser.schedule.num_timesteps
-        self._sums: Tensor | None = None  # (2, 1 + QUARTILES): loss and count, of all t and by quartile of t
+        self._sums: Tensor | None = None  # (2, 2 + QUARTILES), sum and count: loss, by quartile of t, stand-ins
         self._norms: Tensor | None = None  # (2,): gradient norms and their count
 
     @property
@@ -91,7 +91,7 @@ class DiffusionModule(pl.LightningModule):
         epsilon = normal(keys(position, self.seed, Stream.NOISE), x0.shape[1:])
         x_t = noised(self.denoiser.schedule, x0, t, epsilon)
         loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
-        self.count(loss.detach(), t)
+        self.count(loss.detach(), t, batch.get("stand_in"))
         return loss.mean()
 
     def hidden_labels(self, labels: Tensor | None, position: Tensor) -> Tensor | None:
@@ -107,11 +107,15 @@ class DiffusionModule(pl.LightningModule):
     # ---- what is reported: added up on the device, fetched by the meter every `log_every` steps ----
 
     @torch.no_grad()
-    def count(self, loss: Tensor, t: Tensor) -> None:
+    def count(self, loss: Tensor, t: Tensor, stand_in: Tensor | None = None) -> None:
         quartile = (t - 1) * QUARTILES // self.num_timesteps
         member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
         member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
         new = torch.stack([(member * loss.double()[:, None]).sum(0), member.sum(0)])
+        skipped = new.new_zeros(2)
+        if stand_in is not None:
+            skipped = torch.stack([stand_in.sum(), torch.ones_like(stand_in).sum()]).double()
+        new = torch.cat([new, skipped[:, None]], dim=1)
         self._sums = new if self._sums is None else self._sums.add_(new)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -121,8 +125,9 @@ class DiffusionModule(pl.LightningModule):
         self._norms = new if self._norms is None else self._norms.add_(new)
 
     def take_counts(self) -> Tensor | None:
-        """The sums since the last call, (2, 2 + QUARTILES) on the device: rows value and count; columns loss, its
-        quartiles of t from the cleanest to the noisiest, gradient norm. None before the first step."""
+        """The sums since the last call, (2, 3 + QUARTILES) on the device: rows value and count; columns loss, its
+        quartiles of t from the cleanest to the noisiest, images in the place of bad ones (count 0 where these are an
+        error), gradient norm. None before the first step."""
         if self._sums is None or self._norms is None:
             return None
         counts = torch.cat([self._sums, self._norms[:, None]], dim=1)

@@ -23,9 +23,11 @@ from diffusion.files import remove_leftovers, sha256_of, sync_folder, write_atom
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
-    "trainer data.rule data.num_workers data.cache data.root data.prepare logger save callbacks extractor metrics "
-    "sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
+    "trainer data.rule data.num_workers data.cache data.root data.remote data.prepare data.on_bad_sample "
+    "data.max_bad_share logger save callbacks extractor metrics sampler guidance paper debug fingerprint_every "
+    "deterministic log_every run_dir"
 ).split()
+RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -39,10 +41,12 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """'key: was a, is b' for each key that decides what is trained; a lane count left open takes the recorded one."""
+    """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
+    recorded value."""
     old, new = flatten(old), flatten(new)
-    if new.get("data.lanes") is None:
-        new["data.lanes"] = old.get("data.lanes")
+    for key in (f"data.{name}" for name in RECORDED):
+        if None in (new.get(key), old.get(key)):
+            new[key] = old[key] = new.get(key) or old.get(key)
     found = []
     for key in sorted(old.keys() | new.keys()):
         free = any(key == k or key.startswith(k + ".") for k in MAY_DIFFER)

@@ -99,10 +99,9 @@ def watched(title: str, total: int, batches: Iterable[Tensor]) -> Iterator[Tenso
 
 
 def stored(samples: Any, size: int = 256) -> Iterator[Tensor]:
-    """A split in the order of its index, `samples[i] -> (uint8 (C, H, W), label)`, as batches."""
+    """A split in the order of its index, as batches uint8 (size, C, H, W): of `samples.batch`."""
     for first in range(0, len(samples), size):
-        chunk = range(first, min(first + size, len(samples)))
-        yield torch.from_numpy(np.stack([samples[i][0] for i in chunk]))
+        yield samples.batch(np.arange(first, min(first + size, len(samples))))[0]
 
 
 def commit() -> str | None:

@@ -1,0 +1,296 @@
+"""Samples by number: read by their offset and decoded.
+
+Nothing is ever unpickled: an image is PNG, JPEG, WebP or a plain .npy array, a label is an integer or JSON. This module
+knows what a sample is; it knows neither the order samples are used in nor where shards come from.
+"""
+
+import io
+import itertools
+import json
+import math
+import mmap
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from diffusion.data.index import Index
+from diffusion.data.remote import Unreachable
+from diffusion.data.shards import LocalShards, ShardReader, Shards
+
+CACHES = ("auto", "memory", "none")
+ON_BAD_SAMPLE = ("error", "skip")
+CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
+NPY_HEADER = 1024  # bytes, at most
+OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; two files each, where a process may usually have 1024
+
+
+class BadSample(ValueError):
+    """A sample cannot be read or decoded; the message names the shard and the sample."""
+
+
+def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
+    """PNG, JPEG, WebP, or .npy of uint8 (C, H, W) -> uint8 (C, H, W). Told apart by their first bytes, never unpickled.
+
+    Raises:
+        ValueError: another size than the data set's. Damaged data raise what PIL and NumPy raise.
+    """
+    shape = (channels, image_size, image_size)
+    if data.startswith(b"\x93NUMPY"):
+        if len(data) > math.prod(shape) + NPY_HEADER:
+            raise ValueError(f"an array of {len(data)} bytes, expected {shape} of uint8")
+        array = _array(data)
+    else:
+        try:
+            opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        except UnidentifiedImageError:
+            raise ValueError("neither PNG, JPEG, WebP nor .npy") from None
+        with opened as image:
+            if image.size != (image_size, image_size):
+                raise ValueError(f"an image of {image.size[0]} x {image.size[1]} pixels, expected {shape}")
+            array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"an image {array.dtype} {array.shape}, expected uint8 {shape}")
+    return array
+
+
+def _array(data: bytes) -> np.ndarray:
+    """.npy -> the array. What its header promises is not believed before the bytes are there: it could be terabytes."""
+    stream = io.BytesIO(data)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(stream)]
+    shape, by_columns, dtype = read_header(stream, max_header_size=NPY_HEADER)
+    if dtype != np.uint8 or math.prod(shape) != len(data) - stream.tell():
+        raise ValueError(f"an array of {dtype} {shape} in {len(data) - stream.tell()} bytes")
+    return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
+
+
+def decode_label(data: bytes, classes: int) -> int:
+    """The text of an integer (.cls), or JSON with the integer as `label` -> the integer.
+
+    Raises:
+        ValueError: anything else, or outside [0, classes).
+    """
+    label = json.loads(data)
+    if isinstance(label, dict):
+        label = label.get("label")
+    if type(label) is not int or not 0 <= label < classes:
+        raise ValueError(f"the label {label!r}, expected an integer in [0, {classes})")
+    return label
+
+
+class Samples(Dataset):
+    """The decoded samples of one split, by number, in the index's order: `samples[i] -> (image, label or None)`.
+
+    Args:
+        index: the data set.
+        split: which part of it.
+        cache: `memory` keeps decoded images, so that each is decoded once and not every epoch; `none` does not;
+            `auto` does when all of the split takes at most `cache_bytes`. The memory is shared with worker processes
+            forked later, not between ranks.
+        cache_bytes: the limit of `auto`.
+        shards: where shards are opened; None: in the index's folder.
+        on_bad_sample: what `batch` does about one that cannot be decoded: `error`, or `skip`: the next one of its shard
+            that can be decoded stands in, which depends on no rank, worker or order.
+        max_bad_share: share of the split that may be bad before `skip` is an error as well.
+
+    Raises:
+        ValueError: no such split, or a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str = "train",
+        cache: str = "none",
+        cache_bytes: int = CACHE_BYTES,
+        shards: Shards | None = None,
+        on_bad_sample: str = "error",
+        max_bad_share: float = 0.01,
+    ) -> None:
+        check_values(cache, on_bad_sample, max_bad_share)
+        self.index, self.shards = index, index.of_split(split)
+        self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
+        self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        self._first = np.cumsum(self.counts) - self.counts
+        self._where = shards or LocalShards(index)
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()  # the least lately used first
+        self._verdicts: dict[int, str] = {}
+        self._bad = _shared(np.bool_, len(self))
+        self._cache = None
+        if cache == "memory" or (cache == "auto" and math.prod(self._shape(len(self))) <= cache_bytes):
+            self._cache = _Cache(self._shape(len(self)))
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def _shape(self, count: int) -> tuple[int, int, int, int]:
+        return count, self.index.channels, self.index.image_size, self.index.image_size
+
+    def announce(self, numbers: list[int]) -> None:
+        """The numbers of shards that will be read soon, the first needed first."""
+        self._where.announce([self.shards[number] for number in numbers])
+
+    # ---- one sample ----
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int | None]:
+        """uint8 (C, H, W), not to be written to, and the class, None in a data set without.
+
+        Raises:
+            IndexError: no sample has this number.
+            BadSample: it cannot be read or decoded.
+            Unreachable: its shard is remote and cannot be had.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        if self._cache is not None and self._cache.known[number]:
+            image, label = self._cache.images[number].numpy(), int(self._cache.labels[number])
+        else:
+            image, label = self._decode(number)
+            if self._cache is not None:
+                self._cache.keep(number, image, label)
+        return image, (label if self.index.classes else None)
+
+    def _decode(self, number: int) -> tuple[np.ndarray, int]:
+        """The image and the class (0 in a data set without) from the tar."""
+        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        place = int(number - self._first[which])
+        try:
+            image_at, image_size, label_at, label_size = self._reader(which).offsets[place].tolist()
+            image = decode_image(self._read(which, image_at, image_size), self.index.channels, self.index.image_size)
+            label = 0
+            if self.index.classes:
+                label = decode_label(self._read(which, label_at, label_size), self.index.classes)
+        except Unreachable:
+            raise
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
+            raise BadSample(self._complaint(which, place, error)) from error
+        return image, label
+
+    def _reader(self, which: int) -> ShardReader:
+        if which in self._open:
+            self._open.move_to_end(which)
+        else:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+            self._open[which] = self._where.open(self.shards[which])
+        return self._open[which]
+
+    def _read(self, which: int, offset: int, size: int) -> bytes:
+        if not 0 < size <= self.shards[which].bytes - offset:
+            raise ValueError(f"its offsets state {size} bytes at {offset}, the shard has {self.shards[which].bytes}")
+        data = self._open[which].read(offset, size)
+        if len(data) != size:
+            raise ValueError(f"met {len(data)} bytes at offset {offset}, expected {size}")
+        return data
+
+    def _complaint(self, which: int, place: int, error: Exception) -> str:
+        """What went wrong, where, and whether the file has changed since it was written."""
+        name = ""
+        if reader := self._open.get(which):
+            header = max(int(reader.offsets[place][0]) - 512, 0)  # of the tar's member
+            if header < self.shards[which].bytes:
+                name = f" ({reader.read(header, 100).split(bytes(1))[0].decode(errors='replace')!r})"
+            if which not in self._verdicts:
+                changed = "" if reader.intact() else "differs from its sha256 in index.json: prepare it again"
+                self._verdicts[which] = f" The shard {changed or 'is as written'}."
+        return (
+            f"data.root={self.index.root}: cannot read sample {place}{name} of shard {self.shards[which].path}: "
+            f"{str(error) or type(error).__name__}.{self._verdicts.get(which, '')}"
+        )
+
+    # ---- many ----
+
+    def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images uint8 (b, C, H, W), labels int64 (b,) if there are classes, and if bad samples are skipped, bool (b,):
+        where another one stands in.
+
+        Args:
+            numbers: int64 (b,).
+
+        Raises:
+            BadSample: one cannot be decoded and is not to be skipped, or too many have been.
+            Unreachable: a remote shard cannot be had.
+        """
+        images = _to_hand_over(self._shape(len(numbers)))
+        labels = torch.zeros(len(numbers), dtype=torch.int64)
+        stand_ins = torch.zeros(len(numbers), dtype=torch.bool) if self.on_bad_sample == "skip" else None
+        if self._cache is not None and self._cache.known[numbers].all():
+            chosen = torch.from_numpy(numbers)
+            torch.index_select(self._cache.images, 0, chosen, out=images)
+            torch.index_select(self._cache.labels, 0, chosen, out=labels)
+        else:
+            pixels = images.numpy()
+            for i, number in enumerate(numbers.tolist()):
+                if stand_ins is None:
+                    image, label = self[number]
+                else:
+                    image, label, stand_ins[i] = self._readable(number)
+                pixels[i], labels[i] = image, label or 0
+        return images, (labels if self.index.classes else None), stand_ins
+
+    def _readable(self, number: int) -> tuple[np.ndarray, int | None, bool]:
+        """This sample and False, or the one that stands in for it and True."""
+        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        first, count = int(self._first[which]), int(self.counts[which])
+        round_its_shard = (first + (number - first + i) % count for i in range(count))
+        for other in itertools.chain(round_its_shard, range(first + count, len(self)), range(first)):
+            if self._bad[other]:
+                continue
+            try:
+                return *self[other], other != number
+            except BadSample as error:
+                self._bad[other] = True
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+                bad = int(self._bad.sum())
+                if bad > self.max_bad_share * len(self):
+                    raise BadSample(
+                        f"{bad} of {len(self)} samples cannot be decoded, more than data.max_bad_share="
+                        f"{self.max_bad_share:g} allows. The last one: {error}"
+                    ) from error
+        raise BadSample(f"data.root={self.index.root}: no sample can be decoded.")
+
+
+def check_values(cache: str, on_bad_sample: str, max_bad_share: float) -> None:
+    """ValueError for what `Samples` cannot take."""
+    if cache not in CACHES:
+        raise ValueError(f"data.cache={cache} is not one of {', '.join(CACHES)}.")
+    if on_bad_sample not in ON_BAD_SAMPLE:
+        raise ValueError(f"data.on_bad_sample={on_bad_sample} is not one of {', '.join(ON_BAD_SAMPLE)}.")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"data.max_bad_share={max_bad_share} is outside [0, 1].")
+
+
+def _to_hand_over(shape: tuple[int, ...]) -> Tensor:
+    """uint8, uninitialised; in a loader process in memory that the trainer sees as well, so that it is not copied."""
+    empty = torch.empty(shape, dtype=torch.uint8)
+    return empty.share_memory_() if get_worker_info() else empty
+
+
+def _shared(dtype: type, count: int) -> np.ndarray:
+    """Zeros in anonymous memory, the same for this process and those that are forked from it."""
+    return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype)
+
+
+class _Cache:
+    """Decoded images in shared memory: a forked worker's images are there for all the others.
+
+    Two workers may decode one sample at once; both write the same bytes.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.images = torch.from_numpy(_shared(np.uint8, math.prod(shape))).view(shape)
+        self.labels = torch.from_numpy(_shared(np.int64, shape[0]))
+        self.known = _shared(np.bool_, shape[0])
+
+    def keep(self, number: int, image: np.ndarray, label: int) -> None:
+        self.images[number].numpy()[:] = image
+        self.labels[number] = label
+        self.known[number] = True  # after its content
