@@ -8,3 +8,5 @@ __version__ = "0.1.0"
 # as another program wants a core a training step can take twenty times as long; without spinning it takes twice as long
 # on an idle machine (docs/measurements.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# DDP warns on every rank of what exactness needs: that it looks for unused parameters and finds none.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

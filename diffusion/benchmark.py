@@ -1,11 +1,22 @@
 """Measure this machine.
 
     python -m diffusion.benchmark task=gpu_check                   does the GPU compute what the CPU does, and how fast
-    python -m diffusion.benchmark task=gpu_check out=figures.json  all figures in a file as well
+    python -m diffusion.benchmark task=loader                      what the data loader costs, beside others
+    python -m diffusion.benchmark task=overhead                    what signals, saving and checks cost a step
+    python -m diffusion.benchmark task=... out=figures.json        all figures in a file as well
 
 gpu_check compares a training step and a sample on the GPU, in float32 and in bf16, with the CPU's, looks whether
 training makes the host wait, and times CIFAR-10 training on random images. Exit status 0 if all of it holds, 1 if
 something does not, 3 without a GPU.
+
+loader times ours and others on the same images in one run, by turns, and holds the ratios against bars: 256x256 photos
+against torch's DataLoader that decodes the same bytes from memory, a webdataset pipeline and, with
+loader.peers_python=PATH, MosaicML streaming (bash launch/loader_peers.sh makes its environment and runs all of it);
+32x32 images that are kept decoded against rows of a tensor. loader.root and loader.cifar_root take prepared sets of
+yours instead. Exit status 0 if all bars hold, 1 if one does not.
+
+overhead trains the digits with all that lets a run survive and with none of it, by turns, on the CPU. Exit status 0 if
+a step costs at most 1 % more, or no more than the machine's own spread lets one tell, 1 if it does.
 """
 
 import importlib
@@ -17,7 +28,11 @@ from omegaconf import DictConfig
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing
 
-TASKS = {"gpu_check": "diffusion.app.gpu_check"}  # each has main(cfg, say) -> exit status
+TASKS = {  # each has main(cfg, say) -> exit status
+    "gpu_check": "diffusion.app.gpu_check",
+    "loader": "diffusion.app.loader_benchmark",
+    "overhead": "diffusion.app.overhead_benchmark",
+}
 
 
 @command("benchmark")

@@ -1,15 +1,21 @@
-"""The scores of many runs in one table, or the report of one run made again.
+"""The scores of many runs in one table, the report of one run made again, or two runs held against each other.
 
     python -m diffusion.report                          all results.jsonl below runs/, in results.csv and results.html
     python -m diffusion.report runs=DIR out=DIR         below another folder; written to another
     python -m diffusion.report run_dir=runs/digits      report.html of that run
+    python -m diffusion.report task=compare run_dir=A other=B     the step at which two runs part
 
 The table is sorted by metric, the best score first; in results.html a click on a column's name sorts by that column.
+
+task=compare is for runs that should be the same to the bit, trained with fingerprint_every=N. It names the first step
+at which they part, and whether by their weights, their average, the optimizer's state or the batch, for each rank. Exit
+status 0 if they are the same at all steps that both have logged, 1 if they part, 2 if there is nothing to compare.
 """
 
 import csv
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +28,25 @@ from yaml import YAMLError
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.files import replacing
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
+from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
 from diffusion.training.run_folder import RunFolder, flatten
 
 Row = dict[str, Any]
+TASKS = ("make", "compare")
 FIRST = "run metric value is_std reference difference not_comparable num_images sampler num_steps nfe seed step".split()
 
 
 @command("report")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
+        check_task(cfg)
+        if cfg.task == "compare":
+            found = compared(cfg.run_dir, cfg.other)
+            settings = differing_settings(RunFolder(cfg.run_dir), RunFolder(cfg.other))
+            print(parting(found, settings))
+            sys.exit(1 if found.partings else 0)
         if cfg.run_dir is not None:
-            folder = one_run(cfg.run_dir)
+            folder = one_run("run_dir", cfg.run_dir)
             with writing("run_dir", folder.path):
                 print(f"Report: {write_report(folder)}")
             return
@@ -57,15 +71,27 @@ def writing(key: str, folder: Path) -> Iterator[None]:
         raise Refusal(f"{key}={folder} cannot be written to: {e.strerror}.") from e
 
 
-def one_run(path: str) -> RunFolder:
-    """The run folder at a path; Refusal if there is none."""
+def check_task(cfg: DictConfig) -> None:
+    """Refuse an unknown task, and settings that it lacks or does not have."""
+    if cfg.task not in TASKS:
+        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
+    if cfg.task == "compare" and None in (cfg.run_dir, cfg.other):
+        raise Refusal("task=compare needs two runs: run_dir=A other=B.")
+    if cfg.task == "compare" and cfg.out is not None:
+        raise Refusal(f"out={cfg.out}: task=compare writes nothing.")
+    if cfg.task == "make" and cfg.other is not None:
+        raise Refusal(f"other={cfg.other} is for task=compare.")
+
+
+def one_run(key: str, path: str) -> RunFolder:
+    """The run folder at the path that a setting gives; Refusal if there is none."""
     folder = RunFolder(path)
     try:
         config = folder.config()
     except (YAMLError, UnicodeDecodeError) as e:
-        raise Refusal(f"run_dir={path}: its config.yaml is damaged ({str(e).splitlines()[0]}).") from e
+        raise Refusal(f"{key}={path}: its config.yaml is damaged ({str(e).splitlines()[0]}).") from e
     if not isinstance(config, dict):
-        raise Refusal(f"run_dir={path} is no run folder: there is no config.yaml with settings in it.")
+        raise Refusal(f"{key}={path} is no run folder: there is no config.yaml with settings in it.")
     return folder
 
 
@@ -114,7 +140,58 @@ def listing(rows: list[Row]) -> str:
     """The main columns as text for a terminal."""
     names = ("metric", "value", "reference", "num_images", "sampler", "num_steps", "step", "run")
     titles = ("metric", "value", "paper", "images", "sampler", "steps", "at step", "run")
-    lines = [titles, *(tuple(shown(row.get(name)) for name in names) for row in rows)]
+    return columns([titles, *(tuple(shown(row.get(name)) for name in names) for row in rows)])
+
+
+# ---- two runs ----
+
+
+def compared(run_dir: str, other: str) -> Comparison:
+    """The fingerprints of two runs, held against each other; Refusal if there is nothing to compare."""
+    for key, path in (("run_dir", run_dir), ("other", other)):
+        if not any(logs(one_run(key, path).path).values()):
+            raise Refusal(f"{key}={path} has no fingerprints: train with fingerprint_every=N.")
+    found = compare(Path(run_dir), Path(other))
+    if not found.steps:
+        raise Refusal(
+            f"run_dir={run_dir} and other={other}: there is no step of which both have the fingerprints of all their "
+            f"ranks. Train both with the same fingerprint_every."
+        )
+    return found
+
+
+def parting(found: Comparison, settings: list[str]) -> str:
+    """Where two runs part, as text for a terminal. `settings`: in what they differ."""
+    steps, partings = found.steps, found.partings
+    logged = f"{len(steps):,} steps from {steps[0]} to {steps[-1]} that both have logged"
+    if not partings:
+        return f"The same to the bit, {', '.join(PARTS)}, at all {logged}."
+    first = partings[0].step
+    before = max((step for step in steps if step < first), default=0)
+    lines = [f"They part at step {first}" + (f"; at step {before} they are the same." if before else ", the first.")]
+    if any(p.step == first and p.part == "batch" for p in partings):
+        lines.append("Its batch is another one: the data, their order or the seed differ.")
+    else:
+        unseen = f", or a batch after step {before}" if first - before > 1 else ""
+        lines.append(f"Its batch is the same: what differs is how they compute{unseen}.")
+    lines.append("Settings that differ:" + ("" if settings else " none"))
+    lines += [f"  {setting}" for setting in settings]
+    lines.append(f"First step of each difference, of {logged}:")
+    where = {(p.rank, p.part): str(p.step) for p in partings}
+    ranks = sorted({p.rank for p in partings}, key=lambda rank: -1 if rank is None else rank)
+    rows = [("all" if r is None else str(r), *(where.get((r, part), "same") for part in PARTS)) for r in ranks]
+    return "\n".join([*lines, columns([("rank", *PARTS), *rows])])
+
+
+def differing_settings(run: RunFolder, other: RunFolder) -> list[str]:
+    """'key: ours, theirs' of all settings but the names of the runs."""
+    ours, theirs = flatten(run.config()), flatten(other.config())
+    keys = sorted((ours.keys() | theirs.keys()) - {"name", "run_dir"})
+    return [f"{key}: {ours.get(key)}, {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
+
+
+def columns(lines: list[tuple[str, ...]]) -> str:
+    """Rows of words as a table."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

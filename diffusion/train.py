@@ -8,26 +8,27 @@ The same command again goes on where it stopped. All that a run leaves is in its
 metrics.csv, samples/, results.jsonl, report.html.
 """
 
-import os
 import sys
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.app.check import check, check_data
 from diffusion.app.compose import command, refusing
+from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.training.run_folder import RunFolder
-
-
-def main_rank(cfg: DictConfig) -> bool:
-    """Whether this process is the one that writes, known from the launcher before torch is. A run of one process is
-    always its own: several of them, started by mistake, meet at the lock."""
-    if cfg.trainer.devices * cfg.trainer.num_nodes == 1:
-        return True
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+from diffusion.training.signals import Signals, ignore
 
 
 @command("train", experiment="digits")
 def main(cfg: DictConfig) -> None:
+    with Signals() as signals:
+        status = train(cfg, signals)
+    if status:
+        sys.exit(status)
+
+
+def train(cfg: DictConfig, signals: Signals) -> int:
+    """The whole command; the exit status."""
     main_process = main_rank(cfg)
 
     def say(message: str) -> None:
@@ -36,20 +37,19 @@ def main(cfg: DictConfig) -> None:
 
     with refusing(cfg.debug):
         check(cfg)
+        check_launcher(cfg)
         check_data(cfg)
         folder = RunFolder(cfg.run_dir)
         config = OmegaConf.to_container(cfg)
         folder.refuse_other(config)
     if finished(cfg, folder):
         say(f"{folder.path} is finished: {folder.steps()[0]} steps, nothing is missing. See {folder.report_path}")
-        return
+        return 0
     from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
 
     with refusing(cfg.debug):
-        run = Run(cfg, config, folder)
-    status = run.go(say, main_process)
-    if status:
-        sys.exit(status)
+        run = Run(cfg, config, folder, signals)
+    return run.go(say, main_process)
 
 
 def finished(cfg: DictConfig, folder: RunFolder) -> bool:
@@ -66,4 +66,7 @@ def finished(cfg: DictConfig, folder: RunFolder) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        ignore()

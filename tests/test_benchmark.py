@@ -117,10 +117,10 @@ def test_what_makes_the_host_wait_is_reported(monkeypatch):
 
     count = DiffusionModule.count
 
-    def waiting(module, loss, t):
+    def waiting(module, loss, t, *stand_in):
         if modes[-1] == "error":
             raise RuntimeError("called a synchronizing CUDA operation\nmore of it")
-        count(module, loss, t)
+        count(module, loss, t, *stand_in)
 
     monkeypatch.setattr(DiffusionModule, "count", waiting)
     assert gpu_check.host_waits("digits", CPU) == "called a synchronizing CUDA operation"

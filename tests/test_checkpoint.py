@@ -1,14 +1,18 @@
 """Checkpoints are whole or not used; nothing in them is executed."""
 
 import io
+import subprocess
+import sys
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from diffusion.noise import key
-from diffusion.training.checkpoint import AtomicCheckpointIO, load
+from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, load
 from diffusion.training.run_folder import RunFolder, damage, differences, flatten
 
 CONTENT = {
@@ -24,8 +28,14 @@ def folder(tmp_path):
     """A run folder with checkpoints of steps 5 and 7."""
     run = RunFolder(tmp_path / "run")
     for step in (5, 7):
-        AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": step}, run.checkpoint_path(step))
+        written(CONTENT | {"global_step": step}, run.checkpoint_path(step))
     return run
+
+
+def written(content, path):
+    writer = CheckpointWriter()
+    writer.save_checkpoint(content, path)
+    writer.wait()
 
 
 def cut(data: bytes, k: int) -> bytes:
@@ -88,10 +98,54 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+    with pytest.raises(WriteFailed, match="step_00000007.ckpt cannot be written: No space left on device"):
+        written(CONTENT, path)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == before
     assert damage(path) is None
+
+
+def test_what_is_saved_is_what_was_there_when_the_save_returned(folder, monkeypatch):
+    """The next step changes the weights in place while the file is being written."""
+    weights, go_on, save = torch.zeros(1000), threading.Event(), torch.save
+
+    def slow(checkpoint, f):
+        assert go_on.wait(30)
+        save(checkpoint, f)
+
+    monkeypatch.setattr(torch, "save", slow)
+    writer, path, order = CheckpointWriter(), folder.checkpoint_path(9), []
+    counters = {"seen": [1]}
+    content = CONTENT | {"state_dict": {"network.w": weights}, "counters": counters}
+    writer.save_checkpoint(content, path, lambda: order.append(path.is_file()))
+    weights += 1
+    counters["seen"].append(2)
+    assert not path.exists() and order == []
+    go_on.set()
+    writer.wait()
+    assert order == [True]  # told once it was there
+    found = load(path)
+    assert (found["state_dict"]["network.w"] == 0).all() and found["counters"] == {"seen": [1]}
+
+
+def test_a_process_does_not_end_with_a_write_under_way(tmp_path):
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion.training.checkpoint import CheckpointWriter
+content = {{"global_step": 1, "state_dict": {{"w": torch.ones(20_000_000)}}, "ema": {{}}, "config": {{}}}}
+CheckpointWriter().save_checkpoint(content, {str(tmp_path / "x.ckpt")!r})
+sys.exit(143)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 143
+    assert load(tmp_path / "x.ckpt")["state_dict"]["w"].sum() == 20_000_000
+
+
+def test_the_best_by_fid_is_kept_and_pointed_to(folder):
+    assert folder.point_best() is None
+    rows = [(5, 3.0, "train"), (7, 4.0, "train"), (6, 1.0, "train"), (7, 2.0, "evaluate")]  # none of 6 is there
+    folder.add_results([{"by": by, "name": "fid", "step": step, "value": value} for step, value, by in rows])
+    assert folder.point_best() == 5
+    assert load(folder.checkpoints / "best.ckpt")["global_step"] == 5
 
 
 def test_leftovers_of_a_kill_go_when_the_folder_is_taken(folder):

@@ -99,6 +99,21 @@ def test_epochs_and_seeds_are_shuffled_differently():
         assert all((a == b).mean() < 0.01 for b in orders[:i])
 
 
+@pytest.mark.parametrize("lanes", [8, 64])
+def test_neighbours_in_a_shard_part(lanes):
+    """128 shards of 1,000, batches of 128: what lay side by side comes far apart, and a batch is from many shards."""
+    plan = Plan(np.full(128, 1000), batch_size=128, lanes=lanes, seed=0)
+    n = plan.num_samples
+    _, samples = plan.locate(np.arange(n))
+    place = np.empty(n, dtype=np.int64)
+    place[samples] = np.arange(n)
+    in_one_shard = np.arange(n - 1) // 1000 == np.arange(1, n) // 1000
+    assert ((np.diff(place // 128) == 0) & in_one_shard).mean() < 5 * 128 / n  # in one batch: chance times five
+    assert np.median(np.abs(np.diff(place))[in_one_shard]) > 0.05 * n  # a twentieth of the epoch apart
+    assert np.mean([len(np.unique(plan.shard_of(batch))) for batch in samples.reshape(-1, 128)]) > 30
+    assert (np.abs(np.diff(samples)) == 1).mean() < 1e-3
+
+
 def test_the_first_sample_is_drawn_evenly_from_its_window():
     counts, draws = [2, 2, 2], 4000
     first = [int(Plan(counts, 4, 2, seed).locate(np.zeros(1, dtype=int))[1][0]) for seed in range(draws)]

@@ -147,7 +147,7 @@ def test_a_signal_during_the_final_scores_ends_the_run_at_once_and_they_are_made
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM
     whole([*words, "callbacks.score.num_images=20"], tmp_path, "run")
     assert (tmp_path / "run" / "report.html").is_file()
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2

@@ -1,7 +1,6 @@
 """One training step and what accompanies it: randomness by position, precision, averages, rates, and no waiting."""
 
 import functools
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -21,19 +20,10 @@ from diffusion.noise import ImageNoise
 from diffusion.training.ema import EMA
 from diffusion.training.module import QUARTILES, DiffusionModule
 from diffusion.training.run_folder import RunFolder
+from diffusion.training.signals import Signals
 
 SMALL = ["+experiment=digits", "trainer=cpu", "callbacks=none", "data.batch_size=8", "save.every_steps=0"]
 SMALL += ["model.blocks_per_level=1"]
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    """A run takes over the process's signals: given back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def make_run(shards, tmp_path):
     def make(*words: str) -> Run:
         folder = tmp_path / f"run_{len(made)}"
         cfg = composed(*SMALL, f"data.root={shards}", f"run_dir={folder}", *words)
-        made.append(Run(cfg, OmegaConf.to_container(cfg), RunFolder(folder)))
+        made.append(Run(cfg, OmegaConf.to_container(cfg), RunFolder(folder), Signals()))
         return made[-1]
 
     return make
@@ -119,6 +109,7 @@ def watched(run: Run, lr: float = 0.1) -> Watched:
 # ---- the host never waits for the device ----
 
 
+LOOKED_AT = {("schedule.py", "__call__"), ("nonfinite.py", "settle")}
 LOOKS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount"}
 
 
@@ -143,7 +134,8 @@ class Looks(TorchDispatchMode):
 
 @pytest.mark.parametrize("words", [[], ["trainer.accumulate=2", "objective=bound"]], ids=["plain", "accumulated"])
 def test_training_looks_at_no_value_between_two_rows_of_the_metrics(words, make_run, monkeypatch):
-    """With EMA, meter, bar and saver at work. On the CPU the schedule checks its times: alone, and there alone."""
+    """With EMA, meter, bar and saver at work. On the CPU the schedule checks its times: there alone. And the norm
+    of the step before last is on the host, and long so, when it is looked at."""
     run, looks = make_run("log_every=5", "trainer.max_steps=12", *words), Looks()
     begin = DiffusionModule.on_train_batch_start
 
@@ -155,7 +147,7 @@ def test_training_looks_at_no_value_between_two_rows_of_the_metrics(words, make_
     with looks:
         train(run)
     within = [n for n in looks.noted if n[0] is not None]
-    assert {n[1:3] for n in within if n[0] not in (5, 10, 12)} == {("schedule.py", "__call__")}
+    assert {n[1:3] for n in within if n[0] not in (5, 10, 12)} == LOOKED_AT
     assert {n[0] for n in within if n[1] == "meter.py"} == {5, 10, 12}
 
 

@@ -139,3 +139,99 @@ def test_every_residual_block_sees_the_time():
             h = torch.randn(2, module.norm_1.num_channels, 8, 8)
             one, other = (module(h, torch.randn(2, 128)) for _ in range(2))
             assert (one - other).std() > 0.1 * one.std()
+
+
+# ---- activation checkpointing ----
+
+SMALL = dict(image_size=16, channels=1, width=32, multipliers=(1, 2), attention_resolutions=(8,), num_classes=10)
+
+
+def ordinary_weights(network: UNet) -> UNet:
+    """None of the paper's zeros, so that every weight has a say in the output and in the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+    return network
+
+
+def loss_and_gradients(network, steps: int = 1):
+    """A loss over random images and what it gives every parameter, dropout drawn from one seed; [loss, gradients]."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 1, 16, 16, generator=generator)
+    torch.manual_seed(2)
+    found = []
+    for _ in range(steps):
+        network.zero_grad()
+        loss = (network(x, torch.tensor([0.0, 1, 500, 999]), torch.tensor([0, 3, 9, 10])) - x).square().mean()
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in network.parameters())]
+    return found + [torch.rand(3)]  # the generator stands where it would stand without
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_checkpointing_changes_no_bit_of_loss_and_gradients_with_dropout(bf16):
+    plain, saving = (
+        ordinary_weights(UNet(**SMALL, dropout=0.3, activation_checkpointing=on)).train() for on in (False, True)
+    )
+    assert plain.state_dict().keys() == saving.state_dict().keys()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected, got = loss_and_gradients(plain, steps=2), loss_and_gradients(saving, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    first, second = (expected[i * len(expected) // 2] for i in (0, 1))
+    assert first != second  # by dropout alone, which so has an effect
+
+
+def kept_bytes(network: UNet) -> int:
+    """Bytes of activations that are held when the backward pass begins: what autograd has saved, and the outputs of
+    the network's parts, which checkpointing holds as the inputs of the next."""
+    held: dict[int, torch.Tensor] = {}
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = tensor  # kept, so that no other storage comes to lie there
+        return tensor
+
+    parts = [*network.down, *network.up]
+    parts = [part for level in parts for part in (*level.blocks, level.resample) if part is not None]
+    for part in (network.stem, network.middle_1, network.middle_2, *parts):
+        part.register_forward_hook(lambda module, inputs, output: hold(output))
+    x = torch.randn(4, 1, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        network(x, torch.arange(4.0), torch.arange(4)).square().mean()
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def test_checkpointing_keeps_less_than_a_quarter_of_the_activations():
+    plain, saving = (kept_bytes(UNet(**SMALL, dropout=0.3, activation_checkpointing=on).train()) for on in (0, 1))
+    assert saving < plain / 4, f"{saving:,} bytes with checkpointing, {plain:,} without"
+
+
+def test_without_gradients_nothing_is_computed_for_a_second_time(monkeypatch):
+    network = UNet(**SMALL, activation_checkpointing=True)
+    monkeypatch.setattr("diffusion.models.unet.checkpoint", None)  # not called
+    x, t = torch.randn(1, 1, 16, 16), torch.zeros(1)
+    with torch.no_grad():
+        network.train()(x, t)
+    network.eval()(x, t)
+    with pytest.raises(TypeError):
+        network.train()(x, t)
+
+
+@pytest.mark.parametrize("kind", ["static_graph", "find_unused_parameters"])
+def test_checkpointing_works_under_ddp(kind, tmp_path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    network = ordinary_weights(UNet(**SMALL, dropout=0.3, activation_checkpointing=True)).train()
+    expected = loss_and_gradients(network, steps=3)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(network, gradient_as_bucket_view=True, **{kind: True})
+        got = loss_and_gradients(parallel, steps=3)
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))

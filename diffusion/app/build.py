@@ -279,8 +279,10 @@ def sampling(
     image_shape: tuple[int, int, int],
     batch_size: int = 256,
     labels: Sequence[int] = (),
+    attend: Callable[[], None] = lambda: None,
 ) -> Sampling:
-    """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed."""
+    """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed. `attend` is called
+    at every evaluation of the network and may raise to end the sampling."""
     built, visited = sampler(cfg, denoiser.schedule)
     num_classes = denoiser.network.num_classes
     if getattr(built, "variance", "") == "learned" and denoiser.network.out_channels == image_shape[0]:
@@ -290,7 +292,7 @@ def sampling(
             raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
     if labels and not num_classes:
         raise Refusal(f"labels={labels}: this model is unconditional.")
-    counted = Counted(denoiser)
+    counted = Counted(denoiser, attend)
     about = {"sampler": type(built).__name__.lower(), "spacing": cfg.sampler.spacing, "clip_x0": cfg.sampler.clip_x0}
     about |= {k: cfg.sampler[k] for k in ("eta", "variance") if k in cfg.sampler}
     about |= {"guidance_scale": cfg.guidance.scale, "precision": where.precision}

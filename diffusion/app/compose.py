@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "runs", "reference")
+PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "other", "runs", "reference")
 PATH_KEYS += ("data.root", "data.remote.folder", "extractor.weights")
+PATH_KEYS += ("loader.root", "loader.cifar_root", "loader.peers_python", "other")
 MAY_BE_NULL = ("sampler.num_steps", "logger.project")
 FLAGS_WITH_VALUE = ("-c", "--cfg", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir", "-p")
 FLAGS_WITH_VALUE += ("--package",)
@@ -341,6 +343,8 @@ def _task(main: Callable[[DictConfig], None], cfg: DictConfig) -> None:
             cfg.run_dir = sweep_folder(cfg.run_dir, list(HydraConfig.get().overrides.task))
         OmegaConf.resolve(cfg)
     OmegaConf.set_readonly(cfg, True)
+    if not cfg.get("debug", False):
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it is from
     try:
         main(cfg)
     except KeyboardInterrupt:

@@ -5,39 +5,34 @@ trains from the newest sound checkpoint, and makes what is missing of pictures, 
 """
 
 import logging
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import DDPStrategy
 
 from diffusion.app import build
 from diffusion.app.compose import refusing
-from diffusion.data.remote import Unreachable
-from diffusion.data.samples import BadSample
+from diffusion.app.fit import Fit
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.metrics.extractors import Features
 from diffusion.page import write_report
-from diffusion.training.callbacks import Look, grid_path, save_grid
-from diffusion.training.checkpoint import AtomicCheckpointIO, Saver, load
+from diffusion.training.callbacks import Abandoned, Look, grid_path, save_grid
+from diffusion.training.checkpoint import load
 from diffusion.training.ema import EMA, load_average
+from diffusion.training.fingerprint_log import cut_after
 from diffusion.training.logger import loggers
-from diffusion.training.meter import Bar, Meter, MetricsCsv, RunLogger, count_parameters
+from diffusion.training.meter import MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.run_folder import RECORDED, RunFolder
 from diffusion.training.scoring import Sampling, describe, score, stored, watched
+from diffusion.training.signals import Signals
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is the user's to choose
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
-
-FAILURES = (BadSample, Unreachable)  # what can end a training without a bug of ours
 
 
 class Run:
@@ -45,14 +40,17 @@ class Run:
 
     Args:
         cfg: composed and checked. config: the same, plain, for the folder and the checkpoints. folder: the run's.
+        signals: of this process; None where nobody handles any.
     """
 
-    def __init__(self, cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> None:
+    def __init__(
+        self, cfg: DictConfig, config: dict[str, Any], folder: RunFolder, signals: Signals | None = None
+    ) -> None:
         recorded = folder.config()
         if recorded is not None:  # what was left open was found out when the run began
             known = {k: recorded["data"].get(k) for k in RECORDED if cfg.data[k] is None}
             cfg = OmegaConf.merge(cfg, {"data": known})
-        self.cfg, self.config, self.folder = cfg, config, folder
+        self.cfg, self.config, self.folder, self.signals = cfg, config, folder, signals or Signals()
         self.place = build.place(cfg.trainer)
         self.data = build.data(cfg)
         levels = build.schedule(cfg)
@@ -69,6 +67,7 @@ class Run:
             seed=cfg.seed,
             memory_format=self.place.memory_format,
             config=config,
+            skip_not_finite=cfg.on_nonfinite == "skip",
         )
         build.sampler(cfg, levels)
         self.ema = EMA(cfg.ema.decay, cfg.ema.warmup)
@@ -76,6 +75,7 @@ class Run:
         if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name != "digits":
             self.extractor = build.extractor(cfg, self.place)
         self._reference: Features | None = None
+        self.fit: Fit | None = None
         self.csv = MetricsCsv(folder.metrics_path)
         self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
 
@@ -98,6 +98,9 @@ class Run:
                 logger.start(say)
             status = self.train(say, main_rank) or self.finish(say)
             return status
+        except SystemExit as end:  # by a signal outside of training
+            status = end.code
+            raise
         finally:
             for logger in self.loggers:
                 logger.close(status)
@@ -118,65 +121,9 @@ class Run:
         if main_rank:
             self.csv.cut_after(step)
             self.folder.cut_results_after(step)
-        meter = Meter(cfg.log_every, cfg.data.batch_size)
-        saver = Saver(self.folder, cfg.save.every_steps, cfg.save.every_minutes, cfg.save.keep)
-        callbacks: list[pl.Callback] = [self.ema, meter, Bar(meter), *self.looks(), saver]
-        ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-        trainer = pl.Trainer(
-            accelerator=self.place.device.type,
-            devices=cfg.trainer.devices,
-            num_nodes=cfg.trainer.num_nodes,
-            strategy="auto" if ranks == 1 else self.strategy(),
-            precision="bf16-mixed" if self.place.precision == "bf16-mixed" else "32-true",
-            max_steps=cfg.trainer.max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=cfg.trainer.accumulate,
-            callbacks=callbacks,
-            logger=self.loggers,
-            plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if ranks == 1 else [])],
-            log_every_n_steps=cfg.log_every,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            deterministic=cfg.deterministic,
-            default_root_dir=self.folder.path,
-        )
-        # Lightning would broadcast a flag and look at it on every batch; the saver has the signals.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        try:
-            with saver.signals(trainer):
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
-        except FAILURES as error:
-            return self.failed(error, trainer)
-        if meter.stand_ins:
-            say(f"Bad samples: {meter.stand_ins:,} times so far another image stood in for one that cannot be decoded.")
-        if saver.stopped_by:
-            say(
-                f"Stopped by signal {saver.stopped_by} at step {trainer.global_step}; "
-                f"the same command goes on from there."
-            )
-        return saver.exit_status()
-
-    def failed(self, error: Exception, trainer: pl.Trainer) -> int:
-        """Say what ended the training, which is no bug of ours; the exit status, 1."""
-        if self.cfg.debug:
-            traceback.print_exception(error)
-        rank = f" of rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-        saved = self.folder.steps()
-        print(
-            f"error: {error}\nTraining{rank} ended at step {trainer.global_step}; the same command goes on from step "
-            f"{saved[0] if saved else 0}.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-
-    def strategy(self) -> DDPStrategy:
-        """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an
-        uninterrupted one: where bit-exactness is promised they are not."""
-        exact = self.cfg.deterministic or self.place.device.type == "cpu"
-        return DDPStrategy(find_unused_parameters=exact, gradient_as_bucket_view=True, static_graph=not exact)
+            cut_after(self.folder.path, step)
+        self.fit = Fit(self, self.looks(), self.signals)
+        return self.fit.go(path, say)
 
     def introduction(self, step: int) -> str:
         """What is about to happen, in a few lines."""
@@ -196,21 +143,28 @@ class Run:
     # ---- pictures and scores ----
 
     def sampling(self, batch_size: int = 256) -> Sampling:
-        return build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, batch_size)
+        return build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, batch_size, attend=self.attend)
+
+    def attend(self) -> None:
+        """Called whenever the network is evaluated for a look: a signal that training holds ends the look."""
+        if self.fit is not None:
+            self.fit.watch.working()
+        if self.signals.number is not None:
+            raise Abandoned
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.data.channels, self.data.image_size, self.data.image_size
 
-    def looks(self) -> list[pl.Callback]:
+    def looks(self) -> list[Look]:
         """The callbacks that look at the run while it trains."""
         cfg, found = self.cfg.callbacks, []
-        if not cfg.enabled:
-            return found
-        if cfg.grid.every_steps:
-            found.append(Look(cfg.grid.every_steps, self.ema, lambda _, step: self.look(step)))
-        if cfg.score.every_steps and self.cfg.metrics:
-            found.append(Look(cfg.score.every_steps, self.ema, lambda _, step: self.score(step)))
+        if cfg.enabled and cfg.grid.every_steps:
+            missing = lambda step: not grid_path(self.folder, step).is_file()  # noqa: E731
+            found.append(Look(cfg.grid.every_steps, self.ema, self.look, missing))
+        if cfg.enabled and cfg.score.every_steps and self.cfg.metrics:
+            missing = lambda step: not set(self.cfg.metrics) <= self.folder.own_scores(step)  # noqa: E731
+            found.append(Look(cfg.score.every_steps, self.ema, self.score, missing))
         return found
 
     def look(self, step: int) -> None:
@@ -263,8 +217,7 @@ class Run:
         if cfg.callbacks.enabled and missing:
             for row in self.score(step, missing):
                 say(describe(row))
+        self.folder.point_best()
         write_report(self.folder)
         say(f"Report: {self.folder.report_path}")
         return 0
-
-

@@ -209,8 +209,8 @@ class Samples(Dataset):
     # ---- many ----
 
     def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images uint8 (b, C, H, W), labels int64 (b,) if there are classes, and if bad samples are skipped, bool (b,):
-        where another one stands in.
+        """Images uint8 (b, C, H, W) in any memory layout; labels int64 (b,) if there are classes; and if bad samples
+        are skipped, bool (b,): where another one stands in.
 
         Args:
             numbers: int64 (b,).
@@ -219,14 +219,15 @@ class Samples(Dataset):
             BadSample: one cannot be decoded and is not to be skipped, or too many have been.
             Unreachable: a remote shard cannot be had.
         """
-        images = _to_hand_over(self._shape(len(numbers)))
         labels = torch.zeros(len(numbers), dtype=torch.int64)
         stand_ins = torch.zeros(len(numbers), dtype=torch.bool) if self.on_bad_sample == "skip" else None
         if self._cache is not None and self._cache.known[numbers].all():
-            chosen = torch.from_numpy(numbers)
+            chosen, images = torch.from_numpy(numbers), _to_hand_over(self._shape(len(numbers)))
             torch.index_select(self._cache.images, 0, chosen, out=images)
             torch.index_select(self._cache.labels, 0, chosen, out=labels)
         else:
+            count, channels, height, width = self._shape(len(numbers))
+            images = _to_hand_over((count, height, width, channels)).permute(0, 3, 1, 2)  # as pictures are decoded
             pixels = images.numpy()
             for i, number in enumerate(numbers.tolist()):
                 if stand_ins is None:
@@ -270,8 +271,9 @@ def check_values(cache: str, on_bad_sample: str, max_bad_share: float) -> None:
 
 def _to_hand_over(shape: tuple[int, ...]) -> Tensor:
     """uint8, uninitialised; in a loader process in memory that the trainer sees as well, so that it is not copied."""
-    empty = torch.empty(shape, dtype=torch.uint8)
-    return empty.share_memory_() if get_worker_info() else empty
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
 
 
 def _shared(dtype: type, count: int) -> np.ndarray:

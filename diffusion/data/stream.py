@@ -4,7 +4,7 @@
 
 A batch is
 
-    image     uint8 (b, C, H, W)
+    image     uint8 (b, C, H, W), in any memory layout
     label     int64 (b,), if the data set has classes
     position  int64 (b,): place in the endless stream, step * B + slot, which the training noise is keyed by
     stand_in  bool (b,), if bad samples are skipped: another sample is in the place of one that cannot be decoded
@@ -12,8 +12,10 @@ A batch is
 This module knows one rank's part of the work; it does not know who trains on it.
 """
 
+import atexit
 import itertools
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -146,7 +148,19 @@ class StreamLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Raises BadSample or Unreachable here, whatever process met it."""
         self.source.start = self.begin() if callable(self.begin) else self.begin
-        for batch in super().__iter__():
-            if isinstance(batch, Failed):
-                raise batch.error
-            yield batch
+        batches = super().__iter__()
+        known = weakref.ref(batches)
+
+        def end() -> None:
+            """Workers heed no SIGTERM, by which multiprocessing would end them when the program ends."""
+            if self.num_workers and (left := known()) is not None:
+                left._shutdown_workers()
+
+        atexit.register(end)
+        try:
+            for batch in batches:
+                if isinstance(batch, Failed):
+                    raise batch.error
+                yield batch
+        finally:
+            atexit.unregister(end)

@@ -29,27 +29,49 @@ def grid_path(folder: RunFolder, step: int) -> Path:
     return folder.samples / f"step_{step:08d}.png"
 
 
+class Abandoned(Exception):
+    """A look that is not gone on with, because the run is to stop."""
+
+
 class Look(Callback):
     """Every `every` steps, and not at the last (which is looked at when training is over), run `look(step)` with the
-    averaged weights in place, in evaluation mode, on rank 0."""
+    averaged weights in place, in evaluation mode, on rank 0. A run that goes on from a step whose look is missing, as
+    it was killed or stopped before, begins with it.
 
-    def __init__(self, every: int, ema: EMA, look: Callable[[Trainer, int], None]) -> None:
-        self.every, self.ema, self.look, self._seen = every, ema, look, 0
+    Args:
+        every: steps between two looks.
+        ema: the averaged weights.
+        look: what to do; Abandoned leaves it.
+        missing: whether the look at a step has not been had.
+    """
+
+    def __init__(self, every: int, ema: EMA, look: Callable[[int], Any], missing: Callable[[int], bool]) -> None:
+        self.every, self.ema, self.look, self.missing, self._seen = every, ema, look, missing, 0
+
+    def due(self, step: int) -> bool:
+        """Whether the run is looked at after this step."""
+        return step > 0 and step % self.every == 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen = trainer.global_step
+        if self.due(self._seen) and trainer.is_global_zero and self.missing(self._seen):
+            self._look(module, self._seen)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._seen:
             return
         self._seen = step
-        if step % self.every or step >= trainer.max_steps or not trainer.is_global_zero:
-            return
+        if self.due(step) and step < trainer.max_steps and not trainer.should_stop and trainer.is_global_zero:
+            self._look(module, step)
+
+    def _look(self, module: LightningModule, step: int) -> None:
         network = module.network
         network.eval()
         try:
             with self.ema.swapped_in(network):
-                self.look(trainer, step)
+                self.look(step)
+        except Abandoned:
+            pass
         finally:
             network.train()

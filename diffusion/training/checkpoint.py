@@ -1,25 +1,27 @@
-"""When and how a run is saved: whole files only, each with its digest, the newest under last.ckpt.
+"""When and how a run is saved: whole files only, each with its digest, the newest under last.ckpt, the best under
+best.ckpt, written in the background.
 
 The file is a Lightning checkpoint that `torch.load(weights_only=True)` reads: `global_step`, `state_dict` (raw
 weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's own counters.
 """
 
-import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from diffusion.files import replacing, sha256_of, write_atomically
+from diffusion.training.agreement import Agreement
 from diffusion.training.run_folder import RunFolder, damage
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from diffusion.training.signals import Signals
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -38,15 +40,54 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]
     return checkpoint
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the goal, syncs, records the digest, renames: a kill at any moment leaves whole files only."""
+class WriteFailed(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class CheckpointWriter(CheckpointIO):
+    """Writes in the background: a save returns when all is copied off the device, and the next waits for the last.
+
+    Each file is written beside its goal, synced, its digest recorded, renamed: a kill at any moment leaves whole files
+    only. The process does not end before the file under way is written.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        with replacing(path) as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            write_atomically(path.with_suffix(".sha256"), sha256_of(f.name) + "\n")
+        """`storage_options` may be a function to be called once the file is in place. Raises WriteFailed for the save
+        before this one."""
+        self.wait()
+        copy = apply_to_collection(checkpoint, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
+        self._thread = threading.Thread(target=self._write, args=(copy, Path(path), storage_options))
+        self._thread.start()
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+        try:
+            with replacing(path) as f:
+                torch.save(checkpoint, f)
+                f.flush()
+                write_atomically(path.with_suffix(".sha256"), sha256_of(f.name) + "\n")
+            if then:
+                then()
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            self._failure = WriteFailed(f"{path} cannot be written: {_cause(error)}. The checkpoints before it stay.")
+        except Exception as error:  # a bug: raised where the run sees it
+            self._failure = error
+
+    def check(self) -> None:
+        """WriteFailed if a save has failed since the last call."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises WriteFailed."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        self.check()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load(path)
@@ -56,85 +97,102 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).with_suffix(".sha256").unlink(missing_ok=True)
 
 
-class Saver(Checkpoint):
-    """Saves after every other callback has run: every N steps, every M minutes, at a signal, and at the last step.
+def _cause(error: Exception) -> str:
+    """What the system says, which torch hides behind its own message."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return str(error).splitlines()[0]
 
-    A signal only sets a flag; the step that is under way is finished, saved, and the run ends with `stopped_by` set.
+
+class Saver(Callback):
+    """Saves every N steps, every M minutes, before a look, at a signal, and at the last step; then the looks begin.
+
+    A signal is only noted; the step that is under way is finished, saved, and the run ends with `stopped_by` set.
 
     Args:
         folder: of the run.
+        writer: of the files.
+        signals: of this process.
         every_steps, every_minutes: 0 switches one of them off.
-        keep: newest checkpoints that stay.
+        keep: newest checkpoints that stay, beside the best by FID.
+        before: steps after which somebody looks at the run.
+        settle: called before a save, with trainer and module; raises if the step is not to be kept.
+        on_error: `stop` ends the run when a checkpoint cannot be written, `warn` goes on.
     """
 
-    def __init__(self, folder: RunFolder, every_steps: int, every_minutes: float, keep: int) -> None:
-        self.folder, self.every_steps, self.every_minutes, self.keep = folder, every_steps, every_minutes, keep
+    def __init__(
+        self,
+        folder: RunFolder,
+        writer: CheckpointWriter,
+        signals: Signals,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+        before: Callable[[int], bool] = lambda step: False,
+        settle: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
+        on_error: str = "stop",
+    ) -> None:
+        self.folder, self.writer, self.signals = folder, writer, signals
+        self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.before, self.settle, self.on_error = before, settle, on_error
         self.stopped_by: int | None = None
         self._seen, self._saved_at = 0, 0.0
 
-    @contextmanager
-    def signals(self, trainer: Trainer) -> Iterator[None]:
-        """Around `fit`: the signals are ours, whatever stage it is in, and afterwards what they were before.
-
-        Lightning's own handlers, which act in the middle of a step and leave with status 0, are not installed.
-        """
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen, self._saved_at = trainer.global_step, time.monotonic()
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.stopped_by is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped_by = number
+        self._ranks = Agreement(trainer.world_size)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._seen:
             return
         self._seen = step
-        if trainer.world_size > 1:
-            # Rank 0's clock and any rank's signal decide for all; at the steps where the ranks meet anyway.
-            if step % trainer.log_every_n_steps and step != trainer.max_steps:
-                due = bool(self.every_steps) and step % self.every_steps == 0
-                if due:
-                    self.save(trainer, step)
-                return
-            self.stopped_by = self._agree(trainer, self.stopped_by or 0) or None
-            late = self._agree(trainer, int(self._minutes_are_up()))
-        else:
-            late = self._minutes_are_up()
-        due = bool(self.every_steps) and step % self.every_steps == 0
-        if self.stopped_by is not None:
+        with self._failing():
+            self.writer.check()
+        due = bool(self.every_steps) and step % self.every_steps == 0 or self.before(step) or step >= trainer.max_steps
+        # any rank's signal and any rank's clock decide for all
+        stopped_by, late = self._ranks.exchange(self.signals.number or 0, int(self._minutes_are_up()))
+        if stopped_by:
+            self.stopped_by = stopped_by
             trainer.should_stop = True
-        if due or late or self.stopped_by is not None or step >= trainer.max_steps:
-            self.save(trainer, step)
+        if due or late or stopped_by:
+            self.save(trainer, module, step)
+        if trainer.should_stop or step >= trainer.max_steps:
+            self._ranks.settle()
 
     def _minutes_are_up(self) -> bool:
         return bool(self.every_minutes) and time.monotonic() - self._saved_at > 60 * self.every_minutes
 
-    @staticmethod
-    def _agree(trainer: Trainer, number: int) -> int:
-        word = torch.tensor(number, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(word, reduce_op="max"))
-
-    def save(self, trainer: Trainer, step: int) -> None:
-        """Save this step, point last.ckpt to it, remove what is older than the newest `keep`."""
+    def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Save this step; once that is on disk, point last.ckpt to it and remove what is older than the kept ones."""
+        self.settle(trainer, module)
         path = self.folder.checkpoint_path(step)
-        trainer.save_checkpoint(path)
+        with self._failing():
+            self.writer.wait()
+        trainer.save_checkpoint(path, storage_options=lambda: self._saved(path))
         self._saved_at = time.monotonic()
-        if trainer.is_global_zero:
-            self.folder.point_last_to(path)
-            for old in self.folder.steps()[self.keep :]:
-                trainer.strategy.remove_checkpoint(self.folder.checkpoint_path(old))
 
-    def exit_status(self) -> int:
-        """0, or 128 + the number of the signal that stopped the run."""
-        return 128 + self.stopped_by if self.stopped_by else 0
+    def _saved(self, path: Path) -> None:
+        self.folder.point_last_to(path)
+        best = self.folder.point_best()
+        for old in self.folder.steps()[self.keep :]:
+            if old != best:
+                self.writer.remove_checkpoint(self.folder.checkpoint_path(old))
 
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What becomes of a checkpoint that cannot be written."""
+        try:
+            yield
+        except WriteFailed as error:
+            if self.on_error == "stop":
+                raise
+            print(f"warning: {error} Training goes on, as save.on_error=warn says.", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Wait for the last write."""
+        with self._failing():
+            self.writer.wait()

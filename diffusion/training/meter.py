@@ -101,7 +101,7 @@ class MetricsCsv(RunLogger):
 
 class Meter(Callback):
     """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate, images/s, and on a GPU the
-    most memory held so far, to all loggers.
+    most memory held so far, to all loggers; in the first row of several ranks, what each step sends of gradients.
 
     Args:
         every: steps between two rows.
@@ -114,6 +114,7 @@ class Meter(Callback):
         self.every, self.batch_size = every, batch_size
         self.latest: dict[str, float] = {}
         self.stand_ins = 0
+        self._first = True
         self._seen, self._since = 0, (0, 0.0)
 
     def state_dict(self) -> dict[str, int]:
@@ -144,11 +145,21 @@ class Meter(Callback):
             row[STAND_INS] = self.stand_ins
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
+        if trainer.world_size > 1 and self._first:
+            row["train/allreduced_mb"] = allreduced_bytes(trainer.strategy.model) / 1e6
+        self._first = False
         if module.device.type == "cuda":
             row["train/peak_memory_gb"] = torch.cuda.max_memory_allocated(module.device) / 1e9
         self._since, self.latest = (step, now), row
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
+
+
+def allreduced_bytes(model: torch.nn.parallel.DistributedDataParallel) -> int:
+    """Bytes of gradients that every optimizer step sums over the ranks: of DDP's buckets."""
+    sizes = model._get_ddp_logging_data()
+    sizes = sizes.get("rebuilt_bucket_sizes") or sizes["bucket_sizes"]
+    return sum(int(size) for size in str(sizes).split(","))
 
 
 class Bar(Callback):

@@ -35,6 +35,8 @@ class DiffusionModule(pl.LightningModule):
         seed: of all draws.
         memory_format: of images and activations.
         config: plain, resolved; stored in every checkpoint.
+        skip_not_finite: leave out the optimizer's step where the gradient is not finite; the host waits for the device
+            in every step to know it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DiffusionModule(pl.LightningModule):
         seed: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
         config: dict[str, Any] | None = None,
+        skip_not_finite: bool = False,
     ) -> None:
         super().__init__()
         if label_dropout and denoiser.network.null_label is None:
@@ -59,9 +62,12 @@ class DiffusionModule(pl.LightningModule):
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
         self.warmup_steps, self.gradient_clip, self.label_dropout = warmup_steps, gradient_clip, label_dropout
         self.flip, self.seed, self.memory_format, self.config = flip, seed, memory_format, config or {}
+        self.skip_not_finite = skip_not_finite
         self.num_timesteps = denoiser.schedule.num_timesteps
         self._sums: Tensor | None = None  # (2, 2 + QUARTILES), sum and count: loss, by quartile of t, stand-ins
         self._norms: Tensor | None = None  # (2,): gradient norms and their count
+        self._draws: list[dict[str, Tensor]] = []  # of the micro-batches since the last step
+        self._norm: Tensor | None = None  # of the last step
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -92,6 +98,7 @@ class DiffusionModule(pl.LightningModule):
         x_t = noised(self.denoiser.schedule, x0, t, epsilon)
         loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
         self.count(loss.detach(), t, batch.get("stand_in"))
+        self._draws.append({"position": position, "t": t, "loss": loss.detach()})
         return loss.mean()
 
     def hidden_labels(self, labels: Tensor | None, position: Tensor) -> Tensor | None:
@@ -111,7 +118,9 @@ class DiffusionModule(pl.LightningModule):
         quartile = (t - 1) * QUARTILES // self.num_timesteps
         member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
         member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
-        new = torch.stack([(member * loss.double()[:, None]).sum(0), member.sum(0)])
+        finite = loss.isfinite()
+        member = member * finite[:, None]
+        new = torch.stack([(member * torch.where(finite, loss, 0).double()[:, None]).sum(0), member.sum(0)])
         skipped = new.new_zeros(2)
         if stand_in is not None:
             skipped = torch.stack([stand_in.sum(), torch.ones_like(stand_in).sum()]).double()
@@ -120,9 +129,19 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         limit = self.gradient_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach().double()
-        new = torch.stack([norm, torch.ones_like(norm)])
+        self._norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach()
+        finite = self._norm.isfinite()
+        if self.skip_not_finite and not finite:
+            for p in self.network.parameters():
+                p.grad = None  # which leaves weight, average and moments as they are
+        new = torch.stack([torch.where(finite, self._norm, 0).double(), finite.double()])
         self._norms = new if self._norms is None else self._norms.add_(new)
+
+    def last_step(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Of the step just made: the norm of its gradient over all ranks, and position, t and loss of its images, by
+        micro-batch, on the device. To be asked for once a step."""
+        draws, self._draws = self._draws, []
+        return self._norm, draws
 
     def take_counts(self) -> Tensor | None:
         """The sums since the last call, (2, 3 + QUARTILES) on the device: rows value and count; columns loss, its

@@ -24,8 +24,8 @@ from diffusion.files import remove_leftovers, sha256_of, sync_folder, write_atom
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
     "trainer data.rule data.num_workers data.cache data.root data.remote data.prepare data.on_bad_sample "
-    "data.max_bad_share logger save callbacks extractor metrics sampler guidance paper debug fingerprint_every "
-    "deterministic log_every run_dir"
+    "data.max_bad_share model.activation_checkpointing on_nonfinite max_nonfinite logger save callbacks extractor "
+    "metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
 RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
@@ -169,15 +169,30 @@ class RunFolder:
         path.with_suffix(".sha256").unlink(missing_ok=True)
 
     def point_last_to(self, path: Path) -> None:
-        """last.ckpt -> path, atomically; a copy where links are not supported."""
-        temporary = self.checkpoints / ".last.ckpt.tmp"
+        """last.ckpt -> path."""
+        self._point(self.last, path)
+
+    def point_best(self) -> int | None:
+        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured; its step, or None."""
+        steps = set(self.steps())
+        scored = [(r["value"], r["step"]) for r in self.results() if r.get("by") == "train" and r.get("name") == "fid"]
+        step = min((pair for pair in scored if pair[1] in steps), default=(None, None))[1]
+        if step is not None:
+            self._point(self.checkpoints / "best.ckpt", self.checkpoint_path(step))
+        return step
+
+    def _point(self, link: Path, path: Path) -> None:
+        """link -> path in the same folder, atomically; a copy where links are not supported."""
+        if link.is_symlink() and os.readlink(link) == path.name:
+            return
+        temporary = link.with_name(f".{link.name}.tmp")
         temporary.unlink(missing_ok=True)
         try:
             os.symlink(path.name, temporary)
         except OSError:
-            write_atomically(self.last, path.read_bytes())
+            write_atomically(link, path.read_bytes())
             return
-        os.replace(temporary, self.last)
+        os.replace(temporary, link)
         sync_folder(self.checkpoints)
 
     # ---- results ----

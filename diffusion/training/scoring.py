@@ -28,12 +28,18 @@ VERSIONED = ("torch", "pytorch-lightning", "torchmetrics", "torch-fidelity", "nu
 
 
 class Counted:
-    """A denoiser that counts the images it has seen, from which nfe follows, guidance included."""
+    """A denoiser that counts the images it has seen, from which nfe follows, guidance included.
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.rows = denoiser, 0
+    Args:
+        denoiser: what is called.
+        attend: called before it, each time; may raise to end the sampling.
+    """
+
+    def __init__(self, denoiser: Denoiser, attend: Callable[[], None] = lambda: None) -> None:
+        self.denoiser, self.attend, self.rows = denoiser, attend, 0
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        self.attend()
         self.rows += len(x_t)
         return self.denoiser(x_t, t, labels)
 

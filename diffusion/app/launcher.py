@@ -1,0 +1,49 @@
+"""Which process of a run this is, and who started it: nobody else, torchrun, SLURM, or this program itself.
+
+Read from the environment, before torch is imported.
+"""
+
+import os
+
+from omegaconf import DictConfig
+
+from diffusion.app.compose import Refusal
+
+
+def ranks(cfg: DictConfig) -> int:
+    """Processes of the run."""
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def under_srun() -> bool:
+    """Whether SLURM has started this process as one of several tasks; a batch script's own shell is none."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def main_rank(cfg: DictConfig) -> bool:
+    """Whether this process is the one that writes. A run of one process is always its own: several of them, started by
+    mistake, meet at the lock."""
+    if ranks(cfg) == 1:
+        return True
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID") if under_srun() or under_torchrun() else ("LOCAL_RANK", "NODE_RANK")
+    return all(int(os.environ.get(name, 0)) == 0 for name in names)
+
+
+def check_launcher(cfg: DictConfig) -> None:
+    """Refuse a number of processes other than the one that was started: the run would wait for ever, or train apart."""
+    wanted = f"trainer.devices={cfg.trainer.devices} x trainer.num_nodes={cfg.trainer.num_nodes}"
+    if under_torchrun():
+        started, who, cure = int(os.environ["WORLD_SIZE"]), "torchrun", "trainer=ddp"
+    elif under_srun():
+        started, who, cure = int(os.environ["SLURM_STEP_NUM_TASKS"]), "srun", "trainer=slurm"
+    else:
+        return
+    if started != ranks(cfg):
+        raise Refusal(
+            f"{wanted} is {ranks(cfg)} process(es), but {who} has started {started}: give {cure}, which takes them as "
+            f"they are."
+        )

@@ -1,0 +1,259 @@
+"""Whatever fails, the run ends soon on every rank, says why, and leaves a folder that goes on."""
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numbered import damaged
+from test_resume import finish, start, wait_for
+from torch.distributed import TCPStore
+
+from diffusion.data.index import read_index
+from diffusion.data.order import Plan
+from diffusion.training.checkpoint import load
+from diffusion.training.module import DiffusionModule
+from diffusion.training.run_folder import RunFolder
+from diffusion.training.watchdog import Watchdog, connect
+
+RANKS = ["trainer=cpu", "trainer.devices=4", "trainer.threads=1", "callbacks=none", "data.batch_size=16", "log_every=2"]
+RANKS += ["save.every_steps=4", "data.lanes=8", "trainer.max_steps=100000"]
+ALONE = ["callbacks=none", "trainer.threads=1", "data.batch_size=16", "log_every=2", "save.every_steps=2"]
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that this one has started, which are the ranks 1, 2, 3, in this order."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == process.pid and b"diffusion.train" in command:
+            found.append(int(status.parent.name))
+    return sorted(found)
+
+
+def gone(pids: list[int]) -> bool:
+    """None of them runs any more; one that waits to be reaped is no process."""
+    states = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return all(not s.exists() or s.read_text().rpartition(")")[2].split()[0] == "Z" for s in states)
+
+
+def goes_on(folder: Path, words: list[str], cwd: Path) -> None:
+    """The folder is sound: the newest checkpoint is whole, and the run goes on from it, alone as well."""
+    step, path, complaints = RunFolder(folder).latest_valid()
+    assert path is not None and not complaints
+    words = [*words, "trainer.devices=1", f"trainer.max_steps={step + 2}"]
+    assert f"going on from step {step}" in finish(start(words, cwd))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["KILL", "STOP"])
+def test_a_rank_that_is_killed_or_hangs_ends_all_of_them(victim, number, digits, tmp_path):
+    words = [*RANKS, f"data.root={digits}", "run_dir=run"]
+    process = start(words, tmp_path)
+    wait_for(tmp_path / "run" / "checkpoints" / "step_00000004.ckpt", process)
+    pids = [process.pid, *children(process)]
+    assert len(pids) == 4
+    os.kill(pids[victim], number)
+    try:
+        others = [pid for pid in pids if pid != pids[victim]]
+        deadline = time.monotonic() + 60
+        while not gone(others):
+            assert time.monotonic() < deadline, "some are still there"
+            time.sleep(0.1)
+    finally:
+        for pid in pids:
+            if not gone([pid]):
+                os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode in ((1,) if victim else (-9,))
+    cause = rf"error: rank {victim} \(last at step \d+\) has "
+    cause += "ended with signal 9" if number == signal.SIGKILL else "given no sign of life for 20 s"
+    if victim == 0:
+        cause = "error: the store of the run does not answer: rank 0, or its machine, is gone"
+    assert re.search(cause, output), output
+    goes_on(tmp_path / "run", words, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_all_of_them_and_is_named(digits, tmp_path):
+    index = read_index(digits)
+    order = Plan([shard.samples for shard in index.shards], 16, 8, seed=0).locate(np.arange(16 * 40))[1]
+    data = damaged(digits, tmp_path / "set", [order[16 * 7 + 9]], per_shard=225)  # slot 9 of 16 is rank 2's
+    words = [*RANKS, f"data.root={data}", "run_dir=run"]
+    process = start(words, tmp_path)
+    wait_for(tmp_path / "run" / "config.yaml", process)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.search(r"error: data\.root=.*cannot read sample .*\nTraining of rank 2 ended at step [67];", output)
+    assert re.search(r"error: rank 2 failed at step [67]: BadSample: data\.root=.*cannot read sample", output), output
+    goes_on(tmp_path / "run", [*words, "data.on_bad_sample=skip"], tmp_path)
+
+
+# ---- the watchdog alone: processes that do nothing but report ----
+
+def reporting(rank: int, does: str, port: int, output: Path) -> None:
+    """A rank that does nothing but report, as it `works`, `ends`, `raises`, `waits` or `hangs`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    last_words = lambda: print("last words", rank, flush=True)  # noqa: E731
+    dog = Watchdog(rank, 3, connect(), silence=4, timeout=6, last_words=last_words)
+    dog.start()
+    for step in range(1, 1000):
+        if does == "hangs" and step > 5:
+            time.sleep(1000)
+        if does == "raises" and step == 5:
+            print("cause:", dog.failed(ValueError("no more")), flush=True)
+            os._exit(1)
+        if does == "ends" and step == 20 + 10 * rank:
+            break
+        if does != "waits":
+            dog.step(step)
+        time.sleep(0.1)
+    dog.stop()
+    print("over", rank, flush=True)
+    os._exit(0)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """`three("works", "raises", "works")`: (exit status, output) of three processes with a watchdog each."""
+
+    def run(*does: str) -> list[tuple[int, str]]:
+        store, fork = TCPStore("127.0.0.1", 0, is_master=True), multiprocessing.get_context("fork")
+        ranks = [
+            fork.Process(target=reporting, args=(rank, do, store.port, tmp_path / f"{rank}"))
+            for rank, do in enumerate(does)
+        ]
+        for process in ranks:
+            process.start()
+        if "dies" in does:
+            time.sleep(3)
+            ranks[does.index("dies")].kill()
+        for process in ranks:
+            process.join(60)
+        return [(process.exitcode, (tmp_path / f"{rank}").read_text()) for rank, process in enumerate(ranks)]
+
+    return run
+
+
+def test_a_rank_that_raises_is_named_by_all(three):
+    (first, a), (second, b), (third, c) = three("works", "raises", "works")
+    cause = "rank 1 failed at step 4: ValueError: no more"
+    assert (first, second, third) == (1, 1, 1) and f"cause: {cause}" in b
+    for rank, output in ((0, a), (2, c)):
+        assert re.search(rf"error: {cause}\. Rank {rank} ends at step \d+\.\nlast words {rank}", output)
+
+
+def test_a_rank_that_dies_is_named_by_the_others(three):
+    results = three("works", "works", "dies")
+    assert [status for status, _ in results] == [1, 1, -9]
+    for _, output in results[:2]:
+        assert re.search(r"error: rank 2 \(last at step \d+\) has given no sign of life for 4 s", output)
+
+
+def test_a_run_that_gets_no_further_ends_and_the_rank_that_is_behind_is_named(three):
+    results = three("hangs", "waits", "hangs")
+    assert [status for status, _ in results] == [1, 1, 1]
+    for _, output in results:
+        assert "no rank has got on for trainer.timeout=6 s; furthest behind: rank 1 (rank 0 at step 5, " in output
+
+
+def test_ranks_that_end_at_different_times_are_no_failure(three):
+    results = three("ends", "ends", "ends")
+    assert [(status, output) for status, output in results] == [(0, f"over {rank}\n") for rank in range(3)]
+
+
+# ---- a gradient that is not finite ----
+
+
+def broken_at(monkeypatch, *steps):
+    """Losses of these steps (from 1) are not finite in one image."""
+    step = DiffusionModule.training_step
+
+    def objective(module, batch, batch_idx):
+        loss = step(module, batch, batch_idx)
+        return loss * torch.where((batch["position"] // 16 + 1 == torch.tensor(steps)[:, None]).any(), math.nan, 1.0)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", objective)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_draws_are_kept(digits, command_inside, tmp_path, monkeypatch):
+    broken_at(monkeypatch, 5)
+    words = [*ALONE, f"data.root={digits}", "trainer.max_steps=8", "run_dir=run"]
+    done = command_inside("train", *words, check=1)
+    assert "error: the gradient of step 5 has the norm nan: its images, t and losses are in" in done.stderr
+    assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
+    record = json.loads((tmp_path / "run" / "nonfinite" / "step_00000005_rank_0000.json").read_text())
+    assert record["step"] == 5 and record["position"] == list(range(64, 80))
+    assert len(record["t"]) == len(record["loss"]) == 16 and all(1 <= t <= 1000 for t in record["t"])
+    assert RunFolder(tmp_path / "run").steps() == [4, 2]
+    monkeypatch.undo()
+    command_inside("train", *words, check=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skipping_a_step_leaves_all_as_it_was_and_goes_on(digits, command_inside, tmp_path, monkeypatch, accumulate):
+    broken_at(monkeypatch, 5, 7)
+    words = [*ALONE, f"data.root={digits}", f"trainer.accumulate={accumulate}", "on_nonfinite=skip"]
+    words += ["save.every_steps=1", "save.keep=10", "ema.warmup=false", "ema.decay=0"]
+    done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=run", check=0)
+    assert "Not finite: 2 steps so far were skipped" in done.stdout
+    at = [load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}.ckpt") for step in range(1, 9)]
+    for before, after, skipped in ((4, 5, True), (5, 6, False), (6, 7, True), (7, 8, False)):
+        old, new = at[before - 1], at[after - 1]
+        names = list(old["state_dict"])
+        assert all(torch.equal(old["state_dict"][n], new["state_dict"][n]) for n in names) == skipped
+        moments = [[s["exp_avg"] for s in c["optimizer_states"][0]["state"].values()] for c in (old, new)]
+        assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True)) == skipped
+        assert all(v.isfinite().all() for v in new["state_dict"].values())
+    losses = [line.split(",")[1] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
+    assert len(losses) == 4 and all(math.isfinite(float(loss)) for loss in losses)
+    done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=other", "max_nonfinite=1", check=1)
+    message = "2 steps had a gradient that is not finite, more than max_nonfinite=1 allows: the last is step 7"
+    assert message in done.stderr
+
+
+# ---- a full disk ----
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB: two checkpoints of the digits, and no third."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_or_not_and_leaves_the_checkpoints(digits, command_inside, small_disk):
+    run = small_disk / "run"
+    words = [*ALONE, f"data.root={digits}", f"run_dir={run}", "save.keep=5"]
+    done = command_inside("train", *words, "trainer.max_steps=12", check=1)
+    assert re.search(r"error: .*step_0+6\.ckpt cannot be written: No space left on device\. The", done.stderr)
+    assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
+    assert RunFolder(run).latest_valid()[0] == 4
+    assert not [p for p in (run / "checkpoints").iterdir() if p.name.endswith(".tmp")]
+    done = command_inside("train", *words, "trainer.max_steps=9", "save.on_error=warn", check=0)
+    assert len(re.findall("^warning: .*No space left on device.* as save.on_error=warn says", done.stderr, re.M)) == 3
+    assert RunFolder(run).latest_valid()[0] == 4
+    command_inside("train", *words, "trainer.max_steps=9", "save.keep=1", "save.on_error=warn", check=0)
