@@ -3,7 +3,6 @@
 The packages are installed only with SLURM_TESTBED_INSTALL=1; without them, or without root, the tests are skipped.
 """
 
-import contextlib
 import csv
 import json
 import os
@@ -23,9 +22,10 @@ from test_wandb import Files
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 TESTBED = Path(__file__).with_name("slurm-testbed")
-STEPS = 48
+STEPS = 80
 PLAIN = ["callbacks=none", f"trainer.max_steps={STEPS}", "save.every_steps=6", "log_every=2", "data.batch_size=16"]
 PLAIN += ["trainer.threads=1"]
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
 class Cluster:
@@ -47,27 +47,27 @@ class Cluster:
         """JobState, Restarts, ExitCode, ... of a job or of one task of an array, JOB_TASK."""
         return re.search(rf"\b{key}=(\S+)", self.run("scontrol", "-o", "show", "job", job))[1]
 
+    def signal(self, job: str) -> None:
+        """USR1 to the processes of a job or of one task of an array, as before its time limit.
+
+        To the step: `scancel ARRAY_TASK` tries again and again while other tasks of the array are pending.
+        """
+        self.run("scancel", "--signal=USR1", self.info(job, "JobId") + ".0")
+
     def until(self, what, job: str, output: Path, seconds: float = 240) -> None:
-        """Wait for what() while the job is not over; a requeued job need not wait for its 6 s."""
+        """Wait for what() while the job is not over. A requeued job is pending for 6 s."""
         end = time.monotonic() + seconds
         while not what():
             state = self.info(job, "JobState")
-            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"job {job} is {state}\n{text(output)}"
+            assert state in LIVING, f"job {job} is {state}\n{text(output)}"
             assert time.monotonic() < end, f"job {job} is {state} after {seconds} s\n{text(output)}"
-            self.hurry(job, state)
             time.sleep(0.1)
-
-    def hurry(self, job: str, state: str) -> None:
-        if state == "PENDING" and self.info(job, "Restarts") != "0":
-            with contextlib.suppress(AssertionError):  # it has just started
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def finish(self, job: str, output: Path, state: str = "COMPLETED", seconds: float = 240) -> None:
         """Wait for the job's end, which has to be this one."""
         end = time.monotonic() + seconds
-        while (found := self.info(job, "JobState")) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (found := self.info(job, "JobState")) in LIVING:
             assert time.monotonic() < end, f"job {job} is {found} after {seconds} s\n{text(output)}"
-            self.hurry(job, found)
             time.sleep(0.2)
         assert found == state, f"job {job} is {found}\n{text(output)}"
 
@@ -157,10 +157,10 @@ def test_a_signal_in_training_and_one_at_the_start_requeue_a_job_of_four_tasks(c
     words = [*PLAIN, f"data.root={digits}", f"run_dir={run}"]
     job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
     cluster.until(lambda: newest(run) >= 6, job, output)
-    cluster.run("scancel", "--signal=USR1", job)
+    cluster.signal(job)
     cluster.until(lambda: text(output).count("+ srun") == 2, job, output)
     time.sleep(1)  # in the imports
-    cluster.run("scancel", "--signal=USR1", job)
+    cluster.signal(job)
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "2"
     assert text(output).count(f"Job {job} is requeued") == 2
@@ -248,11 +248,10 @@ class Preempted:
     def step(self) -> str:
         """Signal it if that is due; its state."""
         state = self.cluster.info(self.job, "JobState")
-        self.cluster.hurry(self.job, state)
         if state == "RUNNING" and self.due():
             if self.times == 1:
                 time.sleep(0.5)  # in the imports
-            self.cluster.run("scancel", "--signal=USR1", self.job)
+            self.cluster.signal(self.job)
             self.times += 1
         return state
 
