@@ -2,8 +2,9 @@
 # Submit to SLURM, from the top folder of a checkout: train, and when that has ended well, score:
 #   bash launch/slurm.sh [flags of sbatch] [overrides...] [-- [flags of sbatch] [overrides of diffusion.evaluate...]]
 #   bash launch/slurm.sh --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 +experiment=lsun_church -- --gpus-per-node=1
-# Flags are those words that begin with a dash. Both configurations are looked at before anything is submitted, so that
-# a misspelt key is refused here and not hours later in the queue. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT.
+# Flags are the words that begin with a dash, values joined to them by "=". Both configurations are looked at before
+# anything is submitted: a misspelt key is refused here and not hours later in the queue. SBATCH_PARTITION and
+# SBATCH_ACCOUNT are taken from the environment.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 command -v sbatch >/dev/null || { say "error: there is no sbatch here: submit where SLURM is installed."; exit 2; }
 environment requirements.lock

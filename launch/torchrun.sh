@@ -4,8 +4,8 @@
 #   bash launch/torchrun.sh --nnodes=2 --rdzv-endpoint=HEAD:29500 +experiment=lsun_church
 #   bash launch/torchrun.sh --nnodes=1:4 --rdzv-endpoint=HEAD:29500 +experiment=lsun_church
 # HEAD is the name of one of them, the same on all; the run folder and the data are on a disk that all see. With 1:4
-# machines may come and go: all processes are started anew and go on from the last checkpoint, and what is trained is the
-# same on any number of them. So are they, three times at most, when one has failed (--max-restarts=0: not at all).
+# machines may come and go, HEAD apart: all processes are started anew and go on from the last checkpoint, and what is
+# trained is the same on any number of them. When a process fails, that is done three times at most (--max-restarts).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.lock
 
