@@ -3,8 +3,8 @@
 #
 # USR1 means that the job's time is nearly over (--signal in the scripts) or that it is preempted. SLURM sends it to the
 # processes: each ends with status 138, saved or with nothing to save yet, and task.sh tells this shell. A job that was
-# told so and is not done is requeued; of an array that task alone. The status of srun cannot say it: --kill-on-bad-exit,
-# which ends all processes when one has died, makes it that of any of them.
+# told so, is not done and has not been cancelled is requeued; of an array that task alone. The status of srun cannot
+# say it: --kill-on-bad-exit, which ends all processes when one has died, makes it that of any of them.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE # without .pyc files importing lightning takes 19 s instead of 7
 
@@ -41,7 +41,7 @@ tasks() {
   trap : TERM INT # the processes have these too, and end first
   "$@" || status=$?
   [ "$status" = 138 ] && told=1 # all of them died of it, before task.sh was up
-  if [ -n "$told" ] && [ "$status" != 0 ] && [ "$status" != 2 ]; then
+  if [ -n "$told" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$(squeue -h -j "$JOB" -o %T)" = RUNNING ]; then
     if scontrol requeue "$JOB"; then
       echo "Job $JOB is requeued and goes on from its last checkpoint."
     else

@@ -222,6 +222,21 @@ def test_a_job_that_a_more_urgent_one_puts_out_comes_back(cluster, digits, tmp_p
     assert_same(run, tmp_path / "whole")
 
 
+def test_a_job_that_is_cancelled_after_its_warning_stays_away(cluster, tmp_path):
+    script, output = tmp_path / "script", tmp_path / "output"
+    saving = "trap : USR1; trap 'sleep 1; exit 138' TERM; echo begun; while :; do sleep 0.1; done"
+    script.write_text(f'#!/bin/bash\n#SBATCH --ntasks-per-node=1\nsource slurm/job.sh\ntasks bash -c "{saving}"\n')
+    job = cluster.submit(output, script)
+    cluster.until(lambda: "begun\n" in text(output), job, output)
+    cluster.signal(job)
+    time.sleep(0.5)
+    cluster.run("scancel", job)
+    cluster.finish(job, output, state="CANCELLED")
+    time.sleep(1)
+    assert cluster.info(job, "JobState") == "CANCELLED" and cluster.info(job, "Restarts") == "0"
+    assert "requeued" not in text(output)
+
+
 def test_a_refused_configuration_fails_and_is_not_tried_again(cluster, tmp_path):
     output = tmp_path / "output"
     job = cluster.submit(output, "slurm/train.sbatch", "data.batch_size=0", f"run_dir={tmp_path / 'run'}")
@@ -283,8 +298,8 @@ def test_an_array_of_four_each_preempted_three_times_ends_as_if_nothing_had_been
 
 def configurations(cluster, tmp_path, array, *words):
     """What each task of the array would train: the output of Hydra's --cfg."""
-    job = cluster.submit(tmp_path / "config%a", f"--array={array}", *words, "--cfg", "job", "--resolve")
-    outputs = [tmp_path / f"config{k}" for k in range(int(array.split("-")[1]) + 1)]
+    job = cluster.submit(tmp_path / "config%A_%a", f"--array={array}", *words, "--cfg", "job", "--resolve")
+    outputs = [tmp_path / f"config{job}_{k}" for k in range(int(array.split("-")[1]) + 1)]
     for k, output in enumerate(outputs):
         cluster.finish(f"{job}_{k}", output)
     return [yaml.safe_load(text(o).partition("+ srun")[2].partition("\n")[2]) for o in outputs]
@@ -306,6 +321,8 @@ def test_a_line_of_a_file_is_a_run_with_its_own_folder(cluster, tmp_path):
     assert (second["name"], second["run_dir"]) == ("ci far", "elsewhere")
     assert (third["name"], third["run_dir"]) == ("cifar10", "runs/cifar10/default")
     assert {c["trainer"]["max_steps"] for c in (first, second, third)} == {7}
+    first, second = configurations(cluster, tmp_path, "0-1", *words, "run_dir=/scratch/a b")
+    assert (first["run_dir"], second["run_dir"]) == ("/scratch/a b/optimizer.lr=1e-3,seed=3", "elsewhere")
 
 
 def test_experiments_times_seeds(cluster, tmp_path):
