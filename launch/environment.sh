@@ -1,5 +1,7 @@
 # Sourced by the scripts beside it: makes .venv from the lock, once, and sets $PYTHON.
 #   environment LOCKFILE
+#   processes                 how many this machine should run: one a GPU, one without a GPU
+#   run COMMAND...            say the command, then become it
 # PYTHON_BIN chooses the interpreter (3.11 to 3.13), DIFFUSION_VENV another place than .venv.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE  # without .pyc files importing lightning takes 19 s instead of 7
@@ -41,4 +43,13 @@ environment() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$lock"
   fi
   cp "$lock" "$mark"
+}
+
+processes() { "$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))'; }
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  echo
+  exec "$@"
 }

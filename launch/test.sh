@@ -5,4 +5,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements-test.lock
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a test process: as many processes as cores run side by side
-exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-$(nproc)}" "$@"
+exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-$(nproc)}" --dist loadgroup "$@"

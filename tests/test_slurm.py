@@ -1,0 +1,411 @@
+"""slurm/ and launch/slurm.sh on a real SLURM: two nodes on this machine, made by tests/slurm-testbed.
+
+The packages are installed only with SLURM_TESTBED_INSTALL=1; without them, or without root, the tests are skipped.
+"""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, inside
+from test_wandb import Files
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+TESTBED = Path(__file__).with_name("slurm-testbed")
+STEPS = 80
+PLAIN = ["callbacks=none", f"trainer.max_steps={STEPS}", "save.every_steps=6", "log_every=2", "data.batch_size=16"]
+PLAIN += ["trainer.threads=1"]
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+
+
+class Cluster:
+    """What a user does with a cluster: submit from the checkout, look, signal, wait."""
+
+    def __init__(self, directory: Path, env: dict[str, str]) -> None:
+        self.directory, self.env = directory, env
+
+    def run(self, *words: object) -> str:
+        done = subprocess.run(list(map(str, words)), cwd=ROOT, env=self.env, text=True, capture_output=True)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, output: Path, *words: object) -> str:
+        """The job's id; `output` takes what it prints."""
+        return self.run("sbatch", "--parsable", f"--output={output}", *words)
+
+    def info(self, job: str, key: str) -> str:
+        """JobState, Restarts, ExitCode, ... of a job or of one task of an array, JOB_TASK."""
+        return re.search(rf"\b{key}=(\S+)", self.run("scontrol", "-o", "show", "job", job))[1]
+
+    def signal(self, job: str) -> None:
+        """USR1 to the processes of a job or of one task of an array, as before its time limit.
+
+        To the step: `scancel ARRAY_TASK` tries again and again while other tasks of the array are pending.
+        """
+        self.run("scancel", "--signal=USR1", self.info(job, "JobId") + ".0")
+
+    def until(self, what, job: str, output: Path, seconds: float = 240) -> None:
+        """Wait for what() while the job is not over. A requeued job is pending for 6 s."""
+        end = time.monotonic() + seconds
+        while not what():
+            state = self.info(job, "JobState")
+            assert state in LIVING, f"job {job} is {state}\n{text(output)}"
+            assert time.monotonic() < end, f"job {job} is {state} after {seconds} s\n{text(output)}"
+            time.sleep(0.1)
+
+    def finish(self, job: str, output: Path, state: str = "COMPLETED", seconds: float = 240) -> None:
+        """Wait for the job's end, which has to be this one."""
+        end = time.monotonic() + seconds
+        while (found := self.info(job, "JobState")) in LIVING:
+            assert time.monotonic() < end, f"job {job} is {found} after {seconds} s\n{text(output)}"
+            time.sleep(0.2)
+        assert found == state, f"job {job} is {found}\n{text(output)}"
+
+    def testbed(self, *words: str) -> None:
+        subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    if os.geteuid() != 0:
+        pytest.skip("a SLURM of our own can be started by root only")
+    directory = tmp_path_factory.mktemp("slurm")
+    # KillWait: as on most clusters, so that a busy machine has time to save. GPUs: names that no device stands behind.
+    words = ["--nodes", "2", "--gpus", "2", "--set", "KillWait=30"]
+    if os.environ.get("SLURM_TESTBED_INSTALL") != "1":
+        words.append("--no-install")
+    up = subprocess.run([TESTBED, "up", directory, *words], text=True, capture_output=True)
+    if up.returncode == 4:
+        pytest.skip(f"{up.stderr.strip()}; with SLURM_TESTBED_INSTALL=1 the packages are installed")
+    assert up.returncode == 0, up.stderr
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "WANDB_", "PYTEST_"))}
+    env |= {"DIFFUSION_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    env.update(word.split("=", 1) for word in shlex.split(up.stdout) if "=" in word)
+    try:
+        yield Cluster(directory, env)
+    finally:
+        subprocess.run([TESTBED, "down", directory], capture_output=True)
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max((int(p.stem.removeprefix("step_")) for p in folder.glob("checkpoints/step_*.ckpt")), default=0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Network, EMA and optimizer of a finished run."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    found = {f"weights {k}": v for k, v in checkpoint["state_dict"].items()}
+    found |= {f"ema {k}": v for k, v in checkpoint["ema"].items()}
+    for i, state in checkpoint["optimizer_states"][0]["state"].items():
+        found |= {f"optimizer {i} {k}": torch.as_tensor(v) for k, v in state.items()}
+    return found
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+# ---- several nodes ----
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, digits, tmp_path_factory):
+    """(folder of a run of 2 nodes x 2 tasks that nothing interrupted, its output)."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = [*PLAIN, f"data.root={digits}", f"run_dir={folder / 'run'}", "callbacks=default", "sampler.num_steps=3"]
+    words += ["callbacks.grid.num_images=10", "callbacks.score.num_images=20", "extractor=digits"]
+    output = folder / "output"
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
+    cluster.finish(job, output)
+    assert cluster.info(job, "ExitCode") == "0:0" and cluster.info(job, "Restarts") == "0"
+    return folder / "run", text(output)
+
+
+def test_two_nodes_with_two_tasks_each_train_and_end_with_results(whole):
+    folder, output = whole
+    assert "on node[1-2]\n+ srun " in output and "diffusion.train trainer=slurm" in output
+    assert output.count("Training digits in") == 1
+    trainer = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (2, 2)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {(r["name"], r["step"]) for r in rows} == {("fid", STEPS), ("is", STEPS)}
+    assert (folder / "report.html").is_file() and (folder / "samples" / f"step_{STEPS:08d}.png").is_file()
+    with open(folder / "metrics.csv", newline="") as f:
+        assert [int(r["step"]) for r in csv.DictReader(f) if r["train/loss"]] == list(range(2, STEPS + 1, 2))
+
+
+def test_a_signal_in_training_and_one_at_the_start_requeue_a_job_of_four_tasks(cluster, whole, digits, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = [*PLAIN, f"data.root={digits}", f"run_dir={run}", "logger=wandb", "logger.mode=offline"]
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
+    cluster.until(lambda: newest(run) >= 6, job, output)
+    cluster.signal(job)
+    cluster.until(lambda: text(output).count("+ srun") == 2, job, output)
+    time.sleep(1)  # in the imports
+    cluster.signal(job)
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "2"
+    assert text(output).count(f"Job {job} is requeued") == 2
+    assert re.findall(r"going on from step (\d+)", text(output)) == re.findall(r"signal 10 at step (\d+)", text(output))
+    assert_same(run, whole[0])
+    logged = Files(run)  # rank 0 ends them, while the others have ended with 138 and --kill-on-bad-exit sees it
+    assert [[r.exit.exit_code for r in found if r.HasField("exit")] for found in logged.records] == [[138], [0]]
+    assert len({r.run.run_id for r in logged.all("run")}) == 1
+
+
+def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(cluster, whole, digits, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = [*PLAIN, f"data.root={digits}", f"run_dir={run}"]
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
+    cluster.until(lambda: newest(run) >= 12, job, output)
+    cluster.testbed("node", "node1", "kill")  # that of the job's shell and of rank 0
+    cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=dead")
+    cluster.testbed("node", "node1", "start")
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+    assert "going on from step" in text(output)
+    assert_same(run, whole[0])
+
+
+# ---- one job, warned, pre-empted, cancelled ----
+
+
+def test_the_warning_before_the_time_limit_saves_and_requeues_and_a_cancelled_job_saves_and_stays_away(
+    cluster, digits, tmp_path
+):
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = [*PLAIN, f"data.root={digits}", f"run_dir={run}", "trainer.max_steps=1000000", "save.every_steps=1000000"]
+    job = cluster.submit(output, "--time=2", "--signal=USR1@60", "slurm/train.sbatch", *words)  # looked at every 30 s
+    cluster.until(lambda: "is requeued" in text(output), job, output)
+    (stopped,) = re.findall(r"Stopped by signal 10 at step (\d+)", text(output))
+    assert newest(run) == int(stopped)
+    cluster.until(lambda: f"going on from step {stopped}" in text(output), job, output)
+    rows = len(text(run / "metrics.csv").splitlines())
+    cluster.until(lambda: len(text(run / "metrics.csv").splitlines()) > rows, job, output)
+    cluster.run("scancel", job)
+    cluster.finish(job, output, state="CANCELLED")
+    (stopped,) = re.findall(r"Stopped by signal 15 at step (\d+)", text(output))
+    assert newest(run) == int(stopped)
+    assert cluster.info(job, "Restarts") == "1" and text(output).count("is requeued") == 1
+
+
+def test_a_job_that_a_more_urgent_one_puts_out_comes_back(cluster, digits, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = [*PLAIN, f"data.root={digits}", f"run_dir={run}"]
+    job = cluster.submit(output, "slurm/train.sbatch", *words)
+    cluster.until(lambda: newest(run) >= 6, job, output)
+    urgent = cluster.submit(tmp_path / "urgent", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+    cluster.until(lambda: cluster.info(job, "JobState") == "PENDING", job, output)
+    cluster.finish(urgent, tmp_path / "urgent")
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+    assert len(re.findall("Stopped by signal 10 at step", text(output))) == 1
+    assert inside("train", [*words[:-1], "run_dir=whole"], tmp_path) == 0
+    assert_same(run, tmp_path / "whole")
+
+
+def test_a_job_that_is_cancelled_after_its_warning_stays_away(cluster, tmp_path):
+    script, output = tmp_path / "script", tmp_path / "output"
+    saving = "trap : USR1; trap 'sleep 1; exit 138' TERM; echo begun; while :; do sleep 0.1; done"
+    script.write_text(f'#!/bin/bash\n#SBATCH --ntasks-per-node=1\nsource slurm/job.sh\ntasks bash -c "{saving}"\n')
+    job = cluster.submit(output, script)
+    cluster.until(lambda: "begun\n" in text(output), job, output)
+    cluster.signal(job)
+    time.sleep(0.5)
+    cluster.run("scancel", job)
+    cluster.finish(job, output, state="CANCELLED")
+    time.sleep(1)
+    assert cluster.info(job, "JobState") == "CANCELLED" and cluster.info(job, "Restarts") == "0"
+    assert "requeued" not in text(output)
+
+
+def test_a_refused_configuration_fails_and_is_not_tried_again(cluster, tmp_path):
+    output = tmp_path / "output"
+    job = cluster.submit(output, "slurm/train.sbatch", "data.batch_size=0", f"run_dir={tmp_path / 'run'}")
+    cluster.finish(job, output, state="FAILED")
+    assert cluster.info(job, "ExitCode") == "2:0" and cluster.info(job, "Restarts") == "0"
+    assert "error: data.batch_size=0" in text(output)
+
+
+# ---- arrays ----
+
+
+class Preempted:
+    """One task of an array: signalled in its first and third run while it trains, in its second while it starts."""
+
+    def __init__(self, cluster: Cluster, array: str, task: int, output: Path, run: Path) -> None:
+        self.cluster, self.job, self.output, self.run = cluster, f"{array}_{task}", output, run
+        self.times = 0
+
+    def due(self) -> bool:
+        runs = text(self.output).count("+ srun")
+        if self.times == 3 or runs != self.times + 1:
+            return False
+        return self.times == 1 or newest(self.run) >= 6 + 6 * self.times
+
+    def step(self) -> str:
+        """Signal it if that is due; its state."""
+        state = self.cluster.info(self.job, "JobState")
+        if state == "RUNNING" and self.due():
+            if self.times == 1:
+                time.sleep(0.5)  # in the imports
+            self.cluster.signal(self.job)
+            self.times += 1
+        return state
+
+
+def test_an_array_of_four_each_preempted_three_times_ends_as_if_nothing_had_been(cluster, digits, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_text("# four runs\n" + "".join(f"seed={k} run_dir={tmp_path}/run{k}\n\n" for k in range(4)))
+    common = [*PLAIN, f"data.root={digits}"]
+    logged = [*common, "logger=wandb", "logger.mode=offline"]
+    array = cluster.submit(tmp_path / "output%a", "--array=0-3%2", "slurm/array.sbatch", lines, *logged)
+    tasks = [Preempted(cluster, array, k, tmp_path / f"output{k}", tmp_path / f"run{k}") for k in range(4)]
+    most, end = 0, time.monotonic() + 500
+    while (states := [t.step() for t in tasks]) != ["COMPLETED"] * 4:
+        assert time.monotonic() < end and "FAILED" not in states, [states, *(text(t.output) for t in tasks)]
+        most = max(most, states.count("RUNNING"))
+        time.sleep(0.2)
+    assert most <= 2  # %2
+    for k, task in enumerate(tasks):
+        assert (task.times, cluster.info(task.job, "Restarts")) == (3, "3")
+        assert text(task.output).count(f"Job {task.job} is requeued") == 3
+        assert inside("train", [*common, f"seed={k}", f"run_dir=whole{k}"], tmp_path) == 0
+        assert_same(task.run, tmp_path / f"whole{k}")
+    runs = [[r.run for r in Files(task.run).all("run")] for task in tasks]
+    assert [len({r.run_id for r in found}) for found in runs] == [1] * 4
+    assert len({found[0].run_id for found in runs}) == 4
+    assert {r.run_group for found in runs for r in found} == {f"array-{array}"}
+
+
+def configurations(cluster, tmp_path, array, *words):
+    """What each task of the array would train: the output of Hydra's --cfg."""
+    job = cluster.submit(tmp_path / "config%A_%a", f"--array={array}", *words, "--cfg", "job", "--resolve")
+    outputs = [tmp_path / f"config{job}_{k}" for k in range(int(array.split("-")[1]) + 1)]
+    for k, output in enumerate(outputs):
+        cluster.finish(f"{job}_{k}", output)
+    return [yaml.safe_load(text(o).partition("+ srun")[2].partition("\n")[2]) for o in outputs]
+
+
+def test_a_line_of_a_file_is_a_run_with_its_own_folder(cluster, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_text(
+        "# a comment\n"
+        "seed=3 optimizer.lr=1e-3\n"
+        "\n"
+        "+experiment=cifar10 name='ci far' run_dir=elsewhere\n"
+        "+experiment=cifar10\n"
+    )
+    words = ["slurm/array.sbatch", lines, "trainer.max_steps=7"]
+    first, second, third = configurations(cluster, tmp_path, "0-2", *words)
+    assert (first["seed"], first["optimizer"]["lr"], first["name"]) == (3, 1e-3, "digits")
+    assert first["run_dir"] == "runs/digits/optimizer.lr=1e-3,seed=3"
+    assert (second["name"], second["run_dir"]) == ("ci far", "elsewhere")
+    assert (third["name"], third["run_dir"]) == ("cifar10", "runs/cifar10/default")
+    assert {c["trainer"]["max_steps"] for c in (first, second, third)} == {7}
+    first, second = configurations(cluster, tmp_path, "0-1", *words, "run_dir=/scratch/a b")
+    assert (first["run_dir"], second["run_dir"]) == ("/scratch/a b/optimizer.lr=1e-3,seed=3", "elsewhere")
+
+
+def test_experiments_times_seeds(cluster, tmp_path):
+    words = ["slurm/array.sbatch", "experiment=cifar10,celeba_64", "seed=0,5", "optimizer.lr=1e-3"]
+    found = configurations(cluster, tmp_path, "0-3", *words)
+    assert [(c["name"], c["seed"], c["run_dir"]) for c in found] == [
+        (name, seed, f"runs/{name}/seed={seed}") for name in ("cifar10", "celeba_64") for seed in (0, 5)
+    ]
+    assert {c["optimizer"]["lr"] for c in found} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    "flags, words, message",
+    [
+        (["--array=2"], ["array.sbatch", "seed=0,1"], "task 2 of 2 run(s): give --array=0-1."),
+        ([], ["array.sbatch", "seed=0,1"], "no array: submit it with sbatch --array=0-N"),
+        (["--array=0"], ["array.sbatch", "lines"], "lines is no file"),
+        (["--array=1"], ["evaluate.sbatch", "runs/a"], "task 1 of 1 checkpoint(s): give --array=0-0."),
+        ([], ["evaluate.sbatch", "--", "num_images=10"], "give one or more checkpoints"),
+        (["--ntasks-per-node=2"], ["evaluate.sbatch", "runs/a"], "2 tasks: one scores a checkpoint"),
+        (["--gpus-per-node=2"], ["train.sbatch"], "2 GPU(s) but 1 task(s) a node: give --ntasks-per-node=2"),
+        (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"], ["train.sbatch"], "3 tasks on 2 node(s)"),
+        (["--chdir=/"], ["train.sbatch"], "/ is no checkout: submit from its top folder"),
+        (["--export=ALL,DIFFUSION_VENV=/nowhere"], ["train.sbatch"], "there is no /nowhere/bin/python"),
+    ],
+)
+def test_what_cannot_be_is_said_and_ends_with_status_2(flags, words, message, cluster, tmp_path):
+    output = tmp_path / "output"
+    job = cluster.submit(output, *flags, f"slurm/{words[0]}", *words[1:])
+    cluster.finish(job, output, state="FAILED")
+    assert cluster.info(job, "ExitCode") == "2:0"
+    assert f"error: {message}" in text(output)
+
+
+def test_a_task_sees_all_gpus_of_its_node(cluster, tmp_path):
+    """Also where SLURM would show it a single one, which is not the one of its local rank."""
+    script, output = tmp_path / "script", tmp_path / "output"
+    script.write_text("#!/bin/bash\nsource slurm/job.sh\ntasks sh -c 'echo $SLURM_PROCID: $CUDA_VISIBLE_DEVICES'\n")
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", script)
+    cluster.finish(job, output)
+    assert sorted(text(output).splitlines()[2:]) == ["0: 0,1", "1: 0,1", "2: 0,1", "3: 0,1"]
+
+
+# ---- training and scoring ----
+
+
+def test_scores_are_made_when_training_has_ended(cluster, digits, tmp_path):
+    run = tmp_path / "run"
+    words = [f"--output={tmp_path}/train", *PLAIN, "trainer.max_steps=4", f"data.root={digits}", f"run_dir={run}"]
+    words += ["--", f"--output={tmp_path}/evaluate", "num_images=20", "sampler.num_steps=3", "metrics=[fid]"]
+    said = cluster.run("bash", "launch/slurm.sh", *words)
+    train, evaluate = re.findall(r"^job (\d+)$", said, re.M)
+    assert f"--dependency=afterok:{train}" in said
+    cluster.finish(evaluate, tmp_path / "evaluate")
+    assert cluster.info(train, "JobState") == "COMPLETED"
+    (row,) = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert (row["step"], row["num_images"], row["num_steps"]) == (4, 20, 3)
+
+
+def test_there_are_no_scores_of_a_training_that_failed(cluster, tmp_path):
+    words = [f"--output={tmp_path}/train", "data.batch_size=0", f"run_dir={tmp_path / 'run'}"]
+    said = cluster.run("bash", "launch/slurm.sh", *words, "--", f"--output={tmp_path}/evaluate")
+    train, evaluate = re.findall(r"^job (\d+)$", said, re.M)
+    cluster.finish(evaluate, tmp_path / "evaluate", state="CANCELLED")
+    assert cluster.info(train, "JobState") == "FAILED"
+
+
+def test_a_misspelt_key_is_refused_before_anything_is_submitted(cluster, tmp_path):
+    for words in (["sampler.num_stepss=3"], ["--", "sampler.num_stepss=3"]):
+        done = subprocess.run(
+            ["bash", "launch/slurm.sh", *words], cwd=ROOT, env=cluster.env, text=True, capture_output=True
+        )
+        assert done.returncode == 2 and "Did you mean sampler.num_steps?" in done.stderr
+        assert "job" not in done.stdout
+
+
+def test_checkpoints_are_scored_by_the_tasks_of_an_array(cluster, digits, tmp_path):
+    words = [*PLAIN, "trainer.max_steps=4", "save.every_steps=2", f"data.root={digits}", "run_dir=run"]
+    assert inside("train", words, tmp_path) == 0
+    checkpoints = sorted(tmp_path.glob("run/checkpoints/step_*.ckpt"))
+    overrides = ["num_images=20", "sampler.num_steps=3", "metrics=[fid]"]
+    job = cluster.submit(tmp_path / "output%a", "--array=0-1", "slurm/evaluate.sbatch", *checkpoints, "--", *overrides)
+    for k in range(2):
+        cluster.finish(f"{job}_{k}", tmp_path / f"output{k}")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert sorted(r["step"] for r in rows) == [2, 4]
