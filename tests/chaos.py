@@ -93,20 +93,21 @@ class Training:
                 raise Wrong(f"the training did not get on for {PATIENCE} s at step {self.step()}")
             time.sleep(0.0005)
 
-    def wait_for_checkpoint(self) -> None:
-        before = self.checkpoints()
-        self.wait_until(lambda: bool(self.checkpoints() - before))
+    def wait_for_checkpoint(self, seconds: float = float("inf")) -> None:
+        """Until there is a new checkpoint, or so many seconds are over."""
+        before, end = self.checkpoints(), time.monotonic() + seconds
+        self.wait_until(lambda: bool(self.checkpoints() - before) or time.monotonic() > end)
 
-    def end(self) -> int:
+    def end(self, seconds: float = PATIENCE) -> int:
         """The exit status. Wrong if it does not come."""
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise Wrong(f"the training did not end within {PATIENCE} s") from None
+            raise Wrong(f"the training did not end within {seconds:.0f} s, at step {self.step()}") from None
 
-    def finish(self) -> None:
-        self.start()
-        if status := self.end():
+    def finish(self, steps: int) -> None:
+        """Wait for its end, after at most so many steps. Wrong if it is none of a finished run."""
+        if status := self.end(PATIENCE + 2 * steps):
             raise Wrong(f"the training ended with status {status}")
 
     def stop(self) -> None:
@@ -129,16 +130,21 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 
 def kill(training: Training, number: signal.Signals, phase: str, pause: float) -> Kill:
-    """Start, wait for the phase and `pause` seconds more, send the signal, wait for the end. Wrong if that is none."""
+    """Start, wait for the phase and at most `pause` seconds more, send the signal, wait for the end.
+
+    However fast the machine has become, the training makes no more than three checkpoints.
+
+    Raises:
+        Wrong: another exit status than that of the signal.
+    """
     training.start()
     if phase != "start":
         training.wait_for_checkpoint()  # so each of these starts gets on
     if phase == "write":
         training.wait_until(training.writes)
-    time.sleep(pause)
-    phase = "write" if phase != "start" and training.writes() else phase.replace("write", "steps")
-    if training.process.poll() is not None:
-        raise Wrong(f"the training was over at step {training.step()}, before the signal: give more --steps")
+    training.wait_for_checkpoint(pause)
+    if phase != "start":
+        phase = "write" if training.writes() else "steps"
     training.process.send_signal(number)
     status = training.end()
     if status not in STATUSES[number]:
@@ -202,8 +208,7 @@ def chaos(folder: Path, number: int, steps: int, seed: int = 0, words: Sequence[
         whole.start()
         whole.wait_for_checkpoint()
         start_up = time.monotonic() - began
-        if status := whole.end():
-            raise Wrong(f"the training ended with status {status}")
+        whole.finish(steps)
         per_step = (time.monotonic() - began - start_up) / (steps - EVERY)
         print(f"Without a kill: first checkpoint after {start_up:.1f} s, then {1000 * per_step:.0f} ms a step")
         print("kill  signal   phase  step  status")
@@ -211,7 +216,8 @@ def chaos(folder: Path, number: int, steps: int, seed: int = 0, words: Sequence[
         for one in kills(killed, number, seed, start_up, per_step):
             made.append(one)
             print(f"{len(made):4}  {one.number.name}  {one.phase:5}  {one.step:4}  {one.status:6}", flush=True)
-        killed.finish()
+        killed.start()
+        killed.finish(steps)
     finally:
         whole.stop()
         killed.stop()
@@ -223,12 +229,12 @@ def chaos(folder: Path, number: int, steps: int, seed: int = 0, words: Sequence[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, help="of the training; 20 a kill unless given")
+    parser.add_argument("--steps", type=int, help="of the training; enough for so many kills unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--folder", type=Path, help="an empty one, which stays; else a temporary one")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the training, as data.num_workers=2")
     given = parser.parse_args()
-    steps = given.steps or 20 * (given.kills + 1)
+    steps = given.steps or 3 * EVERY * (given.kills + 1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,13 +60,13 @@ def assert_same(folder: Path, other: Path) -> None:
     assert not different, different
 
 
-LAYOUTS = {
-    "plain": [],
-    "workers, dropout, accumulation": ["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"],
-}
+LAYOUTS = [
+    pytest.param([], id="plain", marks=pytest.mark.slow),
+    pytest.param(["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"], id="workers, dropout, twice"),
+]
 
 
-@pytest.mark.parametrize("words", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("words", LAYOUTS)
 def test_killed_three_times_ends_with_the_same_bits(words, digits, tmp_path):
     words = [*PLAIN, *words, f"data.root={digits}"]
     whole(words, tmp_path)
@@ -87,7 +87,15 @@ def test_killed_three_times_ends_with_the_same_bits(words, digits, tmp_path):
     assert without_speed[0] == without_speed[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+    ids=["TERM", "INT", "USR1"],
+)
 def test_a_signal_saves_and_exits_with_its_number(number, digits, tmp_path):
     words = [*PLAIN, f"data.root={digits}"]
     process = start([*words, "run_dir=stopped", "trainer.max_steps=4000"], tmp_path)

@@ -314,3 +314,36 @@ def test_what_is_left_null_is_taken_from_the_environment(clean, tmp_path):
     logger.close(0)
     run = Files(tmp_path).all("run")[0].run
     assert (run.entity, run.run_group, run.project) == ("us", "ours", "p")
+
+
+@pytest.mark.slow
+def test_after_two_stops_and_a_kill_it_is_one_run_and_little_is_there_twice(digits, tmp_path):
+    """Stopped after a save, stopped once more, killed, gone on with: four files of one run. What was stopped is nowhere
+    twice; after the kill the steps since the last save are, with the same values."""
+    words = [*TRAINING, *LOOKING, f"data.root={digits}", "run_dir=run", "logger=wandb"]
+    words += ["save.every_steps=5", "log_every=1", "trainer.max_steps=40"]
+    folder, ends = tmp_path / "run", [(5, signal.SIGTERM), (15, signal.SIGTERM), (25, signal.SIGKILL)]
+    for step, number in ends:
+        process, end = train(words, tmp_path), time.monotonic() + 120
+        while not (folder / "checkpoints" / f"step_{step:08d}.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(1.5)  # W&B's own process writes what it has once a second
+        process.send_signal(number)
+        ended(process, -9 if number == signal.SIGKILL else 128 + number)
+    ended(train(words, tmp_path), 0)
+    files = Files(folder)
+    assert len(files.paths) == 4
+    assert {r.run.run_id for r in files.all("run")} == {(folder / "wandb" / "run_id").read_text().strip()}
+    for found in files.records:
+        run = next(r.run for r in found if r.HasField("run"))
+        config = {u.key: json.loads(u.value_json) for u in run.config.update if u.key != "_wandb"}
+        assert config == yaml.safe_load((folder / "config.yaml").read_text())
+    rows = [[history(r) for r in found if r.HasField("history")] for found in files.records]
+    losses = [{r["step"]: r["train/loss"] for r in part if "train/loss" in r} for part in rows]
+    graceful = [step for part in losses[:3] for step in part]
+    assert len(graceful) == len(set(graceful)) and sorted({s for part in losses for s in part}) == list(range(1, 41))
+    twice = losses[2].keys() & losses[3].keys()
+    assert len(twice) <= 5 and all(losses[2][step] == losses[3][step] for step in twice)
+    pictures = {r["step"] for part in rows for r in part if "samples" in r}
+    assert pictures == {int(p.stem.removeprefix("step_")) for p in folder.glob("samples/step_*.png")}

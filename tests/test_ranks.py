@@ -1,0 +1,58 @@
+"""Several ranks train what one trains; killed and gone on with, they end with the very bits of those that were not."""
+
+import csv
+import signal
+import time
+
+import pytest
+from test_resume import STEPS, assert_same, finish, start, wait_for
+
+from diffusion.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+WORDS = ["callbacks=none", "trainer=cpu", "trainer.threads=1", "data.batch_size=16", "save.every_steps=6"]
+WORDS += ["log_every=1"]
+TIMING = {"train/images_per_second", "train/allreduced_mb"}
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_two_and_four_ranks_train_the_same(digits, tmp_path):
+    words = [*WORDS, "model.dropout=0", "trainer.max_steps=50", f"data.root={digits}"]
+    files = {}
+    for ranks in (1, 2, 4):
+        finish(start([*words, f"trainer.devices={ranks}", f"run_dir={ranks}"], tmp_path))
+        folder = tmp_path / f"{ranks}"
+        files[ranks] = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert files[1] == files[2] == files[4]
+    one = rows(tmp_path / "1")
+    assert len(one) == 50
+    for ranks in (2, 4):
+        found = rows(tmp_path / f"{ranks}")
+        assert float(found[0]["train/allreduced_mb"]) == pytest.approx(4 * 1_003_137 / 1e6, rel=1e-3)
+        for ours, theirs in zip(one, found, strict=True):
+            assert ours.keys() - TIMING == theirs.keys() - TIMING
+            for key in ours.keys() - TIMING:
+                if not ours[key]:  # no image of that step had its t in this quartile
+                    assert not theirs[key]
+                    continue
+                assert float(theirs[key]) == pytest.approx(float(ours[key]), abs=1e-4, rel=1e-4), (ours["step"], key)
+
+
+def test_four_ranks_killed_and_gone_on_with_end_with_the_same_bits(digits, tmp_path):
+    words = [*WORDS, "trainer.devices=4", "deterministic=true", f"trainer.max_steps={STEPS}", f"data.root={digits}"]
+    finish(start([*words, "run_dir=whole"], tmp_path))
+    killed = tmp_path / "killed"
+    for step, number in ((6, signal.SIGKILL), (18, signal.SIGTERM), (30, signal.SIGKILL)):
+        process = start([*words, "run_dir=killed"], tmp_path)
+        wait_for(killed / "checkpoints" / f"step_{step:08d}.ckpt", process)
+        time.sleep(0.02 * step)
+        process.send_signal(number)  # rank 0, whose end the others see
+        output, _ = process.communicate(timeout=120)  # until the last of them has closed it
+        assert process.returncode == (-9 if number == signal.SIGKILL else 143), output
+    finish(start([*words, "run_dir=killed"], tmp_path))
+    assert_same(tmp_path / "whole", killed)
+    assert not RunFolder(killed).latest_valid()[2]
