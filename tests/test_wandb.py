@@ -18,6 +18,8 @@ import torch
 import yaml
 from conftest import ROOT, inside
 
+from diffusion.training.run_folder import RunFolder
+
 STEPS, SAVED, EVERY = 60, 6, 4
 TRAINING = [
     f"trainer.max_steps={STEPS}", f"save.every_steps={SAVED}", f"log_every={EVERY}", "data.batch_size=16",
@@ -319,16 +321,16 @@ def test_what_is_left_null_is_taken_from_the_environment(clean, tmp_path):
 @pytest.mark.slow
 def test_after_two_stops_and_a_kill_it_is_one_run_and_little_is_there_twice(digits, tmp_path):
     """Stopped after a save, stopped once more, killed, gone on with: four files of one run. What was stopped is nowhere
-    twice; after the kill the steps since the last save are, with the same values."""
+    twice; after the kill at most the steps since the last save are, with the same values."""
     words = [*TRAINING, *LOOKING, f"data.root={digits}", "run_dir=run", "logger=wandb"]
-    words += ["save.every_steps=5", "log_every=1", "trainer.max_steps=40"]
-    folder, ends = tmp_path / "run", [(5, signal.SIGTERM), (15, signal.SIGTERM), (25, signal.SIGKILL)]
+    words += ["save.every_steps=5", "log_every=1", "callbacks.grid.every_steps=50", "trainer.max_steps=250"]
+    folder, ends = tmp_path / "run", [(5, signal.SIGTERM), (60, signal.SIGTERM), (120, signal.SIGKILL)]
     for step, number in ends:
         process, end = train(words, tmp_path), time.monotonic() + 120
-        while not (folder / "checkpoints" / f"step_{step:08d}.ckpt").exists():
+        while not any(saved >= step for saved in RunFolder(folder).steps()):
             assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
             time.sleep(0.01)
-        time.sleep(1.5)  # W&B's own process writes what it has once a second
+        time.sleep(1)  # W&B's own process writes what it has once a second
         process.send_signal(number)
         ended(process, -9 if number == signal.SIGKILL else 128 + number)
     ended(train(words, tmp_path), 0)
@@ -342,7 +344,9 @@ def test_after_two_stops_and_a_kill_it_is_one_run_and_little_is_there_twice(digi
     rows = [[history(r) for r in found if r.HasField("history")] for found in files.records]
     losses = [{r["step"]: r["train/loss"] for r in part if "train/loss" in r} for part in rows]
     graceful = [step for part in losses[:3] for step in part]
-    assert len(graceful) == len(set(graceful)) and sorted({s for part in losses for s in part}) == list(range(1, 41))
+    assert len(graceful) == len(set(graceful))
+    lost = set(range(1, 251)) - {step for part in losses for step in part}  # of the kill's last second, if any
+    assert lost <= set(range(max(losses[2]) + 1, min(losses[3])))
     twice = losses[2].keys() & losses[3].keys()
     assert len(twice) <= 5 and all(losses[2][step] == losses[3][step] for step in twice)
     pictures = {r["step"] for part in rows for r in part if "samples" in r}
