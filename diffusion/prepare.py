@@ -30,7 +30,9 @@ from diffusion.app.prepare import (
     verdict,
 )  # fmt: skip
 from diffusion.data.index import read_index
-from diffusion.data.prepare_shards import make_set, planned, refuse_other, settings_of, verify_set
+from diffusion.data.prepare_plan import planned
+from diffusion.data.prepare_shards import make_set, refuse_other, settings_of
+from diffusion.data.prepare_verify import verify_set
 
 
 class Progressing:

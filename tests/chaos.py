@@ -160,7 +160,7 @@ def kills(training: Training, number: int, seed: int, start_up: float, per_step:
     draw = random.Random(seed)
     plan = [(SIGNALS[i % 2], PHASES[i // 2 % len(PHASES)]) for i in range(number)]
     draw.shuffle(plan)
-    longest = {"start": start_up, "steps": EVERY * per_step, "write": 0.02}
+    longest = {"start": start_up, "steps": EVERY * per_step, "write": 0.01}
     for sent, phase in plan:
         yield kill(training, sent, phase, draw.uniform(0, longest[phase]))
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from numbered import BATCH, CLASSES, COUNT, Counted, global_batches, number_of, pixels, plan_of, take
 from pytorch_lightning import LightningModule, Trainer
 
@@ -366,3 +369,16 @@ def test_the_set_a_run_was_begun_with_is_known_again(root, tmp_path):
 def test_a_trainer_the_batch_does_not_divide_by_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match=r"data\.batch_size=120 .*trainer\.accumulate=7.* 119 or 126"):
         fit(root, tmp_path, 5, 0, accumulate=7, resume=False)
+
+
+def test_a_program_ends_though_a_loader_is_still_in_use(root):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from numbered import *
+samples = Samples(read_index({str(root)!r}))
+batches = iter(StreamLoader(samples, plan_of(samples), Layout(BATCH), num_workers=2))
+print(len(next(batches)["image"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{BATCH}\n"), done.stderr

@@ -1,22 +1,17 @@
 """prepare as a user runs it: the same bytes whatever happens on the way, everything counted, nothing half made."""
 
 import io
-import json
-import multiprocessing
 import os
 import re
-import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, inside
+from conftest import inside
 from omegaconf import OmegaConf
 from PIL import Image
 from test_prepare_sources import TREE, cifar, coded, filled
@@ -26,7 +21,6 @@ from diffusion.app.compose import composed, groups
 from diffusion.app.prepare import described
 from diffusion.data.index import read_index
 from diffusion.data.samples import Samples
-from diffusion.files import sha256_of
 
 RNG = np.random.default_rng(11)
 
@@ -144,8 +138,8 @@ def test_arrays_and_another_place(call, tmp_path):
 # ---- the same bytes ----
 
 
-@pytest.fixture
-def church(tmp_path):
+@pytest.fixture(name="church")
+def made_church(tmp_path):
     """(the words that make a set of 40 images in 14 shards of two splits, the bytes of it)."""
     filled(tmp_path / "c.zip", {f"{n:03d}.png": image(*RNG.integers(30, 60, 2)) for n in range(40)}, "zip")
     words = ["source=c.zip", "image_size=32", "shard_samples=3", "validation=0.2"]
@@ -158,77 +152,6 @@ def test_processes_do_not_change_a_byte(church, call, tmp_path):
     assert call("prepare", *words, "out=three", "processes=3")[0] == 0
     assert contents(tmp_path / "three") == whole
     assert len([name for name in whole if name.endswith(".tar")]) == 14
-
-
-def in_group(group):
-    """Running processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(of) == group and state != "Z":
-            found.append(path.parent.name)
-    return found
-
-
-def killed_after(words, folder, seconds):
-    """Run prepare in a process of its own and kill it with -9; its exit status, once its workers are gone too."""
-
-    def run():
-        os.setpgid(0, 0)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        inside("prepare", words, folder)
-        os._exit(0)
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    time.sleep(seconds)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    deadline = time.monotonic() + 20
-    while in_group(child.pid):
-        assert time.monotonic() < deadline, "workers outlived the process that started them"
-        time.sleep(0.01)
-    return child.exitcode
-
-
-def test_killed_at_random_points_and_started_again_it_gives_the_same_bytes(church, tmp_path):
-    words, whole = church
-    began = time.monotonic()
-    assert inside("prepare", [*words, "out=timed", "processes=2"], tmp_path) == 0
-    usual, kills = time.monotonic() - began, 0
-    for number in range(10):
-        again = [*words, "out=again", f"processes={1 + number % 3}"]
-        shutil.rmtree(tmp_path / "again", ignore_errors=True)
-        for _ in range(2):
-            kills += killed_after(again, tmp_path, RNG.uniform(0.2, 1) * usual) == -signal.SIGKILL
-        assert inside("prepare", again, tmp_path) == 0
-        assert contents(tmp_path / "again") == whole
-    assert kills >= 10  # the others came too late
-
-
-def test_what_is_finished_is_not_made_again_after_a_kill(tmp_path):
-    """The command itself, killed while it works: it leaves no index, and goes on with the shards it has."""
-    filled(tmp_path / "c", {f"{n}.png": image(96, 96) for n in range(150)}, "folder")
-    words = [sys.executable, "-m", "diffusion.prepare", "source=c", "image_size=64", "shard_samples=1", "processes=1"]
-    options = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    child = subprocess.Popen(words, **options)
-    out = tmp_path / "data" / "c"
-    while len(list((out / ".prepare").glob("*.json"))) < 5 and child.poll() is None:
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
-    time.sleep(0.2)  # the worker notices at its next image
-    assert not (out / "index.json").exists()
-    finished = {p.name.removesuffix(".json"): (out / p.name.removesuffix(".json")).stat().st_mtime_ns
-                for p in (out / ".prepare").glob("*.json")}  # fmt: skip
-    assert 5 <= len(finished) < 150
-    assert inside("prepare", words[3:], tmp_path) == 0
-    assert read_index(out).count("train") == 150
-    assert all((out / name).stat().st_mtime_ns == at for name, at in finished.items())
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
 def test_a_finished_set_is_left_alone_and_one_made_otherwise_is_refused(church, call, tmp_path):
@@ -291,7 +214,7 @@ def with_bad(path):
 
 def test_bad_images_are_an_error_and_leave_nothing_or_are_skipped_and_listed(call, tmp_path):
     with_bad(tmp_path / "x.zip")
-    words = ["source=x.zip", "image_size=32", "labels_from=none"]
+    words = ["source=x.zip", "image_size=32", "labels_from=none", "max_bad_share=0.2"]
     status, output = call("prepare", *words)
     assert status == 2 and "cannot be used" in output and "on_bad_sample=skip" in output and "Traceback" not in output
     assert [p.name for p in tmp_path.iterdir()] == ["x.zip"]
@@ -305,7 +228,7 @@ def test_bad_images_are_an_error_and_leave_nothing_or_are_skipped_and_listed(cal
 
 def test_what_was_finished_before_an_error_is_used_when_the_bad_ones_are_skipped(call, tmp_path):
     with_bad(tmp_path / "x.zip")
-    words = ["source=x.zip", "image_size=32", "labels_from=none", "shard_samples=1", "processes=1"]
+    words = ["source=x.zip", "image_size=32", "labels_from=none", "max_bad_share=1", "shard_samples=1", "processes=1"]
     assert call("prepare", *words)[0] == 2
     kept = len(list((tmp_path / "data" / "x").glob("*.tar")))
     assert not (tmp_path / "data" / "x" / "index.json").exists()
@@ -317,63 +240,47 @@ def test_what_was_finished_before_an_error_is_used_when_the_bad_ones_are_skipped
 
 def test_a_source_of_bad_images_alone_makes_no_set(call, tmp_path):
     filled(tmp_path / "x.zip", {name: b"x" for name in ("a.png", "b.png")}, "zip")
-    status, output = call("prepare", "source=x.zip", "image_size=8", "on_bad_sample=skip")
-    assert status == 2 and "no image can be used" in output
-    assert [p.name for p in tmp_path.iterdir()] == ["x.zip"]
+    for share, complaint in ((1, "no image can be used"), (0.9, "2 of 2 images cannot be used")):
+        words = ["source=x.zip", "image_size=8", "on_bad_sample=skip", f"max_bad_share={share}"]
+        status, output = call("prepare", *words)
+        assert status == 2 and complaint in output
+        assert [p.name for p in tmp_path.iterdir()] == ["x.zip"]
 
 
-def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, capfd):
-    filled(tmp_path / "x.zip", {f"{n}.png": image(64, 64) for n in range(8)} | {"9.png": image(400, 400)}, "zip")
-    words = ["source=x.zip", "image_size=64", "crop=none", "shard_samples=4", "processes=1"]
-
-    def run(folder):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow beyond, as on a full disk
-        os._exit(inside("prepare", words, folder))
-
-    child = multiprocessing.get_context("fork").Process(target=run, args=(tmp_path,))
-    child.start()
-    child.join()
-    assert child.exitcode == 2 and "out=data/x: File too large. Finished shards stay" in capfd.readouterr().err
-    assert not list((tmp_path / "data").rglob("*.tmp")) and not list((tmp_path / "data").rglob("index.json"))
-    assert inside("prepare", words, tmp_path) == 0
-
-
-# ---- verify ----
+def test_more_bad_images_than_allowed_are_an_error_and_what_is_finished_is_used_when_more_are_allowed(call, tmp_path):
+    bad = {f"bad{n}.png": b"nothing" for n in range(5)}
+    filled(tmp_path / "x.zip", {f"{n}.png": coded(n) for n in range(15)} | bad, "zip")
+    words = ["source=x.zip", "image_size=8", "on_bad_sample=skip", "shard_samples=2", "processes=1"]
+    complaint = r"\d of 20 images cannot be used, more than max_bad_share=\S+ allows; the first is 'bad\d.png': it is"
+    for share in ("max_bad_share=0.24", "max_bad_share=0", None):
+        status, output = call("prepare", *words, *([share] if share else []))
+        assert status == 2 and re.search(complaint, output), output
+        assert not (tmp_path / "data" / "x" / "index.json").exists()
+    status, output = call("prepare", *words, "max_bad_share=0.25")
+    assert status == 0 and "skipped  5" in output
+    assert call("prepare", *words, "max_bad_share=1", "out=fresh")[0] == 0
+    assert contents(tmp_path / "fresh") == contents(tmp_path / "data" / "x")
+    status, output = call("prepare", *words, "max_bad_share=1.5")
+    assert status == 2 and "max_bad_share=1.5 must be a share in [0, 1]" in output
 
 
-@pytest.fixture
-def small(tmp_path):
-    filled(tmp_path / "x.zip", TREE, "zip")
-    assert inside("prepare", ["source=x.zip", "shard_samples=10"], tmp_path) == 0
-    return tmp_path / "data" / "x"
+def test_names_that_a_terminal_would_obey_are_shown_and_drawn_harmlessly(call, tmp_path):
+    names = ["\x1b[2Jclear", "\udcff\udcfe", "a\nb", "1" * 200, "plain"]
+    members = {f"{name}/{n}.png": coded(n) for n, name in enumerate(names)}
+    filled(tmp_path / "x", members | {"\x1b]0;t\x07": b""}, "folder")
+    status, output = call("prepare", "source=x")
+    assert status == 0 and "5 classes" in output, output
+    assert "\x1b" not in output and r"\x1b[2Jclear" in output and r"\udcff\udcfe" in output and r"a\nb" in output
+    assert read_index(tmp_path / "data" / "x").classes == 5
 
 
-def test_verify_finds_a_flipped_byte_anywhere(small, call):
-    assert call("prepare", "task=verify", "out=data/x")[0] == 0
-    for path in (small / "train-00001.tar", small / "train-00001.tar.offsets"):
-        whole = path.read_bytes()
-        for place in (3, len(whole) // 3, len(whole) - 5):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
-            status, output = call("prepare", "task=verify", "out=data/x", "processes=2")
-            assert status == 1 and path.name in output and "train-00000" not in output, output
-        path.write_bytes(whole)
-    assert call("prepare", "task=verify", "out=data/x")[0] == 0
-
-
-def test_verify_decodes_every_sample(small, call):
-    """A shard and its digest replaced together: only decoding shows it."""
-    tar = small / "train-00000.tar"
-    data = bytearray(tar.read_bytes())
-    data[data.index(b"IDAT") + 8] ^= 255
-    tar.write_bytes(data)
-    index = json.loads((small / "index.json").read_text())
-    index["shards"][0]["sha256"] = sha256_of(tar)
-    (small / "index.json").write_text(json.dumps(index))
-    status, output = call("prepare", "task=verify", "out=data/x")
-    assert status == 1 and re.search(r"train-00000\.tar: sample '000000000-.*cannot be decoded", output), output
-    tar.write_bytes(data[:-512])
-    status, output = call("prepare", "task=verify", "out=data/x")
-    assert status == 2 and "truncated" in output
+@pytest.mark.parametrize("settings", ["[" * 100_000, "7", '{"settings": [1]}', '{"settings": {}}', "\xff"])
+def test_a_folder_whose_record_is_none_is_refused(settings, call, tmp_path):
+    filled(tmp_path / "x.zip", {"a.png": coded(1)}, "zip")
+    filled(tmp_path / "out", {"prepare.json": settings.encode("latin1"), "index.json": b"{}"}, "folder")
+    before = contents(tmp_path)
+    status, output = call("prepare", "source=x.zip", "out=out")
+    assert status == 2 and "out=out holds" in output and contents(tmp_path) == before, output
 
 
 # ---- wrong words ----

@@ -12,8 +12,9 @@ from diffusion.app.check import Test, above, one_of
 from diffusion.app.compose import Refusal, conf_dir, groups, nearest
 from diffusion.data.index import Index
 from diffusion.data.prepare_image import BACKGROUNDS, CROPS, RESIZES, STORED, Rule, most_bytes
-from diffusion.data.prepare_shards import SHEET, SKIPPED, Job, Plan, first_sizes
-from diffusion.data.sources import open_source
+from diffusion.data.prepare_plan import Job, Plan, first_sizes
+from diffusion.data.prepare_shards import SHEET, SKIPPED
+from diffusion.data.sources import open_source, shown
 
 TASKS = ("make", "verify")
 MODELS = {"unet_8": (8, 2), "unet_32": (32, 8), "unet_64": (64, 16), "unet_256": (1 << 30, 32)}  # up to, multiple of
@@ -37,6 +38,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "validation": (lambda v: 0 <= v < 1 or (v >= 1 and v == int(v)), "is neither a share in [0, 1) nor a number"),
     "shard_samples": integer(1),
     "on_bad_sample": one_of("error", "skip"),
+    "max_bad_share": (lambda v: 0 <= v <= 1, "must be a share in [0, 1]"),
     "max_pixels": above(0),
     "processes": integer(1),
 }
@@ -129,7 +131,7 @@ def job_of(cfg: DictConfig) -> Job:
     labelled = classes > 0 and (known is None or cfg.dataset == "images" or known.num_classes > 0)
     return Job(
         out_of(cfg), name_of(cfg), source, str(cfg.source), rule, labelled, cfg.validation, cfg.shard_samples,
-        cfg.on_bad_sample == "skip",
+        cfg.on_bad_sample == "skip", cfg.max_bad_share,
     )  # fmt: skip
 
 
@@ -147,7 +149,8 @@ def only_size(cfg: DictConfig, sizes: dict[tuple[int, int], int]) -> int:
 
 
 def listed(names: list[str] | tuple[str, ...], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
 
 
 def introduction(job: Job, plan: Plan) -> str:
@@ -187,7 +190,7 @@ def report(job: Job, summary: dict[str, Any], train: str) -> str:
     else:
         lines.append("  skipped  none")
     if summary["ignored"]:
-        lines.append(f"  ignored  {summary['ignored']:,} files that are no images ({listed(job.source.ignored, 3)})")
+        lines.append(f"  ignored  {summary['ignored']:,} that are no images: {listed(job.source.ignored, 3)}")
     for split, counts in summary["classes"].items():
         if counts:
             lines += histogram(split, job.source.classes, counts)
@@ -199,10 +202,11 @@ def histogram(split: str, classes: tuple[str, ...], counts: list[int]) -> list[s
     """A line and a bar for each class; for many classes their range."""
     if len(counts) > HISTOGRAM:
         return [f"  {split}: {len(counts)} classes of {min(counts):,} to {max(counts):,} images"]
-    width = max(len(name) for name in classes)
+    names = [shown(name) for name in classes]
+    width = max(len(name) for name in names)
     bars = [
         f"  {name:{width}}  {n:>7,}  {'#' * round(30 * n / max(*counts, 1))}"
-        for name, n in zip(classes, counts, strict=True)
+        for name, n in zip(names, counts, strict=True)
     ]
     return [f"  {split}:", *("  " + bar.rstrip() for bar in bars)]
 

@@ -93,6 +93,7 @@ def make(data: bytes | np.ndarray, rule: Rule) -> Made:
         BadImage: it cannot be read, or is of a kind that is refused.
     """
     if isinstance(data, np.ndarray):
+        _within(data.shape[1], data.shape[0], rule.max_pixels)
         picture = Image.fromarray(data[..., 0] if data.shape[2] == 1 else np.ascontiguousarray(data))
         square, enlarged = squared(coloured(picture, rule), rule)
         return Made(encoded(square, rule), STORED[rule.format], False, enlarged)
@@ -103,7 +104,7 @@ def make(data: bytes | np.ndarray, rule: Rule) -> Made:
             image.load()
             upright = ImageOps.exif_transpose(image)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged data
-            raise BadImage(f"it cannot be decoded: {error}") from error
+            raise BadImage(f"it cannot be decoded: {str(error) or type(error).__name__}") from error
         if plain and image.size == size and image.getexif().get(0x0112, 1) == 1:
             return Made(data, STORED[image.format.lower()], True, False)
         square, enlarged = squared(coloured(upright, rule), rule)
@@ -113,6 +114,7 @@ def make(data: bytes | np.ndarray, rule: Rule) -> Made:
 def look(data: bytes | np.ndarray, max_pixels: int) -> tuple[int, int]:
     """(width, height) as the image is shown, from its head. BadImage as `make`."""
     if isinstance(data, np.ndarray):
+        _within(data.shape[1], data.shape[0], max_pixels)
         return data.shape[1], data.shape[0]
     with opened(data, max_pixels) as image:
         try:
@@ -135,8 +137,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             raise BadImage("it is no PNG, JPEG, WebP or BMP, or its head is damaged") from error
         with image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(f"{width} x {height} pixels, more than max_pixels={max_pixels:,}")
+            _within(width, height, max_pixels)
             if image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile):
                 raise BadImage("16 bits a channel: make it 8")
             if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
@@ -144,6 +145,11 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _within(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels, more than max_pixels={max_pixels:,}")
 
 
 def coloured(image: Image.Image, rule: Rule) -> Image.Image:
@@ -176,6 +182,8 @@ def squared(image: Image.Image, rule: Rule) -> tuple[Image.Image, bool]:
             raise BadImage(f"{width} x {height} pixels where resize=none asks for {size} x {size}")
         long = round(max(width, height) * (size / short)) if rule.crop == "adm" else size * max(width, height) // short
         new = (size, long) if width == short else (long, size)
+        if size * long > max(rule.max_pixels, size * size):
+            raise BadImage(f"{width} x {height} pixels, whose short side as {size} makes more than {rule.max_pixels:,}")
         image, (width, height) = image.resize(new, FILTERS[rule.resize]), new
         if rule.crop == "adm":
             left, top = (width - size) // 2, (height - size) // 2

@@ -29,18 +29,18 @@ def over_processes(
 
     Raises:
         ValueError: what a worker raised as one. OSError: likewise. RuntimeError: any other failure, with its traceback,
-            or a worker that was killed. The other workers are stopped.
+            or a worker that was killed, with the item it had. The other workers are stopped.
     """
     context = multiprocessing.get_context("fork")
     number = max(1, min(processes, len(items)))
-    done = context.RawArray("q", number)
+    done, at = context.RawArray("q", number), context.RawArray("q", number)
     workers: list[Any] = []
     connections: dict[Connection, int] = {}
     try:
         for which in range(number if items else 0):
             receiver, sender = context.Pipe(duplex=False)
             worker = context.Process(
-                target=_work, args=(os.getpid(), sender, which, number, items, work, done), daemon=True
+                target=_work, args=(os.getpid(), sender, which, number, items, work, done, at), daemon=True
             )
             worker.start()
             sender.close()
@@ -51,11 +51,11 @@ def over_processes(
                 try:
                     item, kind, content = ready.recv()
                 except EOFError:  # the worker is through, or dead
-                    worker = workers[connections.pop(ready)]
-                    worker.join()
-                    if worker.exitcode:
-                        by = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
-                        raise RuntimeError(f"a worker process ended by {by}") from None
+                    which = connections.pop(ready)
+                    workers[which].join()
+                    if code := workers[which].exitcode:
+                        by = f"signal {-code}" if code < 0 else f"status {code}"
+                        raise RuntimeError(f"a worker process ended by {by}, at {items[at[which]]}") from None
                     continue
                 if kind == "refused":
                     raise ValueError(content)
@@ -72,7 +72,9 @@ def over_processes(
             worker.join()
 
 
-def _work(parent: int, sender: Connection, which: int, number: int, items: Sequence, work: Callable, done: Any) -> None:
+def _work(
+    parent: int, sender: Connection, which: int, number: int, items: Sequence, work: Callable, done: Any, at: Any
+) -> None:
     """A worker's life. It ends with its parent, at the next tick."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent stops this one
 
@@ -82,6 +84,7 @@ def _work(parent: int, sender: Connection, which: int, number: int, items: Seque
             os._exit(1)
 
     for item in range(which, len(items), number):
+        at[which] = item
         try:
             result = "done", work(items[item], tick)
         except OSError as error:

@@ -6,12 +6,11 @@ disk and unpickle nothing (`sources_cifar` says how it reads pickles). What is n
 """
 
 import csv
+import gzip
 import hashlib
 import json
-import lzma
 import os
 import re
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 MOST_CLASSES = 1_000_000  # a label beyond is a mistake
+SHOWN = 40  # characters of a name in a message
 KEY_LENGTH = 60  # characters of a name that become part of a key: a tar header holds 100
 
 
@@ -36,7 +36,8 @@ class Entry(NamedTuple):
         key: its name in the source; unique there.
         split: `train`, `validation` or `test`.
         label: its class, None in a source without.
-        read: its encoded bytes, or pixels uint8 (H, W, C). To be called before the next entry is asked for.
+        read: its encoded bytes, or pixels uint8 (H, W, C); BadEntry when they cannot be had. To be called before the
+            next entry is asked for.
     """
 
     place: int | bytes
@@ -52,7 +53,7 @@ class Source(Protocol):
     Attributes:
         kind: what it is, in words, for the person at the terminal.
         classes: names of the classes in the order of their numbers; () without labels.
-        ignored: names of files that are no images by their names.
+        ignored: files that are no images by their names, or cannot be read as files, with the reason in brackets.
     """
 
     kind: str
@@ -77,25 +78,31 @@ def open_source(path: str | os.PathLike, labels_from: str = "auto", max_bytes: i
     """
     from diffusion.data.sources_arrays import ArraySource, npz_arrays
     from diffusion.data.sources_cifar import cifar_source
-    from diffusion.data.sources_files import FileSource, FolderMembers, TarMembers, ZipMembers
+    from diffusion.data.sources_files import FileSource
     from diffusion.data.sources_lmdb import LmdbSource
+    from diffusion.data.sources_members import FolderMembers, TarMembers, ZipMembers
+    from diffusion.data.sources_tar import DamagedTar, begins_as_tar, compression_of
 
     path = Path(path)
     if path.name == "data.mdb":
         path = path.parent
     if not path.exists():
         raise ValueError(f"source={path}: there is no such file or folder. Give a path, or source=digits.")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"source={path} is neither a file nor a folder.")
     try:
         if path.is_dir():
             if (path / "data.mdb").is_file():
                 return LmdbSource(path, max_bytes)
             return cifar_source(path) or FileSource(FolderMembers(path), labels_from, max_bytes)
+        if begins_as_tar(path):  # before zips, which are known by their ends: a tar may end in one
+            return cifar_source(path) or FileSource(TarMembers(path), labels_from, max_bytes)
         if zipfile.is_zipfile(path):
             arrays = npz_arrays(path)
             return ArraySource(*arrays) if arrays else FileSource(ZipMembers(path), labels_from, max_bytes)
-        if tarfile.is_tarfile(path):
-            return cifar_source(path) or FileSource(TarMembers(path), labels_from, max_bytes)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError) as error:
+        if by := compression_of(path):
+            raise ValueError(f"source={path} is compressed by {by}: unpack it first.")
+    except (DamagedTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"source={path} is damaged or truncated: {error}. Download it again.") from error
     except OSError as error:
         raise ValueError(f"source={path} cannot be read: {error}.") from error
@@ -108,6 +115,12 @@ def open_source(path: str | os.PathLike, labels_from: str = "auto", max_bytes: i
 def safe_key(name: str) -> str:
     """A name -> letters, digits, `_` and `-`, at most 60 of them: part of a sample's key, never a path."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(name)[0])[-KEY_LENGTH:]
+
+
+def shown(name: str) -> str:
+    """A name from a source as a person may see it: at most 40 characters, none that a terminal would obey."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[: SHOWN + 1])
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def key_hash(key: str, purpose: bytes) -> int:
@@ -134,7 +147,7 @@ def labels_of(path: str, data: bytes) -> dict[str, int | str] | None:
         else:
             rows = [row[:2] for row in csv.reader(text.splitlines()) if row]
         found = {name: label for name, label in rows}
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, csv.Error, RecursionError) as error:
         raise ValueError(f"labels_from={path}: it is not name and label, in JSON or CSV ({error}).") from error
     for name, label in found.items():
         if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, int | str):

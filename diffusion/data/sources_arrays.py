@@ -1,14 +1,21 @@
 """Images as arrays: uint8 pixels in memory or mapped from an .npz, in their own order."""
 
+import io
+import math
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from diffusion.data.sources import MOST_CLASSES, Entry
+from diffusion.data.sources_members import opened_zip, unpacked
+
+HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MOST_HELD = 1 << 33  # bytes of a compressed array, which is held in memory
+CHUNK = 1 << 22
 
 
 class Arrays(NamedTuple):
@@ -46,7 +53,7 @@ def npz_arrays(path: Path) -> tuple[str, tuple[str, ...], list[Arrays]] | None:
     Raises:
         ValueError: the arrays are of another kind.
     """
-    with zipfile.ZipFile(path) as archive:
+    with opened_zip(path) as archive:
         names = archive.namelist()
         if not names or not all(name.endswith(".npy") for name in names):
             return None
@@ -54,7 +61,7 @@ def npz_arrays(path: Path) -> tuple[str, tuple[str, ...], list[Arrays]] | None:
             raise ValueError(f"source={path}: an .npz with {', '.join(names[:4])}; arr_0 is needed.")
         images = _array(path, archive, "arr_0.npy")
         labels = _array(path, archive, "arr_1.npy") if "arr_1.npy" in names else None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise ValueError(
             f"source={path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (N, H, W, C) with C = 1 or 3."
         )
@@ -71,20 +78,43 @@ def npz_arrays(path: Path) -> tuple[str, tuple[str, ...], list[Arrays]] | None:
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    member = archive.getinfo(name)
     try:
-        if member.compress_type != zipfile.ZIP_STORED:
-            with archive.open(member) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        with open(path, "rb") as file:
-            file.seek(member.header_offset)
-            header = struct.unpack("<26x2H", file.read(30))  # lengths of the name and of the extra field
-            file.seek(sum(header), 1)
-            major, _ = np.lib.format.read_magic(file)
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
-            shape, fortran, dtype = read_header(file)
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects, which are not loaded")
-            return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-    except (ValueError, KeyError, struct.error) as error:
-        raise ValueError(f"source={path}: {name.removesuffix('.npy')} cannot be read: {error}.") from error
+        member = archive.getinfo(name)
+        if member.compress_type == zipfile.ZIP_STORED:
+            return _mapped(path, archive, member)
+        if member.file_size > MOST_HELD:
+            raise ValueError(f"{member.file_size:,} compressed bytes: save it by np.savez, which can be mapped")
+        data = unpacked(archive, member)
+        shape, order, dtype, start = _head(io.BytesIO(data), len(data))
+        return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
+    except Exception as error:  # on a damaged head numpy raises ValueError, and what Python's own parser raises
+        what = str(error) or type(error).__name__
+        raise ValueError(f"source={path}: {name.removesuffix('.npy')} cannot be read: {what}.") from error
+
+
+def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """The array of a stored member, mapped from the file after its CRC was found to be right."""
+    with archive.open(member) as file:
+        while file.read(CHUNK):  # to the end, where zipfile compares the CRC
+            pass
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        begin = member.header_offset + 30 + sum(struct.unpack("<26x2H", file.read(30)))  # name and extra field
+        file.seek(begin)
+        shape, order, dtype, start = _head(file, member.file_size)
+    return np.memmap(path, dtype, "r", begin + start, shape, order)
+
+
+def _head(file: BinaryIO, size: int) -> tuple[tuple[int, ...], str, np.dtype, int]:
+    """(shape, order, dtype, bytes of the head) of an .npy of `size` bytes; ValueError unless they hold just that."""
+    begin = file.tell()
+    version = np.lib.format.read_magic(file)
+    if version not in HEADS:
+        raise ValueError(f"an .npy of version {version}")
+    shape, fortran, dtype = HEADS[version](file)
+    head = file.tell() - begin
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not loaded")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size - head:
+        raise ValueError(f"{dtype} {shape} in {size - head:,} bytes")
+    return shape, "F" if fortran else "C", dtype, head

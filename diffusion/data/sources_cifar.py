@@ -1,13 +1,14 @@
 """CIFAR-10 as its makers distribute it: the python and the binary archive, as .tar.gz or unpacked.
 
-Krizhevsky 2009. The batches of the python archive are pickles. They are read by an unpickler that knows four names,
+Krizhevsky 2009. The batches of the python archive are pickles. They are read by an unpickler that knows five names,
 and even those stand for objects of this file that merely hold what they are given: no function that a pickle names is
-ever called, whatever it names.
+ever called, whatever it names, and nothing but such objects is changed.
 """
 
+import gzip
 import io
 import pickle
-import tarfile
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 
 from diffusion.data.sources_arrays import Arrays, ArraySource
+from diffusion.data.sources_tar import compression_of, members_of_tar
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PYTHON = {f"data_batch_{n}": "train" for n in range(1, 6)} | {"test_batch": "test"}
 BINARY = {f"{name}.bin": split for name, split in PYTHON.items()}
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 PIXELS = 3 * 32 * 32
-BATCH_BYTES = 1 << 26  # one batch has 31 MB
+BATCH_BYTES = 1 << 25  # one batch has 31 MB
+ARCHIVE_BYTES = 1 << 30  # unpacked; both archives have 184 MB. What has more is another one
+STEPS = 1_000_000  # of a batch's pickle, which has about 40,000: each may take memory
 
 
 def cifar_source(path: Path) -> ArraySource | None:
@@ -52,27 +56,30 @@ def cifar_source(path: Path) -> ArraySource | None:
 def _in_folder(path: Path) -> dict[str, bytes]:
     for folder in (path, *(path / name for name in FOLDERS)):
         names = [name for name in PYTHON.keys() | BINARY.keys() if (folder / name).is_file()]
+        for name in names:
+            if (folder / name).stat().st_size > BATCH_BYTES:
+                raise _too_large(path, name)
         if names:
-            return {name: _limited((folder / name).open("rb")) for name in names}
+            return {name: (folder / name).read_bytes() for name in names}
     return {}
 
 
 def _in_tar(path: Path) -> dict[str, bytes]:
     found = {}
-    with tarfile.open(path, "r:*") as tar:
-        for member in tar:
+    packed = compression_of(path) == "gzip"
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        for member in members_of_tar(file, ARCHIVE_BYTES if packed else None):
             name = member.name.rpartition("/")[2]
             if member.isreg() and name in PYTHON.keys() | BINARY.keys():
-                found[name] = _limited(tar.extractfile(member))
+                if member.size > BATCH_BYTES:
+                    raise _too_large(path, name)
+                file.seek(member.offset_data)
+                found[name] = file.read(member.size)
     return found
 
 
-def _limited(file: io.BufferedIOBase) -> bytes:
-    with file:
-        data = file.read(BATCH_BYTES + 1)
-    if len(data) > BATCH_BYTES:
-        raise ValueError(f"a batch of CIFAR-10 with more than {BATCH_BYTES:,} bytes")
-    return data
+def _too_large(path: Path, name: str) -> ValueError:
+    return ValueError(f"source={path}: {name} is no batch of CIFAR-10: it has more than {BATCH_BYTES:,} bytes.")
 
 
 def binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +92,9 @@ def binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def python_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """A pickled batch -> uint8 (N, 32, 32, 3) and N labels."""
+    for step, _ in enumerate(pickletools.genops(data)):
+        if step > STEPS:
+            raise ValueError(f"a pickle of more than {STEPS:,} steps")
     content = PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     if not isinstance(content, Mapping):
         raise ValueError("it holds no table of data and labels")
@@ -165,3 +175,12 @@ class PlainUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it names an object outside itself")
+
+    def load_build(self) -> None:
+        """Give an object its state; pickle's own would also set attributes of a class or a function."""
+        state, held = self.stack.pop(), self.stack[-1]
+        if not isinstance(held, HeldArray | HeldDtype):
+            raise pickle.UnpicklingError(f"it changes a {type(held).__name__}")
+        held.__setstate__(state)
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}

@@ -1,140 +1,23 @@
-"""Images as files: a folder, a zip or a tar of them, with labels from the folders they lie in or from a table.
+"""Images as files: those of a folder, a zip or a tar, with labels from the folders they lie in or from a table.
 
-A member of an archive is read where it lies. Its name is looked at for a label and becomes part of a key; no path is
-ever made of it. The entries are in the order of a hash of their names, because folders hold one class each: neighbours
-in a shard are then of mixed classes, and always the same.
+A name is looked at for a label and becomes part of a key. The entries are in the order of a hash of their names,
+because folders hold one class each: neighbours in a shard are then of mixed classes, and always the same.
 """
 
-import io
 import os
-import tarfile
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from diffusion.data.sources import MOST_CLASSES, BadEntry, Entry, key_hash, labels_of
+from diffusion.data.sources_members import Members
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 SPLITS |= {"validation": "validation", "test": "test", "testing": "test"}
 TABLE = "dataset.json"
 TABLE_BYTES = 1 << 28
-
-
-class Members(Protocol):
-    """Named files, in a folder or an archive."""
-
-    path: Path
-    kind: str
-
-    def names(self) -> list[str]:
-        """Their names, with `/` between the parts."""
-
-    def read(self, name: str, most: int) -> bytes:
-        """One of them; BadEntry when it has more than `most` bytes."""
-
-
-class SharedFile(io.RawIOBase):
-    """A file for reading whose position is in this object and not in the descriptor: forked processes may share it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = os.open(path, os.O_RDONLY)
-        self._size, self._at = os.fstat(self._file).st_size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = os.pread(self._file, len(buffer), self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._file)
-        super().close()
-
-
-class FolderMembers:
-    """The files below a folder, hidden ones left out."""
-
-    kind = "folder"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def names(self) -> list[str]:
-        found = []
-        for folder, _, files in os.walk(self.path):
-            below = os.path.relpath(folder, self.path)
-            found += [file if below == "." else f"{below}/{file}" for file in files]
-        return found
-
-    def read(self, name: str, most: int) -> bytes:
-        with open(self.path / name, "rb") as file:
-            data = file.read(most + 1)
-        return _within(data, len(data), most)
-
-
-class ZipMembers:
-    """The members of a zip. Of two with one name the later counts, as everywhere."""
-
-    kind = "zip"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._zip = zipfile.ZipFile(SharedFile(path))
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(member.filename for member in self._zip.infolist() if not member.is_dir()))
-
-    def read(self, name: str, most: int) -> bytes:
-        member = self._zip.getinfo(name)
-        if member.flag_bits & 1:
-            raise BadEntry("it is encrypted")
-        _within(b"", member.file_size, most)  # zipfile reads no more than the stated size, and checks the CRC
-        return self._zip.read(member)
-
-
-class TarMembers:
-    """The regular files of an uncompressed tar; links and devices are none."""
-
-    kind = "tar"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with tarfile.open(path, "r:") as tar:
-                self._where = {m.name: (m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()}
-        except tarfile.ReadError as error:
-            raise ValueError(f"source={path}: a compressed tar of images must be unpacked first ({error}).") from error
-        self._file = SharedFile(path)
-
-    def names(self) -> list[str]:
-        return list(self._where)
-
-    def read(self, name: str, most: int) -> bytes:
-        offset, size = self._where[name]
-        _within(b"", size, most)
-        self._file.seek(offset)
-        data = self._file.read(size)
-        if len(data) != size:
-            raise BadEntry(f"{len(data):,} of {size:,} bytes: the tar is cut off")
-        return data
+DIGITS = 18  # of a class's number in text; more are a name
 
 
 class FileSource:
@@ -154,9 +37,12 @@ class FileSource:
 
     def __init__(self, members: Members, labels_from: str, max_bytes: int) -> None:
         self.members, self.max_bytes = members, max_bytes
-        names = [name for name in members.names() if not _hidden(name)]
+        every = members.names()
+        names = [name for name in every if not _hidden(name)]
         images = [n for n in names if n.lower().endswith(EXTENSIONS)]
-        self.ignored = sorted(n for n in names if not n.lower().endswith(EXTENSIONS) and PurePosixPath(n).name != TABLE)
+        others = [n for n in names if not n.lower().endswith(EXTENSIONS) and PurePosixPath(n).name != TABLE]
+        hidden = [f"{n} (hidden)" for n in every if _hidden(n) and n.lower().endswith(EXTENSIONS) and not _macos(n)]
+        self.ignored = sorted(others + hidden + members.left_out)
         if not images:
             self._refuse_empty(names)
         images.sort(key=lambda name: (key_hash(name, b"order"), name))
@@ -185,7 +71,7 @@ class FileSource:
         table = None
         if labels_from == "auto":
             at = next((n for n in (f"{common}{TABLE}", TABLE) if n in names), None)
-            table = labels_of(at, self.members.read(at, TABLE_BYTES)) if at else None
+            table = labels_of(at, self._table(at)) if at else None
         elif labels_from != "folders":
             try:
                 table = labels_of(labels_from, Path(labels_from).read_bytes())
@@ -207,6 +93,12 @@ class FileSource:
                 return (), None
         return _numbered(given, labels_from, table is not None)
 
+    def _table(self, name: str) -> bytes:
+        try:
+            return self.members.read(name, TABLE_BYTES)
+        except BadEntry as error:
+            raise ValueError(f"source={self.members.path}: {name!r} cannot be used: {error}.") from error
+
     def entries(self, start: int | None = None) -> Iterator[Entry]:
         """The images in the order of the hashes of their names."""
         for place in range(start or 0, len(self._names)):
@@ -216,16 +108,15 @@ class FileSource:
             yield Entry(place, name, self._splits[place] if self._splits else "train", label, read)
 
 
-def _within(data: bytes, size: int, most: int) -> bytes:
-    if size > most:
-        raise BadEntry(f"more than {most:,} bytes, which no image of max_pixels needs")
-    return data
-
-
 def _hidden(name: str) -> bool:
     """Whether a file or one of its folders is the system's and not the user's."""
     parts = (part for part in name.split("/") if part not in (".", ".."))
     return any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _macos(name: str) -> bool:
+    """Whether a file is what macOS adds to archives and foreign disks, beside each file and with its extension."""
+    return any(part.startswith(("._", "__MACOSX")) for part in name.split("/"))
 
 
 def _splits(names: list[str]) -> tuple[list[str] | None, list[str]]:
@@ -239,7 +130,7 @@ def _splits(names: list[str]) -> tuple[list[str] | None, list[str]]:
 
 def _numbered(given: list[int | str], labels_from: str, table: bool) -> tuple[tuple[str, ...], list[int]]:
     """(classes, labels): integers of a table are labels themselves; names are numbered in their sorted order."""
-    decimal = all(isinstance(x, int) or x.strip().isdecimal() for x in given)
+    decimal = all(isinstance(x, int) or (x.strip().isdecimal() and len(x) <= DIGITS) for x in given)
     if table and decimal:
         labels = [int(x) for x in given]
         if min(labels) < 0 or max(labels) >= MOST_CLASSES:

@@ -152,7 +152,7 @@ class StreamLoader(DataLoader):
         known = weakref.ref(batches)
 
         def end() -> None:
-            """Workers heed no SIGTERM, by which multiprocessing would end them when the program ends."""
+            """Workers heed no SIGTERM, by which multiprocessing would end them, and wait for them without end."""
             if self.num_workers and (left := known()) is not None:
                 left._shutdown_workers()
 
@@ -164,3 +164,4 @@ class StreamLoader(DataLoader):
                 yield batch
         finally:
             atexit.unregister(end)
+            end()
