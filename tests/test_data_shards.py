@@ -182,8 +182,19 @@ def test_an_index_that_is_none_is_refused(tmp_path, change, complaint):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=complaint):
         read_index(tmp_path)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    for text in ("{", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="not JSON"):
+            read_index(tmp_path)
+
+
+@pytest.mark.parametrize("name, complaint", [("a\0b", "damaged.*path"), ("y" * 5000, "cannot be looked at")])
+def test_a_shard_of_an_impossible_name_is_refused(tmp_path, name, complaint):
+    file = write(tmp_path) / INDEX_NAME
+    content = json.loads(file.read_text())
+    content["shards"][1]["path"] = name
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"data\.root=.*{complaint}"):
         read_index(tmp_path)
 
 

@@ -127,7 +127,7 @@ def _parsed(root: Path | str, text: bytes, cure: str) -> Index:
     """The index that the text of index.json describes."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"data.root={root}: {INDEX_NAME} is not JSON ({error}).{cure}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
@@ -148,6 +148,9 @@ def _check_files(index: Index, cure: str) -> None:
             found = (index.root / name).stat().st_size
         except FileNotFoundError:
             raise MissingData(f"data.root={index.root}: {name}, named by {INDEX_NAME}, is missing.{cure}") from None
+        except OSError as error:
+            what = f"{name[:100]}, named by {INDEX_NAME}, cannot be looked at ({error.strerror})"
+            raise ValueError(f"data.root={index.root}: {what}.{cure}") from None
         if found != size:
             raise ValueError(
                 f"data.root={index.root}: shard file {name} has {found} bytes where {INDEX_NAME} states {size}: "
@@ -172,7 +175,7 @@ def _check_values(index: Index) -> None:
     assert index.shards, "no shards"
     for shard in index.shards:
         path = PurePosixPath(shard.path)
-        assert not path.is_absolute() and ".." not in path.parts, f"path {shard.path}"
+        assert not path.is_absolute() and ".." not in path.parts and "\0" not in shard.path, f"path {shard.path}"
         assert type(shard.samples) is int and shard.samples > 0, f"samples of {shard.path}"
         assert type(shard.bytes) is int and shard.bytes > 0, f"bytes of {shard.path}"
         assert isinstance(shard.split, str), f"split of {shard.path}"
