@@ -84,7 +84,9 @@ class Run:
     def go(self, say: Callable[[str], None], main_rank: bool) -> int:
         """Train and finish; the exit status: 0, or 128 + the signal that stopped it."""
         if not main_rank:
-            return self.train(say, main_rank)
+            status = self.train(say, main_rank)
+            self.part()
+            return status
         with refusing(self.cfg.debug):
             lock = self.folder.locked()
             lock.__enter__()
@@ -102,9 +104,16 @@ class Run:
             status = end.code
             raise
         finally:
-            for logger in self.loggers:
-                logger.close(status)
+            with self.signals.held():
+                for logger in self.loggers:
+                    logger.close(status)
             lock.__exit__(None, None, None)
+            self.part()
+
+    def part(self) -> None:
+        """The ranks of a run that was stopped end together."""
+        if self.fit is not None:
+            self.fit.saver.part()
 
     def train(self, say: Callable[[str], None], main_rank: bool) -> int:
         """From the newest sound checkpoint to max_steps; the exit status."""

@@ -32,7 +32,9 @@ def fid(features: Features, reference: Features) -> dict[str, float]:
     for n in (len(features.pooled), len(reference.pooled)):
         if n < MIN_IMAGES:
             raise ValueError(f"FID of {n} image(s): a covariance needs at least {MIN_IMAGES}; raise num_images.")
-    metric = FrechetInceptionDistance(feature=_Given(reference.pooled.shape[1])).set_dtype(torch.float64)
+    given = _Given(reference.pooled.shape[1])
+    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False)  # all features are here; ranks train on
+    metric.set_dtype(torch.float64)
     metric.update(reference.pooled.double(), real=True)
     metric.update(features.pooled.double(), real=False)
     return {"fid": float(metric.compute())}
