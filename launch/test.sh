@@ -4,5 +4,6 @@
 #   bash launch/test.sh -m "slow or not slow"   everything
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements-test.lock
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread a test process: as many processes as cores run side by side
-exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-$(nproc)}" --dist loadgroup "$@"
+processes=${TEST_PROCESSES:-$(env -u OMP_NUM_THREADS nproc)} # before the next line, which nproc would heed
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                # one thread a test process: as many processes as cores
+exec "$PYTHON" -m pytest -n "$processes" --dist loadgroup "$@"

@@ -47,7 +47,7 @@ class Fit:
 
     def __init__(self, run: "Run", looks: Sequence[Look], signals: Signals) -> None:
         cfg = run.cfg
-        self.run, self.signals = run, signals
+        self.run, self.signals, self.failed = run, signals, False
         self.writer, self.meter = CheckpointWriter(), Meter(cfg.log_every, cfg.data.batch_size)
         self.finite = Finite(run.folder, cfg.max_nonfinite)
         self.saver = Saver(
@@ -126,7 +126,8 @@ class Fit:
         return 128 + number
 
     def _failed(self, error: Exception) -> int:
-        """Say what ended the training; the exit status, 1. A bug of ours is raised again, on the rank where it is."""
+        """Say what ended the training; the exit status, 1. Of a bug of ours the whole story, on its own rank."""
+        self.failed = True
         cause = self.watch.failed(error)
         self._write_to_the_end()
         own = cause is None or str(error) in cause

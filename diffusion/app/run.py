@@ -5,6 +5,8 @@ trains from the newest sound checkpoint, and makes what is missing of pictures, 
 """
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,9 +113,15 @@ class Run:
             self.part()
 
     def part(self) -> None:
-        """The ranks of a run that was stopped end together."""
-        if self.fit is not None:
-            self.fit.saver.part()
+        """The ranks of a run that was stopped end together; one of a run that has failed ends here, as the end of its
+        process would wait for the collectives it is in, and these for other ranks that do the same."""
+        if self.fit is None:
+            return
+        self.fit.saver.part()
+        if self.fit.failed and self.fit.trainer.world_size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
     def train(self, say: Callable[[str], None], main_rank: bool) -> int:
         """From the newest sound checkpoint to max_steps; the exit status."""

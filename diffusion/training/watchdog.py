@@ -1,14 +1,14 @@
 """When one rank of a run fails, the others end too, soon, and say which and why.
 
 Ranks wait for each other in every step: one that died, raised or hangs would leave the rest waiting for hours. So each
-has a thread that reports to the run's store (`torch.distributed.TCPStore`) once a second that its process lives, where
-it stands and whether it gets on; rank 0's thread judges:
+has threads that report to the run's store (`torch.distributed.TCPStore`) once a second that its process lives, where
+it stands and whether it gets on; rank 0's judges:
 
     a rank raised                              it says so itself
     a rank has given no sign of life           it was killed, or its machine is gone
     no rank has got on for a long time         a collective hangs; the rank that is furthest behind is named
 
-A judgement is written into the store, every thread prints it and ends its process. This module knows steps and
+A judgement is written into the store, every rank prints it and ends its process. This module knows steps and
 processes, and nothing of what is trained.
 """
 
@@ -29,7 +29,7 @@ ENDED = "ended"
 
 
 class Watchdog:
-    """The reporting thread of one rank, and on rank 0 the judge.
+    """The reporting threads of one rank, and on rank 0 the judge.
 
     Args:
         rank, ranks: of this process, of the run.
@@ -59,10 +59,13 @@ class Watchdog:
         self._ends_process = True
         self._known: dict[int, tuple[Any, float]] = {}  # rank -> its last report, and when that last changed
         self._moved = time.monotonic()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._answered = time.monotonic()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch)]
 
     def start(self) -> None:
-        self._thread.start()
+        self._answered = time.monotonic()
+        for thread in self._threads:
+            thread.start()
 
     def step(self, step: int) -> None:
         """This rank has finished a step."""
@@ -88,12 +91,13 @@ class Watchdog:
     def stop(self) -> None:
         """Training is over on this rank."""
         self._leaving.set()
-        self._thread.join(10 * BEAT)
+        for thread in self._threads:
+            thread.join(10 * BEAT)
 
-    # ---- the thread ----
+    # ---- the threads ----
 
-    def _watch(self) -> None:
-        answered = time.monotonic()
+    def _talk(self) -> None:
+        """Report and listen, until this rank leaves. A store on a machine that hangs may never answer."""
         while not self._leaving.wait(BEAT):
             try:
                 self._report()
@@ -101,16 +105,21 @@ class Watchdog:
                     self.cause = self._store.get(ENDED).decode()
                 elif self.rank == 0:
                     self._look_at_the_others()
-                answered = time.monotonic()
-            except (RuntimeError, ValueError, OSError):  # the store is out of reach
-                if time.monotonic() - answered > self.silence:
-                    self.cause = "the store of the run does not answer: rank 0, or its machine, is gone"
-            if self.cause is not None:
-                return self._end()
+                self._answered = time.monotonic()
+            except (RuntimeError, ValueError, OSError):
+                continue  # out of reach, perhaps for a moment
         try:
             self._store.set(f"beat/{self.rank}", json.dumps(["over", 0, 0]))
         except (RuntimeError, ValueError, OSError):
             pass  # the others have left before
+
+    def _watch(self) -> None:
+        """End this process when there is a judgement, or when nobody answers any more."""
+        while not self._leaving.wait(BEAT):
+            if self.cause is None and time.monotonic() - self._answered > self.silence:
+                self.cause = "the store of the run does not answer: rank 0, or its machine, is gone"
+            if self.cause is not None:
+                return self._end()
 
     def _report(self) -> None:
         self._beats += 1
