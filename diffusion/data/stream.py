@@ -91,17 +91,17 @@ class Decoder:
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __call__(self, work: Work) -> dict[str, Tensor] | Failed:
+    def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Failed:
         try:
             images, labels, stand_ins = self.samples.batch(work.numbers)
         except (BadSample, Unreachable) as error:
             return Failed(error)
-        batch = {"image": images, "position": torch.from_numpy(work.places)}
+        small = {"position": work.places}  # as arrays: each tensor takes a file of shared memory of its own
         if labels is not None:
-            batch["label"] = labels
+            small["label"] = labels.numpy()
         if stand_ins is not None:
-            batch["stand_in"] = stand_ins
-        return batch
+            small["stand_in"] = stand_ins.numpy()
+        return {"image": images} | small
 
 
 def ignore_signals(worker: int) -> None:
@@ -109,6 +109,10 @@ def ignore_signals(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
 
 
 class StreamLoader(DataLoader):
@@ -139,6 +143,7 @@ class StreamLoader(DataLoader):
         super().__init__(
             DataPipeline(self.source, mapped(Decoder(samples))),
             batch_size=None,  # the pipeline makes the batches
+            collate_fn=_as_it_is,
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=ignore_signals,
@@ -161,7 +166,7 @@ class StreamLoader(DataLoader):
             for batch in batches:
                 if isinstance(batch, Failed):
                     raise batch.error
-                yield batch
+                yield {key: v if isinstance(v, Tensor) else torch.from_numpy(v) for key, v in batch.items()}
         finally:
             atexit.unregister(end)
             end()
