@@ -1,9 +1,13 @@
-"""Score a trained model, or images, against real ones: FID and Inception score from one extractor.
+"""Score a trained model, or images, against real ones: FID, Inception score, KID, precision, recall by one extractor.
 
     python -m diffusion.evaluate checkpoint=runs/digits num_images=2000 guidance=classifier_free
-    python -m diffusion.evaluate images=samples/digits/samples.npz reference=data/digits extractor=digits
+    python -m diffusion.evaluate images=samples/digits reference=data/digits extractor=digits
+    python -m diffusion.evaluate images=a.zip reference=b.npz metrics=[fid,kid,precision,recall] out=scores.jsonl
 
-Results are printed and added to results.jsonl of the run (or to out=FILE), each with all that it depends on.
+A set of images is a folder, .zip, .tar or .npz, or a data set of shards. Image k of a model is a function of the seed
+and k, whatever the number of processes: on all GPUs of a machine, under torchrun and under srun the same figures come
+out. An interrupted evaluation goes on with the samples that it has. Results are printed and added to results.jsonl of
+the run (or to out=FILE), each with all that it depends on.
 """
 
 import json
@@ -13,6 +17,8 @@ from omegaconf import DictConfig
 
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing
+from diffusion.app.launcher import check_launcher, main_rank
+from diffusion.data.remote import is_remote
 from diffusion.files import write_atomically
 from diffusion.training.run_folder import RunFolder
 
@@ -21,21 +27,42 @@ from diffusion.training.run_folder import RunFolder
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
         check(cfg)
-        if (cfg.checkpoint is None) == (cfg.images is None):
-            raise Refusal("Give either checkpoint=PATH (a run folder or a .ckpt) or images=PATH with reference=PATH.")
-        if cfg.images is not None and cfg.reference is None:
-            raise Refusal(f"images={cfg.images} needs reference=PATH: a data set, a folder of pictures or an .npz.")
-        for key in ("checkpoint", "images", "reference"):
-            if cfg[key] is not None and not Path(cfg[key]).exists():
-                raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
-        if cfg.out is not None and Path(cfg.out).is_dir():
-            raise Refusal(f"out={cfg.out} is a folder: give a file, as {cfg.out}/results.jsonl.")
+        check_paths(cfg)
+        check_launcher(cfg)
         from diffusion.app.evaluation import Evaluation
+        from diffusion.app.processes import share
 
         evaluation = Evaluation(cfg)
-    print(evaluation.introduction(), flush=True)
-    with refusing(cfg.debug):  # images can still turn out not to be what the extractor takes
-        rows = evaluation.rows()
+        if main_rank(cfg):
+            print(evaluation.introduction(), flush=True)
+
+        def work(ranks, where):
+            rows = evaluation.rows(ranks, where)
+            if ranks.main:
+                tell(cfg, rows, evaluation.run_folder)
+
+        share(cfg, evaluation.place, work)
+
+
+def check_paths(cfg: DictConfig) -> None:
+    """Refuse what is not there, and sets of images that do not make a pair."""
+    if (cfg.checkpoint is None) == (cfg.images is None):
+        raise Refusal("Give either checkpoint=PATH (a run folder or a .ckpt) or images=PATH with reference=PATH.")
+    if cfg.images is not None and cfg.reference is None:
+        raise Refusal(f"images={cfg.images} needs reference=PATH: a data set, a folder of pictures or an .npz.")
+    if cfg.images is not None and cfg.samples is not None:
+        raise Refusal(f"samples={cfg.samples}: with images={cfg.images} nothing is sampled.")
+    for key in ("checkpoint", "images", "reference"):
+        if cfg[key] is not None and not is_remote(cfg[key]) and not Path(cfg[key]).exists():
+            raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
+    if cfg.out is not None and Path(cfg.out).is_dir():
+        raise Refusal(f"out={cfg.out} is a folder: give a file, as {cfg.out}/results.jsonl.")
+    if cfg.samples is not None and (Path(cfg.samples) / "samples.npz").exists():
+        raise Refusal(f"samples={cfg.samples} already holds samples.npz: give another folder.")
+
+
+def tell(cfg: DictConfig, rows: list[dict], run_folder: Path | None) -> None:
+    """Print the rows and keep them."""
     from diffusion.training.scoring import describe
 
     for row in rows:
@@ -45,12 +72,10 @@ def main(cfg: DictConfig) -> None:
         old = path.read_text() if path.is_file() else ""
         write_atomically(path, old + "".join(json.dumps(row) + "\n" for row in rows))
         print(f"Results: {path}")
-    elif evaluation.run_folder is not None:
-        RunFolder(evaluation.run_folder).add_results(rows)
-        print(f"Results: {RunFolder(evaluation.run_folder).results_path}")
+    elif run_folder is not None:
+        RunFolder(run_folder).add_results(rows)
+        print(f"Results: {RunFolder(run_folder).results_path}")
 
 
 if __name__ == "__main__":
     main()
-
-

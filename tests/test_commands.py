@@ -139,7 +139,7 @@ def test_evaluate_refuses_images_it_cannot_score(call, tmp_path, digits):
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((20, 8, 8, 1)))
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{"a": 1}], dtype=object))
     (tmp_path / "empty").mkdir()
-    expected = {"large.npz": "16x16", "float.npz": "float64", "pickle.npz": "allow_pickle", "empty": "no pictures"}
+    expected = {"large.npz": "16x16", "float.npz": "float64", "pickle.npz": "Python objects", "empty": "no image"}
     for name, word in expected.items():
         status, output = call("evaluate", f"images={name}", f"reference={digits}", "extractor=digits")
         assert status == 2 and word in output, output

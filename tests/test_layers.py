@@ -21,12 +21,12 @@ OUTSIDE = {
     1: {"torch", "numpy"},
     3: {"torch", "numpy", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "rich", "PIL", "yaml",
         "jinja2", "markupsafe", "matplotlib", "wandb", "omegaconf"},
-    4: {"torch", "numpy", "hydra", "omegaconf", "pytorch_lightning", "PIL", "safetensors"},
+    4: {"torch", "numpy", "hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "PIL", "safetensors"},
     5: {"torch", "numpy", "omegaconf", "rich", "yaml"},
 }  # fmt: skip
 OUTSIDE_OF = {
     "data": {"torch", "numpy", "webdataset", "pytorch_lightning", "lmdb", "PIL", "sklearn"},
-    "metrics": {"torch", "numpy", "torchmetrics", "torch_fidelity", "scipy"},
+    "metrics": {"torch", "numpy", "torchmetrics", "torch_fidelity", "scipy", "safetensors"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -49,7 +49,7 @@ def make_run(shards, tmp_path):
 
 def train(run: Run) -> Run:
     run.folder.path.mkdir(parents=True)
-    assert run.train(lambda _: None, main_rank=True) == 0
+    assert run.train(lambda _: None) == 0
     return run
 
 

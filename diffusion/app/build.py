@@ -5,13 +5,14 @@ nowhere else.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from diffusion.app.check import check_steps
 from diffusion.app.compose import Refusal
 from diffusion.data.digits import DigitsDataModule
 from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.remote import is_remote
 from diffusion.denoiser import Clipped, NetworkDenoiser
-from diffusion.files import replacing
+from diffusion.files import replacing, sha256_of
 from diffusion.metrics.extractors import Extractor, inception, verified
+from diffusion.metrics.reference import Reference
 from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
 from diffusion.noise import Stream, seed63
 from diffusion.objective import Objective
@@ -31,8 +34,10 @@ from diffusion.process.times import times
 from diffusion.samplers.base import Sampler
 from diffusion.training.checkpoint import load
 from diffusion.training.ema import load_average
+from diffusion.training.ranks import Ranks
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.scoring import Counted, Sampling
+from diffusion.training.sampling import Counted, Sampling
+from diffusion.training.scoring import reference_of
 
 CLASSIFIER = "classifier.safetensors"
 SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "ve_geometric")
@@ -143,6 +148,7 @@ def sampler(cfg: DictConfig, levels: Schedule) -> tuple[Sampler, list[float]]:
 
 def sampled(cfg: DictConfig, called: Denoiser, denoiser: NetworkDenoiser, where: Place) -> Denoiser:
     """What a sampler calls: `called`, the network's denoiser, in its precision, guided and clipped as configured."""
+
     def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         with where.autocast():
             return called(x_t.contiguous(memory_format=where.memory_format), t, labels)
@@ -163,17 +169,37 @@ def data(cfg: DictConfig) -> ImageShardsDataModule:
 
 
 def extractor(
-    cfg: DictConfig, where: Place, module: ImageShardsDataModule | None = None, beside: str | Path | None = None
+    cfg: DictConfig, module: ImageShardsDataModule | None = None, beside: str | Path | None = None
 ) -> Extractor:
-    """The extractor by name. The digits' one lies beside its data set, where it is trained if it is not there yet."""
-    weights, sha256 = cfg.extractor.weights, cfg.extractor.sha256
-    if cfg.extractor.name == "inception":
-        built = inception(weights, sha256)
-    else:
+    """The extractor by name, on the CPU. The digits' one lies beside its data set, where it is trained if it is not
+    there yet; one that is neither it nor Inception is the torch module that `extractor.target` makes."""
+    chosen = cfg.extractor
+    if chosen.name == "inception":
+        return inception(chosen.weights, chosen.sha256)
+    if chosen.name == "digits":
         folder = module.root if module is not None else beside or "data/digits"
-        built = digit_extractor(Path(weights or Path(folder) / CLASSIFIER), sha256, module)
-    built.network.to(where.device)
-    return built
+        return digit_extractor(Path(chosen.weights or Path(folder) / CLASSIFIER), chosen.sha256, module)
+    return custom_extractor(chosen)
+
+
+def custom_extractor(cfg: DictConfig) -> Extractor:
+    """The module of extractor.target, called with the path of its weights if there is one."""
+    digest = None
+    if cfg.weights is not None:
+        if not Path(cfg.weights).is_file():
+            raise Refusal(f"extractor.weights={cfg.weights}: there is no such file.")
+        digest = verified(Path(cfg.weights), cfg.sha256)
+    try:
+        made = get_object(cfg.target)(*(() if cfg.weights is None else (cfg.weights,)))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise Refusal(f"extractor.target={cfg.target}: {str(error).splitlines()[0]}") from error
+    if not isinstance(made, nn.Module) or next(made.parameters(), None) is None:
+        raise Refusal(
+            f"extractor.target={cfg.target} gives {type(made).__name__}, expected a torch module with weights."
+        )
+    if digest is None:
+        digest = hashlib.sha256(save({k: v.contiguous() for k, v in made.state_dict().items()})).hexdigest()
+    return Extractor(cfg.name, made, cfg.channels, cfg.image_size, digest)
 
 
 def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModule | None) -> Extractor:
@@ -214,15 +240,20 @@ class Trained(NamedTuple):
     weights: str
 
     @property
+    def digest(self) -> str:
+        """sha256 of the checkpoint's file."""
+        beside = self.path.with_suffix(".sha256")
+        return beside.read_text().strip() if beside.is_file() else sha256_of(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """Which model this is, as JSON."""
+        return {"checkpoint_sha256": self.digest, "weights": self.weights}
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         net = self.denoiser.network
         return net.channels, net.image_size, net.image_size
-
-    def columns(self, num_images: int) -> int | None:
-        """A column a class, where the images fill whole rows of them."""
-        classes = self.denoiser.network.num_classes
-        return classes if classes and num_images % classes == 0 else None
 
 
 def checkpoint_path(given: str) -> Path:
@@ -250,8 +281,8 @@ def refuse_foreign_targets(config: DictConfig, path: Path) -> None:
             raise Refusal(f"checkpoint={path} asks for {group}._target_={target}, which is none of {list(allowed)}.")
 
 
-def trained(given: str, where: Place, ema: bool = True) -> Trained:
-    """The model of a checkpoint, on its device, in evaluation mode."""
+def trained(given: str, ema: bool = True) -> Trained:
+    """The model of a checkpoint, on the CPU, in evaluation mode."""
     path = checkpoint_path(given)
     content = load(path)
     config = OmegaConf.create(content["config"])
@@ -267,9 +298,25 @@ def trained(given: str, where: Place, ema: bool = True) -> Trained:
     if ema:
         with torch.no_grad():
             load_average(net, content["ema"], [p.data for p in net.parameters()])
-    net.to(where.device, memory_format=where.memory_format).eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
     model = NetworkDenoiser(net, schedule(config), config.objective.prediction)
     return Trained(config, model, content["global_step"], path, "ema" if ema else "raw")
+
+
+def with_fast_sampler(cfg: DictConfig, num_steps: int) -> DictConfig:
+    """The configuration with DDIM of so many steps in the place of its sampler."""
+    fast = {"_target_": "diffusion.samplers.ddim.DDIM", "_partial_": True, "eta": 0.0, "num_steps": num_steps}
+    fast |= {"spacing": "linear", "clip_x0": cfg.sampler.clip_x0}
+    return OmegaConf.create({**OmegaConf.to_container(cfg), "sampler": fast})
+
+
+def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks) -> Reference | None:
+    """What images are scored against, from a split of shards, kept beside them or, where that cannot be written to, in
+    the folder for remote sets."""
+    about = {"data": module.index.digest, "split": module.split, "image_size": module.image_size}
+    folders = [] if is_remote(module.root) else [Path(module.root)]
+    folders.append(Path(module.remote["folder"]).expanduser() / "references")
+    return reference_of(module.samples, extractor, ranks, about, folders)
 
 
 def sampling(
@@ -278,11 +325,11 @@ def sampling(
     where: Place,
     image_shape: tuple[int, int, int],
     batch_size: int = 256,
+    ranks: Ranks | None = None,
     labels: Sequence[int] = (),
-    attend: Callable[[], None] = lambda: None,
 ) -> Sampling:
-    """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed. `attend` is called
-    at every evaluation of the network and may raise to end the sampling."""
+    """All that decides the images of a model but their numbers: cfg's sampler, guidance and seed. Every evaluation of
+    the network is a moment at which the ranks may leave the sampling."""
     built, visited = sampler(cfg, denoiser.schedule)
     num_classes = denoiser.network.num_classes
     if getattr(built, "variance", "") == "learned" and denoiser.network.out_channels == image_shape[0]:
@@ -292,7 +339,7 @@ def sampling(
             raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
     if labels and not num_classes:
         raise Refusal(f"labels={labels}: this model is unconditional.")
-    counted = Counted(denoiser, attend)
+    counted = Counted(denoiser, (ranks or Ranks()).attend)
     about = {"sampler": type(built).__name__.lower(), "spacing": cfg.sampler.spacing, "clip_x0": cfg.sampler.clip_x0}
     about |= {k: cfg.sampler[k] for k in ("eta", "variance") if k in cfg.sampler}
     about |= {"guidance_scale": cfg.guidance.scale, "precision": where.precision}

@@ -4,7 +4,8 @@ Parts check their own arguments again when they are built: this is the same, ear
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from diffusion.data.layout import check_batch, check_lanes
 from diffusion.data.remote import Access, is_remote
 from diffusion.process.times import times
 
-METRICS = ("fid", "is")
+LEAST_IMAGES = {"fid": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4, "nearest": 1}  # that a metric can be had of
+EXTRACTORS = ("inception", "digits")
 Test = Callable[[Any], bool]
 
 
@@ -35,6 +37,11 @@ def between(low: float, high: float, including_high: bool = True) -> tuple[Test,
 
 def one_of(*allowed: Any) -> tuple[Test, str]:
     return lambda v: v in allowed, f"is none of {', '.join(map(str, allowed))}"
+
+
+def count_or_auto() -> tuple[Test, str]:
+    fits = lambda v: str(v) == "auto" or str(v).isdecimal() and int(v) >= 1  # noqa: E731
+    return fits, "must be at least 1 (or auto, where nothing is trained)"
 
 
 RULES: dict[str, tuple[Test, str]] = {
@@ -70,8 +77,8 @@ RULES: dict[str, tuple[Test, str]] = {
     "optimizer.gradient_clip": at_least(0),
     "ema.decay": between(0, 1, including_high=False),
     "trainer.accelerator": one_of("auto", "cpu", "gpu"),
-    "trainer.devices": at_least(1),
-    "trainer.num_nodes": at_least(1),
+    "trainer.devices": count_or_auto(),
+    "trainer.num_nodes": count_or_auto(),
     "trainer.precision": one_of("auto", "32", "bf16-mixed"),
     "trainer.max_steps": at_least(1),
     "trainer.accumulate": at_least(1),
@@ -91,6 +98,10 @@ RULES: dict[str, tuple[Test, str]] = {
     "callbacks.score.every_steps": at_least(0),
     "callbacks.score.num_images": at_least(10),
     "callbacks.score.batch_size": at_least(1),
+    "callbacks.score.during.num_images": at_least(10),
+    "callbacks.score.during.num_steps": at_least(1),
+    "callbacks.grid.batch_size": at_least(1),
+    "neighbours": at_least(0),
     "num_images": at_least(1),
     "batch_size": at_least(1),
     "gpu_check.steps": at_least(100),
@@ -104,7 +115,9 @@ RULES: dict[str, tuple[Test, str]] = {
     "loader.rounds": at_least(1),
     "loader.cifar_images": at_least(128),
     "data.lanes": at_least(1),
-    "extractor.name": one_of("inception", "digits"),
+    "extractor.name": (lambda v: re.fullmatch(r"[A-Za-z0-9]+", v) is not None, "is no word of letters and digits"),
+    "extractor.channels": one_of(1, 3),
+    "extractor.image_size": at_least(1),
     "logger.mode": one_of("auto", "online", "offline"),
 }
 
@@ -120,11 +133,25 @@ def check(cfg: DictConfig) -> None:
         if not fits:
             raise Refusal(f"{key}={value} {text}.")
     for metric in cfg.get("metrics") or ():
-        if metric not in METRICS:
-            raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(METRICS)}.")
+        if metric not in LEAST_IMAGES:
+            raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(LEAST_IMAGES)}.")
+    if cfg.get("checkpoint") is not None and "metrics" in cfg:
+        check_number(cfg.metrics, cfg.num_images, f"num_images={cfg.num_images}")
+    if "extractor" in cfg and cfg.extractor.name not in EXTRACTORS and "target" not in cfg.extractor:
+        raise Refusal(
+            f"extractor.name={cfg.extractor.name} is none of {', '.join(EXTRACTORS)}; another module is given by "
+            f"extractor=custom extractor.name=NAME extractor.target=package.module.function."
+        )
     check_labels(cfg)
     if "trainer" in cfg and "data" in cfg:
         check_training(cfg)
+
+
+def check_number(metrics: Iterable[str], number: int, what: str) -> None:
+    """Refuse fewer images than a metric can be had of."""
+    for metric in metrics:
+        if number < LEAST_IMAGES[metric]:
+            raise Refusal(f"{what}: {metric} needs at least {LEAST_IMAGES[metric]} images, here are {number}.")
 
 
 def check_labels(cfg: DictConfig) -> None:

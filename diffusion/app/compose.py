@@ -36,9 +36,10 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "other", "runs", "reference")
-PATH_KEYS += ("data.root", "data.remote.folder", "extractor.weights")
+PATH_KEYS += ("samples", "data.root", "data.remote.folder", "extractor.weights")
 PATH_KEYS += ("loader.root", "loader.cifar_root", "loader.peers_python", "other")
 MAY_BE_NULL = ("sampler.num_steps", "logger.project")
+MAY_BE_NULL += ("callbacks.score.during.num_images", "callbacks.score.during.num_steps")
 FLAGS_WITH_VALUE = ("-c", "--cfg", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir", "-p")
 FLAGS_WITH_VALUE += ("--package",)
 

@@ -1,41 +1,36 @@
 """The training part of a run: the Trainer and its callbacks, and what becomes of a signal or a failure."""
 
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers import subprocess_script
 
-from diffusion.app.launcher import ranks, under_srun, under_torchrun
-from diffusion.data.remote import Unreachable
-from diffusion.data.samples import BadSample
+from diffusion.app.processes import environment
 from diffusion.training.callbacks import Look
-from diffusion.training.checkpoint import CheckpointWriter, Saver, WriteFailed
+from diffusion.training.checkpoint import Saver
 from diffusion.training.fingerprint import Fingerprints
 from diffusion.training.meter import Bar, Meter
-from diffusion.training.nonfinite import Finite, NotFinite
+from diffusion.training.nonfinite import Finite
+from diffusion.training.ranks import NEVER, Ranks
 from diffusion.training.signals import Signals
-from diffusion.training.watchdog import Watch
 
 if TYPE_CHECKING:
     from diffusion.app.run import Run
 
-# Lightning's own observer kills all processes, at once and without a word, when one has ended other than with status 0,
-# as each does that has been stopped by a signal. The watchdog knows better.
-subprocess_script._launch_process_observer = lambda processes: None
 
-FAILURES = (BadSample, Unreachable, WriteFailed, NotFinite)  # what can end a training without a bug of ours
-NEVER = timedelta(days=30)  # collectives wait; the watchdog ends them
+class Steps(Callback):
+    """Tells the other ranks how far this one has come."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.ranks.step(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self.ranks.step(trainer.global_step)
 
 
 class Fit:
@@ -47,12 +42,11 @@ class Fit:
 
     def __init__(self, run: "Run", looks: Sequence[Look], signals: Signals) -> None:
         cfg = run.cfg
-        self.run, self.signals, self.failed = run, signals, False
-        self.writer, self.meter = CheckpointWriter(), Meter(cfg.log_every, cfg.data.batch_size)
+        self.run, self.signals, self.meter = run, signals, Meter(cfg.log_every, cfg.data.batch_size)
         self.finite = Finite(run.folder, cfg.max_nonfinite)
         self.saver = Saver(
             run.folder,
-            self.writer,
+            run.writer,
             signals,
             cfg.save.every_steps,
             cfg.save.every_minutes,
@@ -61,12 +55,11 @@ class Fit:
             settle=self.finite.settle,
             on_error=cfg.save.on_error,
         )
-        self.watch = Watch(cfg.trainer.timeout, last_words=self._write_to_the_end)
         self.trainer = pl.Trainer(
             accelerator=run.place.device.type,
             devices=cfg.trainer.devices,
             num_nodes=cfg.trainer.num_nodes,
-            strategy="auto" if ranks(cfg) == 1 else self._strategy(),
+            strategy="auto" if run.ranks.size == 1 else self._strategy(),
             precision="bf16-mixed" if run.place.precision == "bf16-mixed" else "32-true",
             max_steps=cfg.trainer.max_steps,
             max_epochs=-1,
@@ -76,13 +69,13 @@ class Fit:
                 Fingerprints(run.folder.path, run.ema, cfg.fingerprint_every),
                 self.meter,
                 Bar(self.meter),
-                self.watch,
+                Steps(run.ranks),
                 self.finite,
                 self.saver,  # after all that is saved with the step, and before anybody looks at it
                 *looks,
             ],
             logger=run.loggers,
-            plugins=[self.writer, environment(ranks(cfg))],
+            plugins=[run.writer, environment(run.ranks.size)],
             enable_checkpointing=False,  # Lightning's own
             log_every_n_steps=cfg.log_every,
             enable_progress_bar=False,
@@ -112,49 +105,13 @@ class Fit:
                 self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
                 self.saver.finish()
         except Exception as error:
-            return self._failed(error)
-        finally:
-            self.watch.stop()
+            return self.run.failed(error, f"Training ended at step {self.trainer.global_step}")
         if self.meter.stand_ins:
             say(f"Bad samples: {self.meter.stand_ins:,} times so far another image stood in for one that is damaged.")
         if self.finite.skipped:
             say(f"Not finite: {self.finite.skipped:,} steps so far were skipped, see {self.run.folder.path}/nonfinite.")
-        number = self.saver.stopped_by or self.signals.number  # the latter: after the last step
+        number = self.saver.stopped_by or self.run.ranks.signal()  # the latter: after the last step
         if not number:
             return 0
         say(f"Stopped by signal {number} at step {self.trainer.global_step}; the same command goes on from there.")
         return 128 + number
-
-    def _failed(self, error: Exception) -> int:
-        """Say what ended the training; the exit status, 1. Of a bug of ours the whole story, on its own rank."""
-        self.failed = True
-        cause = self.watch.failed(error)
-        self._write_to_the_end()
-        own = cause is None or str(error) in cause
-        if own and (self.run.cfg.debug or not isinstance(error, FAILURES)):
-            traceback.print_exception(error)
-        rank = f" of rank {self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        saved = self.run.folder.steps()
-        print(
-            f"error: {error if own else cause}\nTraining{rank} ended at step {self.trainer.global_step}; the same "
-            f"command goes on from step {saved[0] if saved else 0}.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-
-    def _write_to_the_end(self) -> None:
-        """Let the checkpoint that is being written be written."""
-        try:
-            self.writer.wait()
-        except Exception as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-
-
-def environment(number: int) -> ClusterEnvironment:
-    """Who tells this process its rank among so many."""
-    if number > 1 and under_torchrun():
-        return TorchElasticEnvironment()
-    if number > 1 and under_srun():
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()

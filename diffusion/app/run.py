@@ -4,9 +4,9 @@
 trains from the newest sound checkpoint, and makes what is missing of pictures, scores and report.
 """
 
-import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,22 +17,30 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.app import build
 from diffusion.app.compose import refusing
 from diffusion.app.fit import Fit
+from diffusion.app.processes import together
+from diffusion.data.remote import Unreachable
+from diffusion.data.samples import BadSample
 from diffusion.denoiser import NetworkDenoiser
-from diffusion.metrics.extractors import Features
+from diffusion.metrics.extractors import Extractor
+from diffusion.metrics.reference import Reference
 from diffusion.page import write_report
-from diffusion.training.callbacks import Abandoned, Look, grid_path, save_grid
-from diffusion.training.checkpoint import load
+from diffusion.training.callbacks import Look, grid_path, save_grid
+from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, load
 from diffusion.training.ema import EMA, load_average
 from diffusion.training.fingerprint_log import cut_after
+from diffusion.training.gallery import Gallery
 from diffusion.training.logger import loggers
 from diffusion.training.meter import MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
+from diffusion.training.nonfinite import NotFinite
+from diffusion.training.ranks import Abandoned, Ranks
 from diffusion.training.run_folder import RECORDED, RunFolder
-from diffusion.training.scoring import Sampling, describe, score, stored, watched
+from diffusion.training.sampling import Sampling
+from diffusion.training.scoring import describe, score
 from diffusion.training.signals import Signals
 
-for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-    logging.getLogger(quiet).setLevel(logging.ERROR)
+FAILURES = (BadSample, Unreachable, WriteFailed, NotFinite, ValueError)  # what can end a run without a bug of ours
+
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is the user's to choose
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
 
@@ -73,11 +81,11 @@ class Run:
         )
         build.sampler(cfg, levels)
         self.ema = EMA(cfg.ema.decay, cfg.ema.warmup)
-        self.extractor = None
+        self.extractor: Extractor | None = None
         if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name != "digits":
-            self.extractor = build.extractor(cfg, self.place)
-        self._reference: Features | None = None
-        self.fit: Fit | None = None
+            self.extractor = build.extractor(cfg)
+        self._reference: Reference | None = None
+        self.writer, self.ranks, self.has_failed = CheckpointWriter(), Ranks(), False
         self.csv = MetricsCsv(folder.metrics_path)
         self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
 
@@ -86,7 +94,7 @@ class Run:
     def go(self, say: Callable[[str], None], main_rank: bool) -> int:
         """Train and finish; the exit status: 0, or 128 + the signal that stopped it."""
         if not main_rank:
-            status = self.train(say, main_rank)
+            status = self.work(say)
             self.part()
             return status
         with refusing(self.cfg.debug):
@@ -100,7 +108,7 @@ class Run:
             self.folder.write_config(self.config)
             for logger in self.loggers:
                 logger.start(say)
-            status = self.train(say, main_rank) or self.finish(say)
+            status = self.work(say)
             return status
         except SystemExit as end:  # by a signal outside of training
             status = end.code
@@ -112,35 +120,68 @@ class Run:
             lock.__exit__(None, None, None)
             self.part()
 
+    def work(self, say: Callable[[str], None]) -> int:
+        """What all ranks do: train, then look for a last time; the exit status."""
+        told = lambda: self.signals.number  # noqa: E731
+        self.ranks, self.place = together(self.cfg, self.place, told, self._write_to_the_end)
+        return self.train(say) or self.finish(say)
+
     def part(self) -> None:
-        """The ranks of a run that was stopped end together; one of a run that has failed ends here, as the end of its
-        process would wait for the collectives it is in, and these for other ranks that do the same."""
-        if self.fit is None:
+        """The ranks of a run end together; one of a run that has failed ends here, as the end of its process would wait
+        for the collectives it is in, and these for other ranks that do the same."""
+        if not self.has_failed:
+            self.ranks.part()
             return
-        self.fit.saver.part()
-        if self.fit.failed and self.fit.trainer.world_size > 1:
+        self.ranks.leave()
+        if self.ranks.size > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
 
-    def train(self, say: Callable[[str], None], main_rank: bool) -> int:
+    def failed(self, error: Exception, where: str) -> int:
+        """Say what ended the run; the exit status, 1. Of a bug of ours the whole story, on its own rank."""
+        self.has_failed = True
+        cause = self.ranks.failed(error)
+        self._write_to_the_end()
+        own = cause is None or str(error) in cause
+        if own and (self.cfg.debug or not isinstance(error, FAILURES)):
+            traceback.print_exception(error)
+        if self.ranks.size > 1:
+            where = where.replace(" ", f" of rank {self.ranks.rank} ", 1)
+        saved = self.folder.steps()
+        print(
+            f"error: {error if own else cause}\n{where}; the same command goes on from step "
+            f"{saved[0] if saved else 0}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+
+    def _write_to_the_end(self) -> None:
+        """Let the checkpoint that is being written be written."""
+        try:
+            self.writer.wait()
+        except Exception as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    def train(self, say: Callable[[str], None]) -> int:
         """From the newest sound checkpoint to max_steps; the exit status."""
         cfg = self.cfg
-        step, path, complaints = self.folder.latest_valid()
+        step, path, complaints = self.ranks.from_main(self.folder.latest_valid() if self.ranks.main else None)
         for complaint in complaints:
             say(complaint)
-        if main_rank:
+        if self.ranks.main:
             for damaged in [s for s in self.folder.steps() if s > step]:
                 self.folder.set_aside(damaged)
         if step >= cfg.trainer.max_steps:
             return 0
         say(self.introduction(step))
-        if main_rank:
+        if self.ranks.main:
             self.csv.cut_after(step)
             self.folder.cut_results_after(step)
+            self.folder.cut_evaluations_after(step)
             cut_after(self.folder.path, step)
-        self.fit = Fit(self, self.looks(), self.signals)
-        return self.fit.go(path, say)
+        return Fit(self, self.looks(), self.signals).go(path, say)
 
     def introduction(self, step: int) -> str:
         """What is about to happen, in a few lines."""
@@ -159,82 +200,117 @@ class Run:
 
     # ---- pictures and scores ----
 
-    def sampling(self, batch_size: int = 256) -> Sampling:
-        return build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, batch_size, attend=self.attend)
-
-    def attend(self) -> None:
-        """Called whenever the network is evaluated for a look: a signal that training holds ends the look."""
-        if self.fit is not None:
-            self.fit.watch.working()
-        if self.signals.number is not None:
-            raise Abandoned
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.data.channels, self.data.image_size, self.data.image_size
+
+    def gallery(self, name: str, sampling: Sampling, number: int, step: int) -> Gallery:
+        """The images of a look at a step, made by all ranks; kept until they have been looked at."""
+        return Gallery(self.folder.evaluations / name, sampling, number, {"step": step, "weights": "ema"}, self.ranks)
 
     def looks(self) -> list[Look]:
         """The callbacks that look at the run while it trains."""
         cfg, found = self.cfg.callbacks, []
         if cfg.enabled and cfg.grid.every_steps:
             missing = lambda step: not grid_path(self.folder, step).is_file()  # noqa: E731
-            found.append(Look(cfg.grid.every_steps, self.ema, self.look, missing))
+            found.append(Look(cfg.grid.every_steps, self.ema, self.ranks, self.look, missing))
         if cfg.enabled and cfg.score.every_steps and self.cfg.metrics:
             missing = lambda step: not set(self.cfg.metrics) <= self.folder.own_scores(step)  # noqa: E731
-            found.append(Look(cfg.score.every_steps, self.ema, self.score, missing))
+            found.append(Look(cfg.score.every_steps, self.ema, self.ranks, self.score, missing))
         return found
 
     def look(self, step: int) -> None:
         """A grid of samples, on disk and in the loggers."""
-        path = save_grid(self.folder, step, self.sampling(), self.cfg.callbacks.grid.num_images)
-        for logger in self.loggers:
-            logger.log_picture(path, step)
+        cfg = self.cfg.callbacks.grid
+        sampling = build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, cfg.batch_size, self.ranks)
+        gallery = self.gallery(f"grid_{step:08d}", sampling, cfg.num_images, step)
+        gallery.make()
+        if self.ranks.main:
+            path = save_grid(self.folder, step, gallery)
+            for logger in self.loggers:
+                logger.log_picture(path, step)
 
-    def score(self, step: int, metrics: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Sample, score, and add to results.jsonl and to the loggers."""
-        number = self.cfg.callbacks.score.num_images
-        if self.extractor is None:
-            self.extractor = build.extractor(self.cfg, self.place, self.data)
-        if self._reference is None:
-            self._reference = self.extractor(stored(self.data.samples))
-        sampling = self.sampling(self.cfg.callbacks.score.batch_size)
-        about = {
-            "by": "train",
-            "step": step,
-            "weights": "ema",
-            "data": self.cfg.data.name,
-            "parameters": count_parameters(self.denoiser.network),
-        }
+    def score(self, step: int, metrics: Sequence[str] | None = None, final: bool = False) -> list[dict[str, Any]]:
+        """Sample, score, and add to results.jsonl and to the loggers; the rows, on rank 0.
+
+        While the run trains, by the settings of callbacks.score.during; at its end by its own sampler.
+        """
+        cfg, scored = self.cfg, self.cfg.callbacks.score
+        number = scored.num_images
+        if not final:
+            number = scored.during.num_images or number
+            if scored.during.num_steps is not None:
+                cfg = build.with_fast_sampler(cfg, scored.during.num_steps)
+        sampling = build.sampling(cfg, self.denoiser, self.place, self.image_shape, scored.batch_size, self.ranks)
+        reference = self.reference()
+        assert self.extractor is not None
+        gallery = self.gallery(f"score_{step:08d}{'_final' if final else ''}", sampling, number, step)
+        gallery.make(self.extractor)
+        if not self.ranks.main:
+            return []
+        about = {"by": "train", "step": step, "weights": "ema", "data": cfg.data.name, "split": cfg.data.split}
+        about |= {"parameters": count_parameters(self.denoiser.network)}
         rows = score(
-            watched("sampling", number, sampling.batches(torch.arange(number))),
+            gallery.features(self.extractor),
             self.extractor,
-            self._reference,
-            list(self.cfg.metrics) if metrics is None else metrics,
-            lambda n: {**sampling.record(n), **about},
-            dict(self.cfg.paper),
+            reference,
+            list(cfg.metrics) if metrics is None else metrics,
+            {**sampling.record(), "nfe": gallery.nfe(), **about},
+            dict(cfg.paper),
+            working=self.ranks.working,
         )
+        gallery.remove()
         self.folder.add_results(rows)
+        prefix = "final" if final and scored.every_steps and self._looked_otherwise() else "eval"
         for logger in self.loggers:
-            logger.log_scores(rows, step)
+            logger.log_scores(rows, step, prefix)
         return rows
 
+    def _looked_otherwise(self) -> bool:
+        """Whether the scores while training are of another number of images or another sampler than the final ones."""
+        during = self.cfg.callbacks.score.during
+        return during.num_steps is not None or during.num_images not in (None, self.cfg.callbacks.score.num_images)
+
+    def reference(self) -> Reference | None:
+        """What the run is scored against, on rank 0; extractor and reference are made when first asked for."""
+        if self.extractor is None:
+            if self.ranks.main:
+                self.extractor = build.extractor(self.cfg, self.data)
+            self.ranks.largest()  # which may have trained it
+            self.extractor = self.extractor or build.extractor(self.cfg, self.data)
+        self.extractor.network.to(self.place.device)
+        if not self.ranks.from_main(self._reference is not None):
+            self._reference = build.reference(self.data, self.extractor, self.ranks)
+        return self._reference
+
     def finish(self, say: Callable[[str], None]) -> int:
-        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report.
-        Returns the exit status, 0."""
-        cfg = self.cfg
-        step, path, _ = self.folder.latest_valid()
+        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report. The
+        exit status: 0, 128 + the signal that stopped it, or 1 after a failure."""
+        try:
+            with self.signals.held():
+                self._look_finally(say)
+        except Abandoned:
+            number = self.ranks.signal()
+            say(f"Stopped by signal {number} after training; the same command goes on with what is missing.")
+            return 128 + number
+        except Exception as error:
+            return self.failed(error, "Sampling and scoring after training ended")
+        return 0
+
+    def _look_finally(self, say: Callable[[str], None]) -> None:
+        cfg, main = self.cfg, self.ranks.main
+        step, path, _ = self.ranks.from_main(self.folder.latest_valid() if main else None)
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
         with torch.no_grad():
-            ema = load(path)["ema"]
-            load_average(network, ema, [p.data for p in network.parameters()])
-        if cfg.callbacks.enabled and not grid_path(self.folder, step).is_file():
+            load_average(network, load(path)["ema"], [p.data for p in network.parameters()])
+        if cfg.callbacks.enabled and self.ranks.from_main(not grid_path(self.folder, step).is_file()):
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")
-        missing = [m for m in cfg.metrics if m not in self.folder.own_scores(step)]
+        missing = self.ranks.from_main([m for m in cfg.metrics if m not in self.folder.own_scores(step)])
         if cfg.callbacks.enabled and missing:
-            for row in self.score(step, missing):
+            for row in self.score(step, missing, final=True):
                 say(describe(row))
-        self.folder.point_best()
-        write_report(self.folder)
-        say(f"Report: {self.folder.report_path}")
-        return 0
+        if main:
+            self.folder.point_best()
+            write_report(self.folder)
+            say(f"Report: {self.folder.report_path}")

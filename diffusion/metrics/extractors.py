@@ -6,13 +6,14 @@ is not known here; Inception is torch-fidelity's, with the weights of 2015 and T
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-CHUNK = 64  # images at a time, by index: features do not depend on how the images were batched
+CHUNK = 64  # images that go through the network at a time
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
@@ -22,6 +23,17 @@ class Features(NamedTuple):
 
     pooled: Tensor
     logits: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable["Features"]) -> "Features":
+        """Those of several sets of images, one after the other; ValueError for none."""
+        pooled, logits = [], []
+        for part in parts:
+            pooled.append(part.pooled)
+            logits.append(part.logits)
+        if not pooled:
+            raise ValueError("There are no images to score.")
+        return cls(torch.cat(pooled), torch.cat(logits))
 
 
 class Extractor:
@@ -40,8 +52,9 @@ class Extractor:
         self.channels, self.image_size = channels, image_size
 
     def title(self, metric: str) -> str:
-        """FID, IS with Inception; digits-FID, digits-IS with the digit classifier."""
-        return metric.upper() if self.name == "inception" else f"{self.name}-{metric.upper()}"
+        """FID, IS, precision with Inception; digits-FID, digits-IS, digits-precision with the digit classifier."""
+        name = metric.upper() if metric in ("fid", "is", "kid") else metric
+        return name if self.name == "inception" else f"{self.name}-{name}"
 
     def check(self, channels: int, image_size: int) -> None:
         """ValueError if images of this kind cannot be scored by it."""
@@ -53,33 +66,51 @@ class Extractor:
             )
 
     @torch.no_grad()
+    def rows(self, images: Tensor, first: int) -> Features:
+        """Features of the images number first, first + 1, ...: uint8 (B, C, H, W), B > 0.
+
+        Each is a function of the image and its number alone: image n goes through the network in row n % 64 of a batch
+        of 64, zeros in the rows of others. How images were batched before, and on which rank, changes no bit.
+
+        Raises:
+            ValueError: images of another kind than the extractor takes, or features that are not finite.
+        """
+        self.check(images.shape[1], images.shape[-1])
+        device = next(self.network.parameters()).device
+        parts, done = [], 0
+        with _full_precision():
+            while done < len(images):
+                row = (first + done) % CHUNK
+                part = images[done : done + CHUNK - row]
+                batch = torch.zeros(CHUNK, *images.shape[1:], dtype=torch.uint8)
+                batch[row : row + len(part)] = part
+                found = (out[row : row + len(part)].float().cpu() for out in self.network(batch.to(device)))
+                parts.append(Features(*found))
+                done += len(part)
+        features = Features.joined(parts)
+        if not (features.pooled.isfinite().all() and features.logits.isfinite().all()):
+            raise ValueError(f"extractor={self.name} gives features that are not finite: its weights are no good.")
+        return features
+
     def __call__(self, images: Iterable[Tensor]) -> Features:
         """Batches of uint8 (B, C, H, W), in order and of any size -> the features of all; only features are kept."""
-        device = next(self.network.parameters()).device
-        pooled, logits = [], []
-        for chunk in rechunked(images, CHUNK):
-            self.check(chunk.shape[1], chunk.shape[-1])
-            p, g = self.network(chunk.to(device))
-            pooled.append(p.float().cpu())
-            logits.append(g.float().cpu())
-        if not pooled:
-            raise ValueError("There are no images to score.")
-        return Features(torch.cat(pooled), torch.cat(logits))
+        return Features.joined(self._all(images))
+
+    def _all(self, images: Iterable[Tensor]) -> Iterator[Features]:
+        first = 0
+        for batch in images:
+            yield self.rows(batch, first)
+            first += len(batch)
 
 
-def rechunked(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The same images in the same order, `size` at a time; the last chunk may be smaller."""
-    held: list[Tensor] = []
-    count = 0
-    for batch in batches:
-        held.append(batch)
-        count += len(batch)
-        while count >= size:
-            joined = torch.cat(held)
-            yield joined[:size]
-            held, count = [joined[size:]], count - size
-    if count:
-        yield torch.cat(held)
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolutions in float32 also where the GPU would round their inputs to TF32."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def verified(path: Path, sha256: str | None, key: str = "extractor.weights") -> str:

@@ -45,6 +45,9 @@ def generate(
         image_shape: (C, H, W).
         labels: int64 (N,) or None.
         batch_size: images at a time; changes rounding at most.
+
+    Raises:
+        ValueError: a sample is not finite.
     """
     start_std = float(sampler.schedule.std(times[0]))
     for chunk in torch.arange(len(image_numbers)).split(batch_size):
@@ -52,4 +55,10 @@ def generate(
         bound = denoise if labels is None else functools.partial(denoise, labels=labels[chunk].to(device))
         start = ImageNoise(seed, numbers, Stream.PRIOR)
         x = start_std * start(torch.empty(len(chunk), *image_shape, device=device))
-        yield to_uint8(sampler.sample(bound, x, times, ImageNoise(seed, numbers))).cpu()
+        x = sampler.sample(bound, x, times, ImageNoise(seed, numbers))
+        if not x.isfinite().all():
+            raise ValueError(
+                f"Sampling gave values that are not finite, in images {int(numbers[0])} to {int(numbers[-1])}: the "
+                f"network's weights are no good, or the sampler's steps too long."
+            )
+        yield to_uint8(x).cpu()

@@ -4,9 +4,6 @@ The numbers go over a gloo group of their own, beside the gradients: they are se
 next, when they have long arrived, so all ranks act on the same numbers at the same step.
 """
 
-import contextlib
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 
@@ -38,9 +35,3 @@ class Agreement:
         (word, work), self._sent = self._sent, None
         work.wait()
         return word.tolist()
-
-    def part(self, seconds: float = 120.0) -> None:
-        """Wait until every rank has come here, or until one has not for so long."""
-        if self._group is not None:
-            with contextlib.suppress(RuntimeError):  # one of them is gone
-                dist.monitored_barrier(self._group, timedelta(seconds=seconds))

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from diffusion.training.ema import EMA
+from diffusion.training.gallery import Gallery
 from diffusion.training.pictures import grid, save_png
+from diffusion.training.ranks import Abandoned, Ranks
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.scoring import Sampling
 
 
-def save_grid(folder: RunFolder, step: int, sampling: Sampling, num_images: int) -> Path:
-    """samples/step_00001000.png: images 0 ... num_images - 1 at this step. Returns its path."""
-    images = sampling.images(torch.arange(num_images))
-    columns = sampling.num_classes if sampling.num_classes and num_images % sampling.num_classes == 0 else None
+def save_grid(folder: RunFolder, step: int, gallery: Gallery) -> Path:
+    """samples/step_00001000.png: the images of a gallery, which is not needed any more. Returns its path."""
+    classes, number = gallery.sampling.num_classes, gallery.num_images
     path = grid_path(folder, step)
-    save_png(grid(images, columns), path)
+    save_png(grid(gallery.images(number), classes if classes and number % classes == 0 else None), path)
+    gallery.remove()
     return path
 
 
@@ -29,24 +29,23 @@ def grid_path(folder: RunFolder, step: int) -> Path:
     return folder.samples / f"step_{step:08d}.png"
 
 
-class Abandoned(Exception):
-    """A look that is not gone on with, because the run is to stop."""
-
-
 class Look(Callback):
     """Every `every` steps, and not at the last (which is looked at when training is over), run `look(step)` with the
-    averaged weights in place, in evaluation mode, on rank 0. A run that goes on from a step whose look is missing, as
-    it was killed or stopped before, begins with it.
+    averaged weights in place, in evaluation mode, on all ranks. A run that goes on from a step whose look is missing,
+    as it was killed or stopped before, begins with it.
 
     Args:
         every: steps between two looks.
         ema: the averaged weights.
-        look: what to do; Abandoned leaves it.
-        missing: whether the look at a step has not been had.
+        ranks: of the run.
+        look: what to do; Abandoned leaves it, on all ranks alike.
+        missing: whether the look at a step has not been had; rank 0 is asked.
     """
 
-    def __init__(self, every: int, ema: EMA, look: Callable[[int], Any], missing: Callable[[int], bool]) -> None:
-        self.every, self.ema, self.look, self.missing, self._seen = every, ema, look, missing, 0
+    def __init__(
+        self, every: int, ema: EMA, ranks: Ranks, look: Callable[[int], Any], missing: Callable[[int], bool]
+    ) -> None:
+        self.every, self.ema, self.ranks, self.look, self.missing, self._seen = every, ema, ranks, look, missing, 0
 
     def due(self, step: int) -> bool:
         """Whether the run is looked at after this step."""
@@ -54,7 +53,7 @@ class Look(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen = trainer.global_step
-        if self.due(self._seen) and trainer.is_global_zero and self.missing(self._seen):
+        if self.due(self._seen) and self.ranks.from_main(self.ranks.main and self.missing(self._seen)):
             self._look(module, self._seen)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -62,7 +61,7 @@ class Look(Callback):
         if step == self._seen:
             return
         self._seen = step
-        if self.due(step) and step < trainer.max_steps and not trainer.should_stop and trainer.is_global_zero:
+        if self.due(step) and step < trainer.max_steps and not trainer.should_stop:
             self._look(module, step)
 
     def _look(self, module: LightningModule, step: int) -> None:

@@ -192,12 +192,6 @@ class Saver(Callback):
                 raise
             print(f"warning: {error} Training goes on, as save.on_error=warn says.", file=sys.stderr, flush=True)
 
-    def part(self) -> None:
-        """After a stop that all ranks know of: none ends before the first has closed its loggers, as the end of one may
-        be the signal to end the others."""
-        if self.stopped_by:
-            self._ranks.part()
-
     def finish(self) -> None:
         """Wait for the last write."""
         with self._failing():

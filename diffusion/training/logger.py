@@ -200,12 +200,12 @@ class Wandb(RunLogger):
         with self._harmless():
             self._log({"samples": wandb.Image(str(path))}, step)
 
-    def log_scores(self, rows: list[dict[str, Any]], step: int) -> None:
-        """eval/NAME of each, and the paper's value as paper/NAME in the summary."""
+    def log_scores(self, rows: list[dict[str, Any]], step: int, prefix: str = "eval") -> None:
+        """eval/NAME of each (or of another prefix), and the paper's value as paper/NAME in the summary."""
         if self._run is None:
             return
         with self._harmless():
-            self._log({f"eval/{r['name']}": r["value"] for r in rows}, step)
+            self._log({f"{prefix}/{r['name']}": r["value"] for r in rows}, step)
             papers = {f"paper/{r['name']}": r["reference"] for r in rows if r.get("reference") is not None}
             if papers:
                 self._run.summary.update(papers)

@@ -38,9 +38,9 @@ class RunLogger(Logger):
     def log_picture(self, path: Path, step: int) -> None:
         """A grid of samples that has been saved."""
 
-    def log_scores(self, rows: list[dict[str, Any]], step: int) -> None:
+    def log_scores(self, rows: list[dict[str, Any]], step: int, prefix: str = "eval") -> None:
         """Lines of results.jsonl: a column eval/NAME each."""
-        self.log_metrics({f"eval/{row['name']}": row["value"] for row in rows}, step)
+        self.log_metrics({f"{prefix}/{row['name']}": row["value"] for row in rows}, step)
 
     def close(self, status: int) -> None:
         """After the last score, or after a stop or a failure, with the exit status; must not raise."""

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class RunFolder:
         self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.csv"
         self.results_path, self.report_path = self.path / "results.jsonl", self.path / "report.html"
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.evaluations = self.path / "evaluations"  # samples that are being scored, and pictures of evaluations
         self.last = self.checkpoints / "last.ckpt"
 
     # ---- configuration ----
@@ -173,10 +175,16 @@ class RunFolder:
         self._point(self.last, path)
 
     def point_best(self) -> int | None:
-        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured; its step, or None."""
+        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured, among those of as many images
+        by the same sampler; its step, or None."""
+        alike: dict[tuple, list[tuple[float, int]]] = {}
+        for row in self.results():
+            if row.get("by") == "train" and row.get("name") == "fid":
+                how = tuple(row.get(key) for key in ("num_images", "sampler", "num_steps"))
+                alike.setdefault(how, []).append((row["value"], row["step"]))
         steps = set(self.steps())
-        scored = [(r["value"], r["step"]) for r in self.results() if r.get("by") == "train" and r.get("name") == "fid"]
-        step = min((pair for pair in scored if pair[1] in steps), default=(None, None))[1]
+        most = max(alike.values(), key=lambda pairs: (len(pairs), pairs[-1][1]), default=[])
+        step = min((pair for pair in most if pair[1] in steps), default=(None, None))[1]
         if step is not None:
             self._point(self.checkpoints / "best.ckpt", self.checkpoint_path(step))
         return step
@@ -221,6 +229,12 @@ class RunFolder:
             kept = [r for r in rows if r.get("by") != "train" or r.get("step", 0) <= step]
             if len(kept) < len(rows):
                 self._write_results(kept)
+
+    def cut_evaluations_after(self, step: int) -> None:
+        """Drop samples of steps that will be trained again."""
+        for path in self.evaluations.glob("*_*") if self.evaluations.is_dir() else ():
+            if (found := re.fullmatch(r"(?:grid|score)_(\d+)(?:_final)?", path.name)) and int(found[1]) > step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def own_scores(self, step: int) -> set[str]:
         """Names of the metrics that the run itself, not `evaluate`, has of this step."""

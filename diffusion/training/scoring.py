@@ -1,113 +1,198 @@
-"""Pictures and scores of a model: the same code during training, at its end, and in the commands.
-
-`Sampling` turns image numbers into images; `score` turns images into lines of results.jsonl that say what was measured.
-"""
+"""Scores of images against real ones: the same code during training, at its end, and in the commands."""
 
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffusion.metrics.extractors import Extractor, Features
-from diffusion.metrics.scores import METRICS
-from diffusion.process.schedule import Denoiser, Prediction
-from diffusion.samplers.base import Sampler
-from diffusion.samplers.generate import default_labels, generate
+from diffusion.metrics.moments import BLOCK, Moments
+from diffusion.metrics.reference import Reference, kept_numbers, path_of, store, stored
+from diffusion.metrics.scores import BESIDE, fid_by_class, neighbours, scores
+from diffusion.training.pictures import grid, save_png
+from diffusion.training.ranks import Ranks
+from diffusion.training.sampling import watched
 
 VERSIONED = ("torch", "pytorch-lightning", "torchmetrics", "torch-fidelity", "numpy")
+READ = 256  # images decoded at a time
 
 
-class Counted:
-    """A denoiser that counts the images it has seen, from which nfe follows, guidance included.
+class ImageSet(Protocol):
+    """Images by number: a split of a data set, or files."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, Any]:
+        """uint8 (b, C, H, W), labels int64 (b,) or None, and what else the set has to say."""
+
+
+# ---- features of a set, by all ranks ----
+
+
+def blocks(
+    images: ImageSet, extractor: Extractor, ranks: Ranks, title: str
+) -> Iterator[tuple[Features, Tensor | None]]:
+    """Features and labels of BLOCK images after the other, in order, on rank 0; other ranks help and get none."""
+    count = len(images)
+    firsts = range(0, count, BLOCK)
+
+    def one(first: int) -> tuple[Features, Tensor | None]:
+        parts, labels = [], []
+        for start in range(first, min(first + BLOCK, count), READ):
+            ranks.attend()
+            numbers = np.arange(start, min(start + READ, first + BLOCK, count))
+            pixels, given, *_ = images.batch(numbers)
+            parts.append(extractor.rows(pixels, start))
+            labels.append(given)
+        return Features.joined(parts), None if labels[0] is None else torch.cat(labels)
+
+    def rounds() -> Iterator[int]:
+        for turn in range(0, len(firsts), ranks.size):
+            mine = turn + ranks.rank
+            found: list[Any] = []
+            with ranks.together():
+                found = [one(firsts[mine])] if mine < len(firsts) else []
+            for part in ranks.collected(found):
+                collected.extend(part)
+            yield len(found[0][0].pooled) if found else 0
+
+    collected: list[tuple[Features, Tensor | None]] = []
+    for _ in watched(title, count, rounds(), ranks):
+        yield from collected
+        collected.clear()
+
+
+def features_of(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[Features, Tensor | None] | None:
+    """Features and labels of all images on rank 0; None on the others, which help."""
+    found = list(blocks(images, extractor, ranks, "features"))
+    if not ranks.main:
+        return None
+    labels = None if not found or found[0][1] is None else torch.cat([given for _, given in found])
+    return Features.joined(features for features, _ in found), labels
+
+
+def reference_of(
+    images: ImageSet,
+    extractor: Extractor,
+    ranks: Ranks,
+    about: Mapping[str, Any] | None = None,
+    folders: Sequence[Path] = (),
+) -> Reference | None:
+    """What images are held against, on rank 0; None on the others, which help.
 
     Args:
-        denoiser: what is called.
-        attend: called before it, each time; may raise to end the sampling.
+        about: what decides it beside the extractor, as JSON; with it, it is read from a file or kept in one.
+        folders: where such a file may be; the first that can be written to gets it.
     """
+    known = None
+    if about is not None:
+        about = {**about, "extractor": extractor.name, "extractor_sha256": extractor.digest, "images": len(images)}
+        about |= {"channels": extractor.channels, "rounding": "nearest", "kept": len(kept_numbers(len(images)))}
+        if ranks.main:
+            known = next((found for f in folders if (found := stored(path_of(f, about), about)) is not None), None)
+    if ranks.from_main(known is not None):
+        return known
+    wanted, sums, features, labels, first = kept_numbers(len(images)), [], [], [], 0
+    for block, given in blocks(images, extractor, ranks, "reference"):
+        sums = [Moments.joined([*sums, Moments.of_block(block.pooled)])]
+        here = wanted[(wanted >= first) & (wanted < first + len(block.pooled))] - first
+        features.append(block.pooled[here])
+        labels.append(None if given is None else given[here])
+        first += len(block.pooled)
+    if not ranks.main:
+        return None
+    if not sums:
+        raise ValueError("There are no real images to score against.")
+    all_labels = None if labels[0] is None else torch.cat(labels)
+    made = Reference(sums[0], torch.cat(features), wanted, all_labels)
+    for folder in folders if about is not None else ():
+        try:
+            store(path_of(folder, about), about, made)
+            break
+        except OSError:
+            continue
+    return made
 
-    def __init__(self, denoiser: Denoiser, attend: Callable[[], None] = lambda: None) -> None:
-        self.denoiser, self.attend, self.rows = denoiser, attend, 0
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        self.attend()
-        self.rows += len(x_t)
-        return self.denoiser(x_t, t, labels)
+# ---- lines of results.jsonl ----
 
 
-@dataclass
-class Sampling:
-    """How images are made from a model: all that decides them but their numbers.
+def score(
+    features: Features,
+    extractor: Extractor,
+    reference: Reference,
+    metrics: Sequence[str],
+    record: Mapping[str, Any],
+    paper: Mapping[str, float | None] | None = None,
+    labels: Tensor | None = None,
+    working: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Lines of results.jsonl, one a metric: value, the paper's value, number of images, and how all was made.
 
-    denoise: what the sampler calls, guided and clipped. counted: the network inside it. num_classes: 0 for an
-    unconditional model. labels: chosen ones, in turn; none for k mod classes. about: sampler's name, eta and the like,
-    for the record.
+    Args:
+        features: of the images, in their order.
+        reference: the real images.
+        metrics: names out of METRICS.
+        record: what is known of the images: sampler, steps, nfe, seed, step of training, weights.
+        paper: published values by metric.
+        labels: of the images; with them, FID is also given by class.
+        working: called now and then.
     """
-
-    denoise: Denoiser
-    counted: Counted
-    sampler: Sampler
-    times: Sequence[float]
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    seed: int
-    device: torch.device
-    batch_size: int = 256
-    labels: Sequence[int] = ()
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def labels_of(self, numbers: Tensor) -> Tensor | None:
-        return default_labels(numbers, self.num_classes, self.labels)
-
-    def batches(self, numbers: Tensor) -> Iterator[Tensor]:
-        """uint8 (b, C, H, W) for these image numbers, on the CPU, batch by batch."""
-        return generate(
-            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
-            self.batch_size, self.device,
+    rows, number = [], len(features.pooled)
+    for name, values in scores(metrics, features, reference).items():
+        working()
+        if name == "fid":
+            floor = reference.floor(number)
+            if floor is not None:
+                values |= {"real_value": floor.value, "real_std": floor.std, "real_images": floor.images}
+            if labels is not None and reference.labels is not None:
+                values["per_class"] = fid_by_class(features, labels, reference)
+        rows.append(
+            {
+                "metric": extractor.title(name), "name": name, "value": values.pop(name), **values,
+                "reference": (paper or {}).get(name), "num_images": number,
+                "num_reference": reference.moments.count, **record,
+                "extractor": extractor.name, "extractor_sha256": extractor.digest, "rounding": "nearest",
+                "commit": commit(), "versions": {p: version(p) for p in VERSIONED},
+            }
         )  # fmt: skip
-
-    def images(self, numbers: Tensor) -> Tensor:
-        """All of them at once: uint8 (N, C, H, W)."""
-        return torch.cat(list(self.batches(numbers)))
-
-    def record(self, num_images: int) -> dict[str, Any]:
-        """What results.jsonl says of the sampling; nfe as counted since the last call."""
-        nfe, self.counted.rows = self.counted.rows / max(num_images, 1), 0
-        return {**self.about, "num_steps": len(self.times) - 1, "nfe": nfe, "seed": self.seed}
+    return rows
 
 
-def watched(title: str, total: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same batches, under a bar at a terminal, or with one line at their end."""
-    console = Console(stderr=True)
-    began = time.monotonic()
-    if console.is_terminal:
-        columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}, left")]
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task, done = bar.add_task("", total=total, rate="images"), 0
-            for batch in batches:
-                done += len(batch)
-                rate = done / (time.monotonic() - began)
-                bar.update(task, completed=done, rate=f"images, {rate:,.1f} images/s")
-                yield batch
-        return
-    yield from batches
-    seconds = time.monotonic() - began
-    print(f"{title}: {total} images in {seconds:.1f} s ({total / max(seconds, 1e-9):,.1f} images/s)", file=sys.stderr)
+def describe(row: Mapping[str, Any]) -> str:
+    """One line for a person: digits-FID 3.21 (500 images, ddim, 50 steps; between real images 8.6 ± 0.3)."""
+    beside = next((row[key] for key in BESIDE.get(row["name"], ()) if key.endswith("_std") and key in row), None)
+    value = f"{row['value']:.4g}" + ("" if beside is None else f" ± {beside:.2g}")
+    paper = f", paper {row['reference']}" if row.get("reference") is not None else ""
+    how = f", {row['sampler']}, {row['num_steps']} steps" if "sampler" in row else ""
+    floor = ""
+    if "real_value" in row:
+        few = f" of {row['real_images']}" if row["real_images"] != row["num_images"] else ""
+        floor = f"; between real images{few} {row['real_value']:.3g} ± {row['real_std']:.2g}"
+    return f"{row['metric']} {value} ({row['num_images']} images{how}{paper}{floor})"
 
 
-def stored(samples: Any, size: int = 256) -> Iterator[Tensor]:
-    """A split in the order of its index, as batches uint8 (size, C, H, W): of `samples.batch`."""
-    for first in range(0, len(samples), size):
-        yield samples.batch(np.arange(first, min(first + size, len(samples))))[0]
+def save_neighbours(
+    path: Path, images: Tensor, features: Tensor, reference: Reference, real: ImageSet, count: int = 7
+) -> None:
+    """A picture with a row for each image: the image, a gap, and the real ones nearest to it, nearest first.
+
+    Args:
+        images: uint8 (N, C, H, W). features: (N, F), theirs.
+        real: the set that the reference is of. count: neighbours of each.
+    """
+    _, rows = neighbours(features, reference, count)
+    columns = 2 + rows.shape[1]
+    numbers = reference.numbers[rows.flatten()].numpy()
+    pixels, *_ = real.batch(numbers)
+    near = pixels.reshape(*rows.shape, *images.shape[1:])
+    gap = torch.full_like(images, 24)[:, None]  # the colour of the grid's own lines
+    save_png(grid(torch.cat([images[:, None], gap, near], dim=1).flatten(0, 1), columns), path)
 
 
 def commit() -> str | None:
@@ -122,45 +207,3 @@ def commit() -> str | None:
         return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def score(
-    images: Iterable[Tensor],
-    extractor: Extractor,
-    reference: Features,
-    metrics: Sequence[str],
-    record: Callable[[int], dict[str, Any]],
-    paper: dict[str, float | None] | None = None,
-) -> list[dict[str, Any]]:
-    """Lines of results.jsonl, one a metric: value, the paper's value, number of images, and how all was made.
-
-    Args:
-        images: batches of uint8 (b, C, H, W).
-        reference: features of the real images.
-        metrics: names out of METRICS.
-        record: number of images -> what is known of them: sampler, steps, nfe, seed, step of training, weights.
-        paper: published values by metric.
-    """
-    features = extractor(images)
-    known, rows = record(len(features.pooled)), []
-    for name in metrics:
-        values = METRICS[name](features, reference)
-        extra = {k: v for k, v in values.items() if k != name}
-        rows.append(
-            {
-                "metric": extractor.title(name), "name": name, "value": values[name], **extra,
-                "reference": (paper or {}).get(name), "num_images": len(features.pooled),
-                "num_reference": len(reference.pooled), **known,
-                "extractor": extractor.name, "extractor_sha256": extractor.digest, "commit": commit(),
-                "versions": {p: version(p) for p in VERSIONED},
-            }
-        )  # fmt: skip
-    return rows
-
-
-def describe(row: dict[str, Any]) -> str:
-    """One line for a person: digits-FID 3.21 (500 images, ddim, 50 steps)."""
-    value = f"{row['value']:.4g}" + (f" ± {row['is_std']:.2g}" if "is_std" in row else "")
-    paper = f", paper {row['reference']}" if row.get("reference") is not None else ""
-    how = f", {row['sampler']}, {row['num_steps']} steps" if "sampler" in row else ""
-    return f"{row['metric']} {value} ({row['num_images']} images{how}{paper})"

@@ -8,8 +8,8 @@ it stands and whether it gets on; rank 0's judges:
     a rank has given no sign of life           it was killed, or its machine is gone
     no rank has got on for a long time         a collective hangs; the rank that is furthest behind is named
 
-A judgement is written into the store, every rank prints it and ends its process. This module knows steps and
-processes, and nothing of what is trained.
+A judgement is written into the store, every rank prints it and ends its process. By the same way they hear that one of
+them has got a signal. This module knows steps and processes, and nothing of what is trained.
 """
 
 import json
@@ -22,10 +22,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 BEAT = 1.0  # seconds between two signs of life
-ENDED = "ended"
+ENDED, CALLED = "ended", "called"  # keys of the store
 
 
 class Watchdog:
@@ -38,6 +37,7 @@ class Watchdog:
         timeout: seconds in which no rank gets on after which the run counts as hung; 0 waits for ever.
         last_words: called before this process is ended, for what must not be left half done.
         ended: exit status, by rank, of the processes that this one has started and that are over.
+        told: the number of the signal that this process has got, or None.
     """
 
     def __init__(
@@ -49,10 +49,12 @@ class Watchdog:
         timeout: float = 1800.0,
         last_words: Callable[[], None] = lambda: None,
         ended: Callable[[], dict[int, int]] = dict,
+        told: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.rank, self.ranks, self.silence, self.timeout = rank, ranks, silence, timeout
         self.cause: str | None = None  # the judgement, once there is one
-        self._store, self._last_words, self._ended = store, last_words, ended
+        self.called: int | None = None  # the signal that a rank has got, once one has
+        self._store, self._last_words, self._ended, self._told = store, last_words, ended, told
         self._step, self._progress = 0, 0
         self._beats = 0
         self._leaving = threading.Event()  # training is over here: whatever happens now is nobody's failure
@@ -105,6 +107,7 @@ class Watchdog:
                     self.cause = self._store.get(ENDED).decode()
                 elif self.rank == 0:
                     self._look_at_the_others()
+                self._relay()
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError, OSError):
                 continue  # out of reach, perhaps for a moment
@@ -120,6 +123,13 @@ class Watchdog:
                 self.cause = "the store of the run does not answer: rank 0, or its machine, is gone"
             if self.cause is not None:
                 return self._end()
+
+    def _relay(self) -> None:
+        """Tell the others of a signal, and hear of theirs."""
+        if self._told() and self.called is None:
+            self._store.set(CALLED, str(self._told()))
+        if self._store.check([CALLED]):
+            self.called = int(self._store.get(CALLED))
 
     def _report(self) -> None:
         self._beats += 1
@@ -173,49 +183,6 @@ class Watchdog:
         if self.rank == 0:
             time.sleep(3 * BEAT)  # the store lives here
         os._exit(1)
-
-
-class Watch(Callback):
-    """The watchdog of a run of several ranks, from its first step to its last; nothing where there is one.
-
-    Args:
-        timeout, last_words: as Watchdog has them.
-    """
-
-    def __init__(self, timeout: float, last_words: Callable[[], None]) -> None:
-        self.timeout, self.last_words = timeout, last_words
-        self._dog: Watchdog | None = None
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            ranks = (trainer.global_rank, trainer.world_size)
-            started = getattr(trainer.strategy.launcher, "procs", [])  # ranks 1, 2, ... of this machine, by rank 0
-
-            def ended() -> dict[int, int]:
-                return {rank: code for rank, process in enumerate(started, 1) if (code := process.poll()) is not None}
-
-            self._dog = Watchdog(*ranks, connect(), timeout=self.timeout, last_words=self.last_words, ended=ended)
-            self._dog.step(trainer.global_step)
-            self._dog.start()
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if self._dog is not None:
-            self._dog.step(trainer.global_step)
-
-    def working(self) -> None:
-        """This rank gets on, though not in a step."""
-        if self._dog is not None:
-            self._dog.working()
-
-    def failed(self, error: Exception) -> str | None:
-        """Tell the other ranks; the cause of it all. None where there are no others."""
-        return None if self._dog is None else self._dog.failed(error)
-
-    def stop(self) -> None:
-        """Training is over on this rank."""
-        if self._dog is not None:
-            self._dog.stop()
-            self._dog = None
 
 
 def is_of_a_collective(error: BaseException) -> bool:

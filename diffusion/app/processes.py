@@ -1,0 +1,111 @@
+"""The processes of a run, a sampling or an evaluation: started where nobody else has done it, and joined.
+
+Under torchrun or srun the processes are there; else this one starts the others of its machine, by Lightning's Fabric.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.launchers import subprocess_script
+from omegaconf import DictConfig
+
+from diffusion.app.build import Place
+from diffusion.app.launcher import layout, under_srun, under_torchrun
+from diffusion.training.ranks import NEVER, Abandoned, Ranks
+from diffusion.training.signals import Signals
+from diffusion.training.watchdog import Watchdog, connect
+
+for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+    logging.getLogger(quiet).setLevel(logging.ERROR)
+# Lightning's own observer kills all processes, at once and without a word, when one has ended other than with status 0,
+# as each does that has been stopped by a signal. The watchdog knows better.
+subprocess_script._launch_process_observer = lambda processes: None
+
+
+def environment(number: int) -> ClusterEnvironment:
+    """Who tells this process its rank among so many."""
+    if number > 1 and under_torchrun():
+        return TorchElasticEnvironment()
+    if number > 1 and under_srun():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+def together(
+    cfg: DictConfig,
+    where: Place,
+    told: Callable[[], int | None] = lambda: None,
+    last_words: Callable[[], None] = lambda: None,
+) -> tuple[Ranks, Place]:
+    """This process's place among the ranks that the `trainer` group asks for, all of which are there now, and its
+    device. To be called once, by each of them.
+
+    Args:
+        told: the number of the signal that this process has got, or None.
+        last_words: called before this process is ended because another has failed.
+    """
+    devices, nodes = layout(cfg)
+    if devices * nodes == 1:
+        return Ranks(told=told), where
+    backend = "nccl" if where.device.type == "cuda" else "gloo"
+    strategy = DDPStrategy(process_group_backend=backend, timeout=NEVER)
+    fabric = Fabric(
+        accelerator=where.device.type,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        plugins=[environment(devices * nodes)],
+    )
+    fabric.launch()
+    started = getattr(strategy.launcher, "procs", [])  # ranks 1, 2, ... of this machine, by rank 0
+
+    def ended() -> dict[int, int]:
+        return {rank: code for rank, process in enumerate(started, 1) if (code := process.poll()) is not None}
+
+    rank, size = fabric.global_rank, fabric.world_size
+    dog = Watchdog(rank, size, connect(), timeout=cfg.trainer.timeout, last_words=last_words, ended=ended, told=told)
+    if where.device.type == "cuda":
+        torch.cuda.set_device(fabric.device)
+    return Ranks(rank, size, told, dog), where._replace(device=fabric.device)
+
+
+def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None]) -> None:
+    """Do `work(ranks, where)` in all processes of a command that leaves what is half done for its next start.
+
+    A ValueError of a single process is its caller's; where there are several, whatever fails ends all of them here.
+
+    Raises:
+        SystemExit: with 128 + the number of a signal, if one has stopped it.
+    """
+    with Signals() as signals, signals.held():
+        ranks, where = together(cfg, where, lambda: signals.number)
+        try:
+            work(ranks, where)
+        except Abandoned:
+            number = ranks.signal()
+            if ranks.main:
+                print(f"Stopped by signal {number}; the same command goes on from there.", flush=True)
+            ranks.part()
+            raise SystemExit(128 + number) from None
+        except Exception as error:
+            if ranks.size == 1:
+                raise
+            cause = ranks.failed(error)
+            if not isinstance(error, ValueError) or cfg.debug:
+                traceback.print_exception(error)
+            print(f"error: {error if str(error) in str(cause) else cause}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(2 if isinstance(error, ValueError) else 1)
+        ranks.part()

@@ -1,0 +1,324 @@
+"""Evaluations and samplings: the same on any number of processes, gone on with after a stop, and of what they say."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, inside
+from inceptions import small
+from PIL import Image
+
+from diffusion.app import build
+
+WORDS = ["guidance=classifier_free", "sampler.num_steps=4", "trainer.accelerator=cpu"]
+FIGURES = ("value", "is_std", "kid_std", "real_value", "real_std", "per_class", "nfe")
+METRICS = "metrics=[fid,is,kid,precision,recall,nearest]"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits):
+    """A run of the digits without pictures and scores, to be copied or read."""
+    folder = tmp_path_factory.mktemp("run")
+    words = ["trainer.max_steps=30", "data.batch_size=16", "callbacks=none", f"data.root={digits}", "run_dir=run"]
+    assert inside("train", words, folder) == 0
+    return folder / "run"
+
+
+def rows(path: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def begun(words: list[str], cwd: Path) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "SLURM_"))}
+    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+# ---- any number of processes, any batch ----
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_more_processes_make_the_same_bytes_and_figures(run, ranks, tmp_path):
+    words = [f"checkpoint={run}", *WORDS, METRICS, "num_images=75", "batch_size=10", "per_class=true"]
+    processes = [
+        begun(["diffusion.evaluate", *words, f"trainer.devices={n}", f"samples=s{n}", f"out={n}.jsonl"], tmp_path)
+        for n in (1, ranks)
+    ]
+    for process in processes:
+        status, output = ended(process)
+        assert status == 0, output
+    one, more = ((tmp_path / f"s{n}" / "samples.npz").read_bytes() for n in (1, ranks))
+    assert one == more
+    one, more = (rows(tmp_path / f"{n}.jsonl") for n in (1, ranks))
+    assert set(one) == {"fid", "is", "kid", "precision", "recall", "nearest"}
+    for name, row in one.items():
+        assert more[name].keys() == row.keys()
+        assert all(more[name][key] == row[key] for key in row if key not in ("neighbours", *FIGURES)), name
+        for key in row.keys() & set(FIGURES):
+            assert more[name][key] == pytest.approx(row[key], rel=1e-9), (name, key)
+    assert not (tmp_path / "s1" / ".batches").exists()
+
+
+def test_another_batch_size_changes_rounding_at_most(run, call, tmp_path):
+    quick = [f"checkpoint={run}", "sampler.num_steps=10", "num_images=160"]
+    for size in (64, 50):
+        assert call("sample", *quick, f"batch_size={size}", f"out={size}")[0] == 0
+    a, b = (np.load(tmp_path / str(size) / "samples.npz")["arr_0"].astype(int) for size in (64, 50))
+    assert np.abs(a - b).max() <= 1 and (a != b).mean() <= 1e-4
+
+
+@pytest.mark.parametrize("which", ["evaluate", "sample"])
+def test_one_that_was_stopped_goes_on_and_ends_the_same(run, which, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    words = ["checkpoint=run", *WORDS, "num_images=60", "batch_size=10", "sampler.num_steps=10"]
+    kept = "out" if which == "sample" else "samples"
+    words += [] if which == "sample" else ["metrics=[fid]", "out=a.jsonl"]
+    process = begun([f"diffusion.{which}", *words, f"{kept}=s"], tmp_path)
+    batches = tmp_path / "s" / ".batches"
+    while len(list(batches.glob("images_*.npz"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    status, output = ended(process)
+    assert status == 143 and "Stopped by signal 15; the same command goes on" in output
+    made = list(batches.glob("images_*.npz"))
+    assert 2 <= len(made) < 6 and not (tmp_path / "s" / "samples.npz").exists()
+    status, output = call(which, *words, f"{kept}=s")
+    assert status == 0 and f"{10 * len(made)} of them were there" in output, output
+    assert not batches.exists()
+    assert call(which, *words, f"{kept}=t")[0] == 0
+    assert (tmp_path / "s" / "samples.npz").read_bytes() == (tmp_path / "t" / "samples.npz").read_bytes()
+
+
+def test_what_another_model_or_setting_has_begun_is_not_gone_on_with(run, call, tmp_path):
+    begin = [f"checkpoint={run}", "num_images=12", "batch_size=4", "out=s"]
+    other = tmp_path / "s" / ".batches"
+    other.mkdir(parents=True)
+    (other / "about.json").write_text('{"model": "another"}')
+    np.savez(other / "images_00000000_4.npz", images=np.zeros((4, 8, 8, 1), np.uint8), work=4)
+    assert call("sample", *begin, "sampler.num_steps=2")[0] == 0
+    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"][:4].any()
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_looks_as_on_one(digits, tmp_path):
+    words = ["trainer=cpu", "trainer.max_steps=12", "data.batch_size=16", "sampler.num_steps=4", "save.every_steps=6"]
+    words += ["callbacks.grid.every_steps=6", "callbacks.grid.num_images=40", "callbacks.grid.batch_size=10"]
+    words += ["callbacks.score.every_steps=6", "callbacks.score.num_images=60", "callbacks.score.batch_size=16"]
+    words += [f"data.root={digits}", "data.lanes=8", "trainer.threads=1"]
+    found = []
+    for n in (1, 2):
+        status, output = ended(begun(["diffusion.train", *words, f"trainer.devices={n}", f"run_dir=r{n}"], tmp_path))
+        assert status == 0, output
+        folder = tmp_path / f"r{n}"
+        assert not (folder / "evaluations").exists()
+        found.append([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()])
+        assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
+    assert [(r["name"], r["step"], r["nfe"]) for r in found[0]] == [(r["name"], r["step"], r["nfe"]) for r in found[1]]
+    for one, two in zip(*found, strict=True):
+        assert two["value"] == pytest.approx(one["value"], rel=0.02)
+    pictures = [
+        np.asarray(Image.open(tmp_path / f"r{n}" / "samples" / "step_00000012.png")).astype(int) for n in (1, 2)
+    ]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
+
+
+# ---- what is scored against what ----
+
+
+def colours(count: int, seed: int, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def as_folder(images: np.ndarray, folder: Path, extension: str = "png") -> Path:
+    folder.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(folder / f"{k:04d}.{extension}")
+    return folder
+
+
+OWN = ["extractor=custom", "extractor.name=own", "extractor.target=inceptions.small"]
+
+
+def test_a_folder_a_zip_and_an_npz_of_the_same_images_score_the_same(call, tmp_path):
+    a, b = colours(40, 0), colours(30, 1)
+    as_folder(a, tmp_path / "a")
+    shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+    np.savez(tmp_path / "a.npz", arr_0=a)
+    np.savez(tmp_path / "b.npz", arr_0=b)
+    found = []
+    for name in ("a", "a.zip", "a.npz"):
+        words = [f"images={name}", "reference=b.npz", *OWN, METRICS, f"out={len(found)}.jsonl"]
+        status, output = call("evaluate", *words)
+        assert status == 0, output
+        found.append({k: r["value"] for k, r in rows(tmp_path / f"{len(found)}.jsonl").items()})
+    assert found[0] == found[1] == found[2]
+    row = rows(tmp_path / "0.jsonl")["fid"]
+    assert row["metric"] == "own-FID" and row["extractor"] == "own" and len(row["extractor_sha256"]) == 64
+    assert (tmp_path / "0_neighbours.png").is_file()
+
+
+def test_the_picture_shows_the_nearest_real_images(call, tmp_path):
+    real = colours(50, 0)
+    np.savez(tmp_path / "a.npz", arr_0=real[[7, 20, 31]])
+    np.savez(tmp_path / "b.npz", arr_0=real)
+    words = ["images=a.npz", "reference=b.npz", *OWN, "metrics=[fid,nearest]", "neighbours=3", "out=r.jsonl"]
+    assert call("evaluate", *words)[0] == 0
+    assert rows(tmp_path / "r.jsonl")["nearest"]["value"] == 0
+    picture = np.asarray(Image.open(tmp_path / "r_neighbours.png"))
+    side = 34  # images of 16 pixels, doubled, and the lines between them
+    for row, number in enumerate((7, 20, 31)):
+        tile = lambda column, y=2 + row * side: picture[y : y + 32 : 2, 2 + column * side :][:, :32:2]  # noqa: E731
+        assert (tile(0) == real[number]).all() and (tile(2) == real[number]).all()
+        assert (tile(1) == 24).all() and (tile(3) != real[number]).any()
+
+
+def test_a_model_is_scored_by_class(run, call, tmp_path):
+    quick = [f"checkpoint={run}", *WORDS, "num_images=40", "metrics=[fid]", "out=r.jsonl", "per_class=true"]
+    assert call("evaluate", *quick)[0] == 0
+    row = rows(tmp_path / "r.jsonl")["fid"]
+    assert len(row["per_class"]) == 10 and all(value > 0 for value in row["per_class"])
+    assert row["real_value"] > 0 and row["real_std"] > 0 and row["real_images"] == 40
+    assert row["nfe"] == 8 and row["batch_size"] == 256 and row["split"] == "train" and row["rounding"] == "nearest"
+
+
+def test_the_reference_is_kept_beside_the_shards_and_used_again(run, call, tmp_path, digits, monkeypatch):
+    data = tmp_path / "digits"
+    shutil.copytree(digits, data, ignore=shutil.ignore_patterns("reference_*"))
+    words = [f"checkpoint={run}", f"reference={data}", *WORDS, "num_images=12", "metrics=[fid]", "extractor=digits"]
+    outputs = [call("evaluate", *words, f"out={n}.jsonl")[1] for n in range(2)]
+    assert "reference: 1797 images" in outputs[0] and "reference:" not in outputs[1]
+    (kept,) = data.glob("reference_digits_train_*.safetensors")
+    assert rows(tmp_path / "0.jsonl")["fid"]["value"] == rows(tmp_path / "1.jsonl")["fid"]["value"]
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\1")  # damaged
+    assert "reference: 1797 images" in call("evaluate", *words, "out=2.jsonl")[1]
+    assert rows(tmp_path / "0.jsonl")["fid"]["value"] == rows(tmp_path / "2.jsonl")["fid"]["value"]
+
+
+# ---- what cannot be scored ----
+
+
+def grey(folder: Path) -> Path:
+    return as_folder(colours(5, 0)[..., 0], folder)
+
+
+def several_sizes(folder: Path) -> Path:
+    as_folder(colours(5, 0), folder)
+    Image.fromarray(colours(1, 0, 20)[0]).save(folder / "zz.png")
+    return folder
+
+
+def with_nan(path: Path) -> Path:
+    images = colours(5, 0).astype(np.float32)
+    images[0, 0, 0, 0] = np.nan
+    np.savez(path, arr_0=images)
+    return path
+
+
+def damaged(folder: Path) -> Path:
+    as_folder(colours(5, 0), folder)
+    path = folder / "0003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return folder
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def of_objects(path: Path) -> Path:
+    np.savez(path, arr_0=np.array([{"a": 1}], dtype=object))
+    return path
+
+
+WRONG = {
+    "another size": (
+        lambda f: as_folder(colours(5, 0, 20), f),
+        "The images have 20x20 pixels, the reference has 16x16",
+    ),
+    "grey for colours": (grey, "holds grey images"),
+    "several sizes": (several_sizes, "several sizes: zz.png has 20x20"),
+    "NaN": (lambda f: with_nan(f.with_suffix(".npz")), "float32"),
+    "an empty folder": (empty, "no image"),
+    "one image": (lambda f: as_folder(colours(1, 0), f), "fid needs at least 2 images, here are 1"),
+    "pickles": (lambda f: of_objects(f.with_suffix(".npz")), "Python objects"),
+    "a damaged picture": (damaged, "0003.png cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_scored_is_refused_by_name(case, call, tmp_path):
+    make, words = WRONG[case]
+    np.savez(tmp_path / "real.npz", arr_0=colours(20, 1))
+    path = make(tmp_path / "given")
+    status, output = call("evaluate", f"images={path}", "reference=real.npz", *OWN, "metrics=[fid]", "out=r.jsonl")
+    assert status == 2 and words in output, output
+    assert len(output.strip().splitlines()) <= 2 and not (tmp_path / "r.jsonl").exists()
+
+
+WRONG_WORDS = {
+    "one image for IS": (["num_images=9", "metrics=[is]"], "num_images=9: is needs at least 10 images"),
+    "an unknown metric": (["metrics=[fid,sfid]"], "sfid is none of fid, is, kid"),
+    "no such target": ([*OWN[:2], "extractor.target=inceptions.large"], "extractor.target=inceptions.large"),
+    "a target that is no module": ([*OWN[:2], "extractor.target=os.getcwd"], "gives str, expected a torch module"),
+    "a name without a target": (["extractor.name=dino"], "extractor=custom"),
+    "a reference of another size": (["reference=large.npz"], "The images have 8x8 pixels, the reference has 20x20"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WORDS)
+def test_settings_that_cannot_be_are_refused(case, run, call, tmp_path):
+    words, expected = WRONG_WORDS[case]
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((20, 20, 20, 1), np.uint8))
+    status, output = call("evaluate", f"checkpoint={run}", *words, "out=r.jsonl")
+    assert status == 2 and expected in output, output
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_network_that_gives_nan_is_refused(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    path = next((tmp_path / "run" / "checkpoints").glob("step_*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    content["ema"]["head.bias"][:] = float("nan")
+    torch.save(content, path)
+    path.with_suffix(".sha256").unlink()
+    status, output = call("sample", f"checkpoint={path}", "num_images=4", "sampler.num_steps=2", "out=s")
+    assert status == 2 and "Sampling gave values that are not finite, in images 0 to 3" in output
+    assert not (tmp_path / "s" / "samples.npz").exists()
+
+
+def test_a_users_own_module_is_an_extractor(call, tmp_path):
+    """With a file of weights, whose digest is checked before it is read."""
+    weights = tmp_path / "w.bin"
+    weights.write_bytes(b"weights")
+    cfg = build.OmegaConf.create(
+        {
+            "name": "own",
+            "target": "inceptions.small",
+            "weights": None,
+            "sha256": None,
+            "channels": 3,
+            "image_size": None,
+        }
+    )
+    one, two = (build.custom_extractor(cfg) for _ in range(2))
+    assert one.digest == two.digest and one.title("fid") == "own-FID"
+    assert torch.equal(one.network.head.weight, small().head.weight)
+    with pytest.raises(ValueError, match="extractor.weights=.*has sha256"):
+        build.custom_extractor(build.OmegaConf.merge(cfg, {"weights": str(weights), "sha256": "0" * 64}))
