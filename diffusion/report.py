@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.files import replacing
+from diffusion.metrics.published import aligned
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
 from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
 from diffusion.training.run_folder import RunFolder, flatten
@@ -140,7 +141,8 @@ def listing(rows: list[Row]) -> str:
     """The main columns as text for a terminal."""
     names = ("metric", "value", "reference", "num_images", "sampler", "num_steps", "step", "run")
     titles = ("metric", "value", "paper", "images", "sampler", "steps", "at step", "run")
-    return columns([titles, *(tuple(shown(row.get(name)) for name in names) for row in rows)])
+    lines = [titles, *(tuple(shown(row.get(name)) for name in names) for row in rows)]
+    return "\n".join(aligned(lines))
 
 
 # ---- two runs ----
@@ -180,7 +182,7 @@ def parting(found: Comparison, settings: list[str]) -> str:
     where = {(p.rank, p.part): str(p.step) for p in partings}
     ranks = sorted({p.rank for p in partings}, key=lambda rank: -1 if rank is None else rank)
     rows = [("all" if r is None else str(r), *(where.get((r, part), "same") for part in PARTS)) for r in ranks]
-    return "\n".join([*lines, columns([("rank", *PARTS), *rows])])
+    return "\n".join([*lines, *aligned([("rank", *PARTS), *rows])])
 
 
 def differing_settings(run: RunFolder, other: RunFolder) -> list[str]:
@@ -188,12 +190,6 @@ def differing_settings(run: RunFolder, other: RunFolder) -> list[str]:
     ours, theirs = flatten(run.config()), flatten(other.config())
     keys = sorted((ours.keys() | theirs.keys()) - {"name", "run_dir"})
     return [f"{key}: {ours.get(key)}, {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
-
-
-def columns(lines: list[tuple[str, ...]]) -> str:
-    """Rows of words as a table."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

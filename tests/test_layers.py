@@ -67,8 +67,9 @@ def test_imports_only_from_a_smaller_layer(path):
 
 
 TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.training.run_folder", "diffusion.data.index",
-              "diffusion.data.layout", "diffusion.process.times", "diffusion.train", "diffusion.sample",
-              "diffusion.metrics.published", "diffusion.page", "diffusion.evaluate", "diffusion.prepare", "diffusion.report", "diffusion.benchmark"]  # fmt: skip
+              "diffusion.data.layout", "diffusion.process.times", "diffusion.metrics.published", "diffusion.page",
+              "diffusion.train", "diffusion.sample", "diffusion.evaluate", "diffusion.prepare", "diffusion.report",
+              "diffusion.benchmark"]  # fmt: skip
 
 
 def test_checking_a_configuration_needs_neither_torch_nor_lightning():

@@ -1,0 +1,48 @@
+"""A run's scores inside the published tables, for the page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion.metrics.published import common, deviations, filled, not_recorded, places, reason
+from diffusion.page.words import get
+
+Row = Mapping[str, Any]
+
+
+def told(row: Row, config: Mapping[str, Any]) -> Row:
+    """The row with what the run's configuration says of the model and the row does not: objective, classes, size."""
+    if row.get("data") not in (None, get(config, "data.name")):
+        return row
+    objective = (get(config, "objective._target_") or "").rpartition(".")[2].lower()
+    known = {
+        "objective": objective or None,
+        "prediction": get(config, "objective.prediction"),
+        "num_classes": get(config, "model.num_classes"),
+        "image_size": get(config, "data.image_size"),
+    }
+    return {k: v for k, v in known.items() if v is not None} | dict(row)
+
+
+def against_papers(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows: `tables` (title, source, note, columns, lines), `departures`, `missing` fields, and
+    `others`: why the scores without a place have none."""
+    rows = [told(row, config) for row in rows]
+    inside = [row for row in rows if places(row)]
+    tables = []
+    for table in filled(rows):
+        lines = [
+            {
+                "title": line.title, "own": line.own,
+                "section": line.section if i == 0 or table.lines[i - 1].section != line.section else "",
+                "cells": [line.cells.get(column, "") for column in table.columns],
+            }
+            for i, line in enumerate(table.lines)
+        ]  # fmt: skip
+        about = {"title": table.table.title, "source": table.table.source, "note": table.table.note}
+        tables.append(about | {"columns": [column.title for column in table.columns], "lines": lines})
+    return {
+        "tables": tables,
+        "departures": common(inside, deviations),
+        "missing": common(inside, not_recorded),
+        "others": list(dict.fromkeys(reason(row) for row in rows if not places(row))),
+    }
