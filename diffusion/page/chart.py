@@ -130,8 +130,9 @@ def save(chart: Chart, path: Path) -> Path:
         figure.set_facecolor("white")
         axes = figure.axes[0]
         axes.set_title(chart.title)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper")
         FigureCanvasAgg(figure).print_figure(buffer, dpi=160, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
     return path
@@ -158,26 +159,35 @@ def figure_of(chart: Chart, colours: Mapping[str, str]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 3.3) if chart.wide else (4.9, 2.7), layout="constrained")
-    axes = figure.add_subplot()
-    found = chart.drawn
+    axes, found = figure.add_subplot(), chart.drawn
+    axes.set_axisbelow(True)
     for series, curve in reversed(found):  # the first on top
-        draw(axes, series, curve, colours[series.colour], f"{slug(chart.title)}-{series.tag}" if series.tag else None)
+        draw(axes, series, curve, colours[series.colour], tagged(chart, series.tag))
     for level in chart.levels:
-        tag = f"{slug(chart.title)}-{level.tag}" if level.tag else None
-        dashes = {"color": colours[level.colour], "linewidth": 1.1, "linestyle": (0, (5, 3))}
-        axes.axhline(level.value, label=level.name or None, gid=tag, **dashes)
-        if level.spread:
-            low, high = level.value - level.spread, level.value + level.spread
-            axes.axhspan(low, high, color=colours[level.colour], alpha=0.15, linewidth=0, gid=tag and f"{tag}-band")
-    values = [v for _, c in found for v in (*c.low, *c.high)] + [v.value - v.spread for v in chart.levels]
-    xs = [x for _, c in found for x in c.x]
-    scale(axes, "y", values + [v.value + v.spread for v in chart.levels], chart.log, 5)
+        draw_level(axes, level, colours[level.colour], tagged(chart, level.tag))
+    values = [v for _, c in found for v in (*c.low, *c.high)]
+    values += [v for level in chart.levels for v in (level.value - level.spread, level.value + level.spread)]
+    bars = any(series.kind == "bars" for series, _ in found)
+    scale(axes, "y", values, chart.log, 5)
+    scale(axes, "x", [x for _, c in found for x in c.x], chart.x_log, 10 if bars else 6 if chart.wide else 4)
     if chart.zero and min(values) >= 0:
         axes.set_ylim(0, 1.06 * max(values) or 1)
-    scale(axes, "x", xs, chart.x_log, 6 if chart.wide else 4)
-    axes.set_xlabel(chart.x_label)
+    axes.set_xlabel(f"{chart.x_label}, log axis" if axes.get_xscale() == "log" else chart.x_label)
     axes.set_ylabel(f"{chart.label}, log axis" if axes.get_yscale() == "log" else chart.label)
     return figure
+
+
+def tagged(chart: Chart, tag: str) -> str | None:
+    """The name of a group in the SVG, which no other chart of a page has: fid-published."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', chart.title.lower()).strip('-')}-{tag}" if tag else None
+
+
+def draw_level(axes: Any, level: Level, colour: str, tag: str | None) -> None:
+    style = {"color": colour, "linewidth": 1.1, "linestyle": (0, (5, 3))}
+    axes.axhline(level.value, label=level.name or None, gid=tag, **style)
+    if level.spread:
+        low, high = level.value - level.spread, level.value + level.spread
+        axes.axhspan(low, high, color=colour, alpha=0.15, linewidth=0, gid=tag and f"{tag}-band")
 
 
 def draw(axes: Any, series: Series, curve: Curve, colour: str, tag: str | None) -> None:
@@ -208,7 +218,7 @@ def scale(axes: Any, which: str, values: Sequence[float], log: bool, ticks: int)
         axis.set_minor_formatter(NullFormatter())
     else:
         whole = which == "x" and all(float(v).is_integer() for v in values)
-        axis.set_major_locator(MaxNLocator(ticks, integer=whole))
+        axis.set_major_locator(MaxNLocator(ticks, integer=whole, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(written))
 
 
@@ -223,7 +233,3 @@ def log_marks(ratio: float) -> tuple[float, ...]:
         if ratio > least:
             return marks
     return ()
-
-
-def slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from diffusion.metrics.published.papers import DDPM_RATE_DISTORTION
 from diffusion.page.chart import Chart, Series
-from diffusion.page.metrics_csv import number
+from diffusion.page.metrics_csv import MAX_POINTS, number
 from diffusion.page.words import get
 
 COLUMNS = ("t", "bits", "epsilon_mse", "x0_mse", "rate", "rmse_255")
-MAX_TERMS = 300  # drawn of each curve, spread evenly over log t
 PUBLISHED_T = 1000  # noise levels of the paper's model
 
 Row = Mapping[str, Any]
@@ -50,7 +49,7 @@ def read_bound(folder: Path) -> Bound | None:
     return None
 
 
-def spread(x: Sequence[float], y: Sequence[float], limit: int = MAX_TERMS) -> tuple[list[float], list[float]]:
+def spread(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
     """At most `limit` of the points, evenly over the logarithm of their number, the first and the last among them."""
     if len(x) <= limit:
         return list(x), list(y)
@@ -63,7 +62,7 @@ def bound_charts(bound: Bound | None, data: str | None) -> list[Chart]:
     """Terms and errors over t, and rate against distortion, with the paper's points if it has any of this data."""
     if bound is None:
         return []
-    over = {"x_label": "t, log axis", "x_log": True, "log": True}
+    over = {"x_label": "t", "x_log": True, "log": True}
     bits, epsilon, x0 = (spread(*bound.curve("t", name)) for name in ("bits", "epsilon_mse", "x0_mse"))
     errors = [Series("q4", "of ε", *epsilon, tag="epsilon"), Series("q2", "of x0", *x0, tag="x0")]
     rate = Series("q3", "this run", *spread(*bound.curve("rate", "rmse_255", log=False)), tag="curve")

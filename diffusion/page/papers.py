@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.metrics.published import common, deviations, filled, not_recorded, places, reason
+from diffusion.metrics.published import common, deviations, filled, not_recorded, places, unplaced
 from diffusion.page.words import get
 
 Row = Mapping[str, Any]
@@ -25,7 +25,7 @@ def told(row: Row, config: Mapping[str, Any]) -> Row:
 
 def against_papers(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows: `tables` (title, source, note, columns, lines), `departures`, `missing` fields, and
-    `others`: why the scores without a place have none."""
+    `others`: why scores without a place have none."""
     rows = [told(row, config) for row in rows]
     inside = [row for row in rows if places(row)]
     tables = []
@@ -44,5 +44,5 @@ def against_papers(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, 
         "tables": tables,
         "departures": common(inside, deviations),
         "missing": common(inside, not_recorded),
-        "others": list(dict.fromkeys(reason(row) for row in rows if not places(row))),
+        "others": unplaced(rows),
     }

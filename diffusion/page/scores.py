@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES
+from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES, counterpart
 from diffusion.page.words import NOTHING, shown
 
 HIGHER_IS_BETTER = ("is", "precision", "recall")
@@ -26,10 +26,16 @@ def not_comparable(row: Row) -> str | None:
     reasons = {
         "extractor": row.get("extractor") != "inception",
         "too few images": (row.get("num_images") or 0) < PUBLISHED_IMAGES,
-        f"{row.get('split')} split": row.get("split") not in (None, "train"),
+        f"{row.get('split')} split": row.get("split") not in (None, "train") and not of_same_split(row),
         "raw weights": row.get("weights") == "raw",
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def of_same_split(row: Row) -> bool:
+    """Whether the value that a score is put beside is the published one of the same split."""
+    published = counterpart(row)
+    return published is not None and published.value == row.get("reference")
 
 
 def difference(row: Row) -> float | None:

@@ -103,7 +103,7 @@ def sweep_chart(rows: Sequence[Row]) -> Chart | None:
             labels.append(Series(colour, f"{title_of_eta(eta)}, published", x, y, kind="points", tag=f"published-{i}"))
     source = f"Rings: {table.source}." if labels and table is not None else ""
     return Chart(
-        "FID over network calls", "FID", [*series, *labels], x_label="network calls an image, log axis", log=True,
+        "FID over network calls", "FID", [*series, *labels], x_label="network calls an image", log=True,
         x_log=True, wide=True, note=source,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ of real images against real ones, below which no model can be expected to come.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES
 from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.scores import LOWER_IS_BETTER, title_of
@@ -47,8 +48,8 @@ def score_curve(name: str, metrics: Metrics, config: Mapping[str, Any], results:
     """A score over training, with the levels it is read against. results: the newest step first."""
     rows = [r for r in results if r.get("name") == name]
     title = title_of(rows[0] if rows else {"name": name})
-    series = Series("q4", "this run", *metrics.curve(f"eval/{name}"), tag="curve")
     levels = [*published(name, config, rows), *floor(rows)]
+    series = Series("q4", "this run" if levels else "", *metrics.curve(f"eval/{name}"), tag="curve")
     values = [*series.y, *(level.value for level in levels)]
     wide_range = name in LOWER_IS_BETTER and min(values) > 0 and max(values) / min(values) > WIDE_RANGE
     return Chart(title, title, [series], levels, log=wide_range)
@@ -58,7 +59,10 @@ def published(name: str, config: Mapping[str, Any], rows: Sequence[Row]) -> list
     """The paper's value: as the scores have it, or else the configuration."""
     found = [r["reference"] for r in rows if r.get("reference") is not None]
     value = found[0] if found else get(config, f"paper.{name}")
-    return [] if value is None else [Level("paper", f"published: {shown(value)}", float(value), tag="published")]
+    number = f", {PUBLISHED_IMAGES:,} images" if name in FROM_IMAGES else ""
+    return (
+        [] if value is None else [Level("paper", f"published: {shown(value)}{number}", float(value), tag="published")]
+    )
 
 
 def floor(rows: Sequence[Row]) -> list[Level]:

@@ -18,7 +18,7 @@ from diffusion.metrics.published.protocol import (
     common,
     deviations,
     not_recorded,
-    reason,
+    unplaced,
 )
 from diffusion.metrics.published.table import Column, Figure, Line, Sampling, Table
 from diffusion.metrics.published.text import aligned, table_text
@@ -26,5 +26,5 @@ from diffusion.metrics.published.text import aligned, table_text
 __all__ = [
     "FROM_IMAGES", "INCEPTION_SHA256", "PUBLISHED_IMAGES", "TABLES", "Column", "Figure", "Filled", "FilledLine", "Line",
     "Place", "Sampling", "Table", "aligned", "common", "counterpart", "deviations", "filled", "not_recorded", "places",
-    "reason", "table_text",
+    "table_text", "unplaced",
 ]  # fmt: skip

@@ -83,11 +83,11 @@ def columns_of(table: Table, row: Row) -> list[Column]:
         same = [c for c in found if c.steps == steps]
         found = same or ([replace(found[0], title=f"{steps:,} steps", steps=steps)] if steps else [])
     of_split = [c for c in found if name == "is" or c.split == split_of(row)]
-    found = of_split or (found if name == "fid" else [])
+    found = of_split or [c for c in found if name == "fid" and c.split == "train"]
     return [c for c in found if row.get(c.value) is not None]
 
 
-def alike(table: Table, row: Row) -> Line | None:
+def repeated(table: Table, row: Row) -> Line | None:
     """The line whose figures a result repeats: that of the same objective, eta, size."""
     known = facts(row)
     return next((n for n in table.lines if n.of and all(known[k] == v for k, v in n.of.items())), None)
@@ -104,7 +104,7 @@ def sampled_alike(table: Table, row: Row) -> bool:
 
 def in_table(table: Table, row: Row) -> list[Place]:
     """Where a result stands in one table, a place for each of its values that the table has a column for."""
-    line = alike(table, row)
+    line = repeated(table, row)
     if (line is None and table.only_alike) or (table.by_eta and eta_of(row) is None):
         return []
     found = []
@@ -116,15 +116,18 @@ def in_table(table: Table, row: Row) -> list[Place]:
 
 
 def places(row: Row) -> list[Place]:
-    """All places of a result: in the tables of its sampler; or, if there are none, in those for any sampler.
+    """All places of a result: in the tables of its sampler, or else in those for any sampler; and there in the columns
+    of its split, or else in those of FID to the training images.
 
     None for features of another network than Inception: such scores are of another kind.
     """
     if row.get("name") in FROM_IMAGES and row.get("extractor") not in (None, "inception"):
         return []
     found = [place for table in TABLES for place in in_table(table, row)]
-    exact = [place for place in found if sampled_alike(place.table, row)]
-    return exact or [place for place in found if place.table.any_sampler]
+    alike = [place for place in found if sampled_alike(place.table, row)]
+    found = alike or [place for place in found if place.table.any_sampler]
+    of_split = [place for place in found if place.column.metric == "is" or place.column.split == split_of(row)]
+    return of_split or found
 
 
 def counterpart(row: Row) -> Figure | None:

@@ -14,6 +14,7 @@ from diffusion.metrics.published.place import (
     conditional,
     data_of,
     eta_of,
+    places,
     split_of,
     tables_about,
     tables_of,
@@ -148,20 +149,29 @@ def not_recorded(row: Row) -> list[str]:
     return [name for name in wanted if row.get(name) is None]
 
 
-def reason(row: Row) -> str:
-    """Why a result has no place in any table, in a sentence."""
-    title, data, others = row.get("metric") or row.get("name") or "This", data_of(row), row.get("extractor")
-    causes = []
+def cause(row: Row) -> str:
+    """Why a result has no place in any table, in a clause."""
+    title, data, others = row.get("metric") or row.get("name") or "such scores", data_of(row), row.get("extractor")
+    tables, found = tables_about(data), []
     if row.get("name") in FROM_IMAGES and others not in (None, "inception"):
-        causes.append(f"its features are the {others} extractor's, not Inception's")
-    known = [table for table in tables_about(data) if any(c.metric == row.get("name") for c in table.columns)]
-    if not tables_about(data):
-        causes.append(f"the papers' tables have nothing on {data}" if data else "its data set is not recorded")
-    elif not known:
-        causes.append(f"the papers' tables give no {title} of {data}")
-    elif not causes:
-        causes.append("no line of the papers' tables was made like it")
-    return f"{title} is not to be held against published figures: {', and '.join(causes)}."
+        found.append(f"features of the {others} extractor are not Inception's")
+    if not tables:
+        found.append(f"the papers' tables have nothing on {data}" if data else "its data set is not recorded")
+    elif not any(c.metric == row.get("name") for table in tables for c in table.columns):
+        found.append(f"the papers' tables give no {title} of {data}")
+    elif not found:
+        found.append("no line of the papers' tables was made like it")
+    return ", and ".join(found)
+
+
+def unplaced(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each reason why some of the rows have no place in any table."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        if not places(row):
+            titles, title = about.setdefault(cause(row), []), str(row.get("metric") or row.get("name") or "a score")
+            titles += [] if title in titles else [title]
+    return [f"{' and '.join(titles)} cannot be held against published figures: {why}." for why, titles in about.items()]
 
 
 def common(rows: Sequence[Row], sentences: Callable[[Row], Sequence[str]]) -> list[str]:

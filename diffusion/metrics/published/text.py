@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from diffusion.metrics.published.fill import Filled, filled
 from diffusion.metrics.published.place import Row, places
-from diffusion.metrics.published.protocol import common, deviations, not_recorded, reason
+from diffusion.metrics.published.protocol import common, deviations, not_recorded, unplaced
 
 
 def table_text(rows: Sequence[Row]) -> str:
@@ -17,7 +17,7 @@ def table_text(rows: Sequence[Row]) -> str:
         parts += listed("Not as in the papers:", common(inside, deviations))
         missing = common(inside, not_recorded)
         parts += [f"Not recorded with the result: {', '.join(missing)}."] if missing else []
-    parts += list(dict.fromkeys(reason(row) for row in rows if not places(row)))
+    parts += unplaced(rows)
     return "\n\n".join(parts)
 
 
