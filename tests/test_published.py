@@ -193,6 +193,13 @@ def test_what_no_line_repeats_has_a_place_and_no_difference():
         assert found and {place.figure for place in found} == {None} == {place.difference for place in found}
 
 
+def test_a_fid_to_the_test_split_is_held_against_one_to_the_test_split_where_there_is_one():
+    assert {place.figure.text for place in places(FID | {"split": "test"})} == {"5.24"}  # in DDPM's Table 1 alone
+    assert [p.figure.text for p in places(FID | {"split": "validation"}) if p.table is DDPM_CIFAR10] == ["3.17"]
+    found = places(DDIM | {"data": "celeba_64", "split": "test"})
+    assert [(place.table, place.figure.text) for place in found] == [(DDIM_CELEBA, "9.17")]
+
+
 def test_of_a_bound_the_two_parts_are_compared_as_well():
     found = {place.column.value: place.difference for place in places(BITS) if place.table is DDPM_RATE}
     assert found == {"rate": pytest.approx(0.02), "distortion": pytest.approx(0.0)}
@@ -235,6 +242,12 @@ def test_a_grid_grows_by_the_steps_and_etas_of_results():
     by_steps = {c.steps: text for c, text in found.lines[1].cells.items()}
     assert by_steps == {50: "3.31 (-1.36)", 37: "5.10"}
     assert {c.steps: text for c, text in found.lines[3].cells.items()} == {10: "15.00"}
+
+
+def test_what_is_not_like_a_line_stands_below_the_one_of_its_eta():
+    found = filled([DDIM | {"eta": 0.5, "guidance_scale": 2.0}, FID | {"num_classes": 10, "num_steps": 100}])[-1]
+    assert found.table is DDIM_CIFAR10
+    assert [line.own for line in found.lines] == [False, False, False, True, False, False, True]
 
 
 def test_a_conditional_model_stands_with_the_conditional_ones_and_is_not_held_against_another():
