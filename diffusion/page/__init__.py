@@ -18,6 +18,6 @@ from diffusion.page.words import shown
 from diffusion.page.write import write_report, write_table
 
 __all__ = [
-    "HIGHER_IS_BETTER", "difference", "not_comparable", "shown", "sweep_chart", "sweep_figure", "sweep_table_text", "told",
-    "write_report", "write_table",
+    "HIGHER_IS_BETTER", "difference", "not_comparable", "shown", "sweep_chart", "sweep_figure", "sweep_table_text",
+    "told", "write_report", "write_table",
 ]  # fmt: skip
