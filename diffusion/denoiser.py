@@ -1,7 +1,8 @@
 """From networks to denoisers: what a network is fed, how its output is read, and the clipping of x0.
 
-Here, once, time loses 1: published networks count their noise levels from 0. Knows no loss, no sampler, no guidance and
-no particular network.
+Here, once, time loses 1: published networks count their noise levels from 0. Below t = 1 nothing was trained: there a
+network is asked as at t = 1, its output still being read at t, as Song et al. (2021, score SDE) do. Knows no loss, no
+sampler, no guidance and no particular network.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.process.prediction import PREDICTIONS, prediction_kind
+from diffusion.process.prediction import PREDICTIONS, parted, prediction_kind
 from diffusion.process.schedule import Denoiser, Prediction, Schedule, like
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -24,7 +25,7 @@ class NetworkDenoiser:
     2021, eq. 15). Lower precision is the caller's autocast and ends at the network's output.
 
     Args:
-        network: network(x, time_index, labels); time_index is t - 1, real for real t.
+        network: network(x, time_index, labels); time_index is t - 1, real for real t, and never below 0.
         schedule: the noise levels it was trained on.
         prediction: what it outputs: epsilon, x0, v, score or mu.
 
@@ -39,16 +40,13 @@ class NetworkDenoiser:
     def output(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output as it is, in x_t's dtype. x_t (B, C, H, W), t a float or (B,), labels (B,) or None."""
         if isinstance(t, Tensor):
-            time_index = (t - 1).to(x_t.device, torch.float32).expand(len(x_t))
+            time_index = (t - 1).clamp(min=0).to(x_t.device, torch.float32).expand(len(x_t))
         else:
-            time_index = torch.full((len(x_t),), t - 1, dtype=torch.float32, device=x_t.device)
+            time_index = torch.full((len(x_t),), max(t - 1, 0), dtype=torch.float32, device=x_t.device)
         return self.network(x_t * like(1 / self.schedule.std(t), x_t), time_index, labels).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        output, variance = self.output(x_t, t, labels), None
-        if output.shape[1] == 2 * x_t.shape[1]:
-            output, variance = output.chunk(2, dim=1)
-            variance = (variance + 1) / 2
+        output, variance = parted(self.output(x_t, t, labels), x_t)
         return Prediction(*self._kind.to_pair(self.schedule, x_t, t, output), variance)
 
 

@@ -3,10 +3,10 @@
     x_t = noised(schedule, x0, t, epsilon)
     loss = objective(denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
 
-What differs between objectives is the quantity whose squared error is taken, and its weight at each noise level. As
-every kind of output is linear in (x_t, output), the error of x0 or epsilon is the error of the output carried through
-the hub with x_t = 0. Nothing here makes the host wait for the device. Knows no network and no sampler, nor how t is
-drawn.
+What differs between objectives is the quantity whose squared error is taken, and its weight at each noise level; those
+of the variational bound may also learn how wide the reverse step is. As every kind of output is linear in (x_t,
+output), the error of x0 or epsilon is the error of the output carried through the hub with x_t = 0. Nothing here makes
+the host wait for the device. Knows no network and no sampler, nor how t is drawn.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +15,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.process.kernels import posterior, transition
-from diffusion.process.prediction import prediction_kind
+from diffusion.process.bound import term
+from diffusion.process.kernels import VARIANCES
+from diffusion.process.prediction import parted, prediction_kind
 from diffusion.process.schedule import Level, Schedule, like
 
 
 class Objective(ABC):
-    """Loss per image of a network that outputs `prediction`.
+    """Loss per image of a network that outputs `prediction`, and where `variance` is "learned" that as well.
+
+    `unstable` says what Ho et al. 2020 met with training by this objective where they found it unstable, else None.
 
     Args:
         schedule: noise levels.
@@ -31,19 +34,24 @@ class Objective(ABC):
         ValueError: prediction is none of these.
     """
 
+    variance: str | None = None
+    unstable: str | None = None
+
     def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
         self.schedule, self.prediction = schedule, prediction
         self._kind = prediction_kind(prediction)
 
     def __call__(self, output: Tensor, x_t: Tensor, x0: Tensor, epsilon: Tensor, t: float | Tensor) -> Tensor:
-        """Loss (B,) in the dtype of x_t. All images (B, ...) of one shape; t a float or (B,), in (0, T]."""
-        assert output.shape == x_t.shape, f"output {tuple(output.shape)} is not shaped like x_t {tuple(x_t.shape)}"
+        """Loss (B,) in the dtype of x_t. All images (B, C, ...) of one shape, the output of twice the channels where
+        the variance is learned; t a float or (B,), in (0, T]."""
+        output, share = parted(output, x_t)
+        assert (share is not None) == (self.variance == "learned"), f"variance {self.variance}, but output {share=}"
         error = output - self._kind.from_pair(self.schedule, x_t, t, x0, epsilon)
-        return self._loss(error, t).flatten(1).mean(1)
+        return self._loss(error, x0, t, share).flatten(1).mean(1)
 
     @abstractmethod
-    def _loss(self, error: Tensor, t: float | Tensor) -> Tensor:
-        """Loss per pixel, (B, ...), of an error of the output."""
+    def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
+        """Loss per pixel, (B, ...), of an error of the output; share is the learned variance (`process.kernels`)."""
 
     def _errors(self, error: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """The errors of x0 and epsilon that belong to an error of the output."""
@@ -53,26 +61,35 @@ class Objective(ABC):
 class Simple(Objective):
     """Mean squared error of the output itself: L_simple (Ho et al. 2020, eq. 14) if that is epsilon."""
 
-    def _loss(self, error: Tensor, t: float | Tensor) -> Tensor:
+    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
+        super().__init__(schedule, prediction)
+        if prediction == "mu":
+            self.unstable = (
+                "objective=mu: Ho et al. 2020 (table 2) found the unweighted error of mu unstable to train, with poor "
+                "samples; weighted as in the bound, objective=bound objective.prediction=mu, it trains."
+            )
+
+    def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
         return error**2
 
 
 class Bound(Objective):
-    """The terms of the variational bound, KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) (Ho et al. 2020, eqs. 5 and 8).
+    """The terms of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5): L.
 
-        1/2 (post / var - 1 - log(post / var)) + (error of the mean)^2 / (2 var)
+        t > 1:  1/2 (post / var - 1 - log(post / var)) + (error of the mean)^2 / (2 var),    / log 2
+        t = 1:  -log2 of the mass that p(x_0 | x_1) has on the level of each pixel (eq. 13)
 
-    in nats per dimension; post is the posterior's variance, var that of p. For epsilon the second part is the paper's
-    beta^2 / (2 var alpha (1 - alpha_bar)) (error of epsilon)^2, with its alpha = 1 - beta.
+    post is the posterior's variance, var that of p. For epsilon the second part is the paper's
+    beta^2 / (2 var alpha (1 - alpha_bar)) (error of epsilon)^2, with its alpha = 1 - beta. The loss of an image is the
+    term of its own t, as in the code of Ho et al. 2020: times T it estimates the bound, without L_T, which is constant.
 
-    At t = 1, where the posterior has no width and the paper puts a discretised likelihood, this is the weighted squared
-    error alone, with the posterior variance of t = 2 for either choice of `variance`, as in the code of Ho et al. 2020.
-    (The likelihood itself is reckoned where bits/dim are.)
+    A learned variance lies between the posterior's and the forward kernel's (Nichol & Dhariwal 2021, eq. 15); Ho et al.
+    left their diagonal free. Both parts of the output then have a gradient from it.
 
     Args:
         schedule: noise levels, at least two.
         prediction: what the network outputs.
-        variance: of p: "small", the posterior's, or "large", the forward kernel's (beta_t under VP).
+        variance: of p: "small", the posterior's, "large", the forward kernel's (beta_t under VP), or "learned".
 
     Raises:
         ValueError: prediction or variance unknown, or schedule.num_timesteps < 2.
@@ -80,22 +97,56 @@ class Bound(Objective):
 
     def __init__(self, schedule: Schedule, prediction: str = "epsilon", variance: str = "small") -> None:
         super().__init__(schedule, prediction)
-        if variance not in ("small", "large"):
-            raise ValueError(f"objective.variance={variance} is neither small nor large.")
+        if variance not in VARIANCES:
+            raise ValueError(f"objective.variance={variance} is none of {', '.join(VARIANCES)}.")
         if schedule.num_timesteps < 2:
             raise ValueError(f"schedule.num_timesteps={schedule.num_timesteps}: the bound needs at least 2.")
         self.variance = variance
+        if variance == "learned" and prediction == "epsilon":
+            self.unstable = (
+                "objective=bound objective.prediction=epsilon objective.variance=learned: Ho et al. 2020 (table 2) "
+                "found a variance learned by the bound together with epsilon unstable to train, with poor samples; "
+                "objective=hybrid learns it without disturbing the mean."
+            )
 
-    def _loss(self, error: Tensor, t: float | Tensor) -> Tensor:
-        t = torch.as_tensor(t, dtype=torch.float64)
-        from_two = t.clamp(min=2)
-        post = posterior(self.schedule, from_two, from_two - 1).std ** 2
-        wide = transition(self.schedule, from_two, from_two - 1).sigma ** 2
-        var = torch.where(t < 2, post, wide) if self.variance == "large" else post
-        widths = 0.5 * (post / var - 1 - (post / var).log())
-        mean_per_x0 = posterior(self.schedule, t, (t - 1).clamp(min=0)).x0
+    def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
         x0_error, _ = self._errors(error, t)
-        return like(widths, error) + like(mean_per_x0**2 / (2 * var), error) * x0_error**2
+        return term(self.schedule, t, x0, x0_error, self.variance, share)
+
+
+class Hybrid(Bound):
+    """L_simple + vlb_weight L_vlb: the mean learned from the first, the variance from the second (Nichol & Dhariwal
+    2021, eq. 16).
+
+    L_vlb is T times the term of the image's own t, in bits per dimension, an unbiased estimate of the bound: the
+    scaling of their code, which the weight of 0.001 belongs to. It sends no gradient to the mean.
+
+    Args:
+        schedule: noise levels, at least two.
+        prediction: what the first half of the output is; its plain squared error is the first part.
+        variance: "learned": a fixed one has nothing to learn from the second part.
+        vlb_weight: the paper's lambda.
+
+    Raises:
+        ValueError: prediction unknown, variance not "learned", vlb_weight not positive, schedule.num_timesteps < 2.
+    """
+
+    def __init__(
+        self, schedule: Schedule, prediction: str = "epsilon", variance: str = "learned", vlb_weight: float = 0.001
+    ) -> None:
+        super().__init__(schedule, prediction, variance)
+        if variance != "learned":
+            raise ValueError(
+                f"objective.variance={variance}: objective=hybrid learns the variance; for a fixed one give "
+                f"objective={prediction}."
+            )
+        if not vlb_weight > 0:
+            raise ValueError(f"objective.vlb_weight={vlb_weight} must be above 0.")
+        self.vlb_weight, self.unstable = vlb_weight, None
+
+    def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
+        vlb = self.schedule.num_timesteps * super()._loss(error.detach(), x0, t, share)
+        return error**2 + self.vlb_weight * vlb
 
 
 def sigma2(level: Level) -> Tensor:
@@ -134,7 +185,7 @@ class DSM(Objective):
             raise ValueError(f"objective.weight={weight} is none of {', '.join(WEIGHTS)}.")
         self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
 
-    def _loss(self, error: Tensor, t: float | Tensor) -> Tensor:
+    def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
         level = self.schedule(t)
         _, epsilon_error = self._errors(error, t)
         return like(self.weight(level) / level.sigma**2, error) * epsilon_error**2

@@ -71,6 +71,7 @@ def test_every_option_of_a_group_builds(group):
     for option in groups()[group]:
         conditional = ["model.num_classes=10", "objective.label_dropout=0.1"]
         words = [f"{group}={option}"] + (conditional if option == "classifier_free" else [])
+        words += ["objective=hybrid"] if option == "ancestral_learned" else []
         cfg = composed("+experiment=cifar10", *words)
         if cfg.model.image_size % 2 ** (len(cfg.model.multipliers) - 1) == 0:
             check(cfg)

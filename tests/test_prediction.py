@@ -110,7 +110,7 @@ class Recorder:
         return torch.cat([0.5 * x] * self.channels, dim=1)
 
 
-@pytest.mark.parametrize("t, index", [(1, 0.0), (1000, 999.0), (2.5, 1.5)])
+@pytest.mark.parametrize("t, index", [(1, 0.0), (1000, 999.0), (2.5, 1.5), (0.25, 0.0)])
 def test_networks_count_time_from_zero(t, index):
     network = Recorder()
     denoiser, x = NetworkDenoiser(network, SCHEDULES["linear"]), torch.ones(3, 1, 2, 2)

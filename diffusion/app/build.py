@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from diffusion.app.check import check_steps
+from diffusion.app.check import check_steps, check_variance, learns_variance
 from diffusion.app.compose import Refusal
 from diffusion.data.digits import DigitsDataModule
 from diffusion.data.module import ImageShardsDataModule
@@ -59,10 +59,12 @@ def without(cfg: DictConfig, *names: str) -> DictConfig:
 
 
 def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
-    """Instantiate a group; what its class refuses is answered in the user's words."""
+    """Instantiate a group, with these arguments beside its keys; what its class refuses is answered in the user's
+    words."""
     try:
-        built = instantiate(cfg, _convert_="all")
-        return built(**arguments) if arguments or cfg.get("_partial_") else built
+        if not cfg.get("_partial_"):
+            return instantiate(cfg, _convert_="all", **arguments)
+        return instantiate(cfg, _convert_="all")(**arguments)
     except InstantiationException as e:
         cause = e.__cause__ or e
         raise Refusal(f"{group}: {str(cause).splitlines()[0]}") from e
@@ -110,12 +112,18 @@ def schedule(cfg: DictConfig) -> Schedule:
     return make(cfg.schedule, "schedule")
 
 
+def bare_network(cfg: DictConfig) -> nn.Module:
+    """The network of a whole configuration: its objective decides how many channels it answers with."""
+    channels = cfg.model.channels * (2 if learns_variance(cfg.objective) else 1)
+    return make(cfg.model, "model", out_channels=channels)
+
+
 def network(cfg: DictConfig, seed: int = 0) -> nn.Module:
     """The network with the initial weights that belong to the seed."""
     state = torch.get_rng_state()
     torch.manual_seed(seed63(seed, Stream.INIT))
     try:
-        return make(cfg.model, "model")
+        return bare_network(cfg)
     finally:
         torch.set_rng_state(state)
 
@@ -288,7 +296,7 @@ def trained(given: str, ema: bool = True) -> Trained:
     config = OmegaConf.create(content["config"])
     refuse_foreign_targets(config, path)
     with torch.device("meta"):
-        net = make(config.model, "model")
+        net = bare_network(config)
     net.to_empty(device="cpu")
     names = {f"network.{name}" for name in net.state_dict()}
     if names != set(content["state_dict"]):
@@ -332,8 +340,7 @@ def sampling(
     the network is a moment at which the ranks may leave the sampling."""
     built, visited = sampler(cfg, denoiser.schedule)
     num_classes = denoiser.network.num_classes
-    if getattr(built, "variance", "") == "learned" and denoiser.network.out_channels == image_shape[0]:
-        raise Refusal("sampler.variance=learned: this network predicts no variance; use small or large.")
+    check_variance(cfg.sampler, learned=denoiser.network.out_channels == 2 * image_shape[0])
     for label in labels:
         if label >= max(num_classes, 1):
             raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")

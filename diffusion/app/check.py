@@ -65,7 +65,8 @@ RULES: dict[str, tuple[Test, str]] = {
     "schedule.sigma_max": above(0),
     "objective.prediction": one_of("epsilon", "x0", "v", "score", "mu"),
     "objective.label_dropout": between(0, 1),
-    "objective.variance": one_of("small", "large"),
+    "objective.variance": one_of("small", "large", "learned"),
+    "objective.vlb_weight": above(0),
     "sampler.eta": (lambda v: 0 <= v <= 1, "is outside [0, 1]: 0 is DDIM, 1 is ancestral sampling"),
     "sampler.variance": one_of("small", "large", "learned"),
     "sampler.spacing": one_of("linear", "quadratic", "trailing"),
@@ -166,6 +167,12 @@ def check_training(cfg: DictConfig) -> None:
     if cfg.data.lanes is not None:
         check_lanes(cfg.data.lanes, cfg.data.batch_size)
     check_steps(cfg.sampler, cfg.schedule.num_timesteps)
+    check_variance(cfg.sampler, learns_variance(cfg.objective))
+    if "out_channels" in cfg.model:
+        raise Refusal(
+            f"model.out_channels={cfg.model.out_channels} follows from the objective: the channels of the images, "
+            f"twice as many with objective.variance=learned. Leave it out."
+        )
     halvings = len(cfg.model.multipliers) - 1
     if cfg.model.image_size % 2**halvings:
         raise Refusal(
@@ -199,6 +206,20 @@ def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
     """Refuse more sampling steps than the schedule has levels, and an unknown spacing."""
     steps = num_timesteps if sampler.num_steps is None else sampler.num_steps
     times(num_timesteps, steps, sampler.spacing)
+
+
+def learns_variance(objective: DictConfig) -> bool:
+    """Whether a network of this objective says how wide the reverse step is: the one key that decides it."""
+    return objective.get("variance") == "learned"
+
+
+def check_variance(sampler: DictConfig, learned: bool) -> None:
+    """Refuse to sample with a learned variance where none is learned."""
+    if sampler.get("variance") == "learned" and not learned:
+        raise Refusal(
+            "sampler.variance=learned: this network predicts no variance; give small or large, or train with "
+            "objective=hybrid."
+        )
 
 
 def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None:

@@ -3,14 +3,18 @@
     q(x_t | x_0),    q(x_t | x_s),    q(x_s | x_t, x_0)
 
 All three are given by the levels alone, for any pair of times and any schedule; with t - s = 1 and a VP schedule they
-are the kernels of Ho et al. 2020, eqs. 2, 4, 6 and 7. Coefficients are float64. No network is known here.
+are the kernels of Ho et al. 2020, eqs. 2, 4, 6 and 7. So is the width of the reverse step p(x_s | x_t), whose mean is
+that of the third at a predicted x_0. Coefficients are float64. No network is known here.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Level, Schedule, like
+
+VARIANCES = ("small", "large", "learned")
 
 
 class Posterior(NamedTuple):
@@ -54,6 +58,32 @@ def posterior(schedule: Schedule, t: float | Tensor, s: float | Tensor) -> Poste
     (_, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
     r = _kept(schedule, t, s)
     return Posterior(r * sigma_s / sigma_t, alpha_s * (1 - r**2), sigma_s * (1 - r**2).sqrt())
+
+
+def reverse_std(
+    schedule: Schedule, t: float | Tensor, s: float | Tensor, variance: str = "small", share: Tensor | None = None
+) -> Tensor:
+    """Standard deviation of the reverse step p(x_s | x_t), s < t: float64 of t's shape, or like `share`.
+
+    At s = 0 the posterior has no width, where the discretised decoder of x_0 needs one. There the posterior's of the
+    step from 2 to 1 stands in: for "small", for "large", and as the lower end of "learned" (code of Ho et al. 2020 and
+    of Nichol & Dhariwal 2021).
+
+    Args:
+        variance: "small": the posterior's (beta tilde; optimal for data at one point). "large": the forward kernel's
+            from s to t (beta_t under VP, 1 - alpha_bar_t / alpha_bar_s over a stride; optimal for white-noise data).
+            "learned": between the two, linearly in their logarithms (Nichol & Dhariwal 2021, eq. 15).
+        share: v of that equation for each pixel, as `Prediction.variance`: 0 is small, 1 large. Read by "learned" only.
+    """
+    t, s = (torch.as_tensor(time, dtype=torch.float64) for time in (t, s))
+    clean = s <= 0
+    small = posterior(schedule, torch.where(clean, 2.0, t), torch.where(clean, 1.0, s)).std
+    if variance == "small":
+        return small
+    large = transition(schedule, t, s).sigma
+    if variance == "large":
+        return torch.where(clean, small, large)
+    return (share * like(large.log(), share) + (1 - share) * like(small.log(), share)).exp()
 
 
 def renoised(schedule: Schedule, x_s: Tensor, s: float | Tensor, t: float | Tensor, epsilon: Tensor) -> Tensor:

@@ -18,6 +18,21 @@ from diffusion.process.schedule import Schedule, like
 Pair = tuple[Tensor, Tensor]
 
 
+def parted(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A network's output, (B, C or 2C, ...) for x_t (B, C, ...), as what it predicts and the variance it has learned.
+
+    The second half of the channels, where there are any, runs from -1 to 1 in the papers; it is answered as
+    `Prediction.variance`, v from 0 to 1 (Nichol & Dhariwal 2021, eq. 15), which nothing forces it to keep to.
+    """
+    if output.shape == x_t.shape:
+        return output, None
+    predicted, variance = output.chunk(2, dim=1)
+    assert predicted.shape == variance.shape == x_t.shape, (
+        f"output {tuple(output.shape)} has neither the channels of x_t {tuple(x_t.shape)} nor twice as many"
+    )
+    return predicted, (variance + 1) / 2
+
+
 class Kind(NamedTuple):
     """The two functions of a kind of output; x_t, output, x0 and epsilon are (B, ...), t a float or (B,).
 

@@ -49,11 +49,14 @@ class Denoiser(Protocol):
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:
-    """A number per image as a factor of the images: (B,) -> (B, 1, ..., 1) in x's dtype. A single number stays one.
+    """A number per image as a factor of the images: (B,) -> (B, 1, ..., 1) in x's dtype. A single number stays one, and
+    what has the shape of x keeps it.
 
     Coefficients are worked out in float64 and rounded here, once.
     """
-    return value if value.ndim == 0 else value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    if value.ndim == 0:
+        return value
+    return value.to(x.dtype).reshape(x.shape if value.shape == x.shape else (-1, *[1] * (x.ndim - 1)))
 
 
 class Schedule:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffusion.process.kernels import posterior, transition
+from diffusion.process.kernels import VARIANCES, posterior, reverse_std
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Sampler
 
@@ -14,9 +14,7 @@ class Ancestral(Sampler):
 
     Args:
         schedule: noise levels.
-        variance: of the noise. "small": the posterior's (beta tilde; optimal for data at one point). "large": the
-            forward kernel's from s to t (beta_t under VP, 1 - alpha_bar_t / alpha_bar_s over a stride; optimal for
-            white-noise data). "learned": between the two where the network says (Nichol & Dhariwal 2021, eq. 15).
+        variance: of the noise: "small", "large" or "learned", as `process.kernels.reverse_std` has them.
 
     Raises:
         ValueError: variance is none of these; or it is "learned" and the denoiser predicts none.
@@ -24,21 +22,15 @@ class Ancestral(Sampler):
 
     def __init__(self, schedule: Schedule, variance: str = "small") -> None:
         super().__init__(schedule)
-        if variance not in ("small", "large", "learned"):
-            raise ValueError(f"sampler.variance={variance} is none of small, large, learned.")
+        if variance not in VARIANCES:
+            raise ValueError(f"sampler.variance={variance} is none of {', '.join(VARIANCES)}.")
         self.variance = variance
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
         prediction, kernel = denoise(x_t, t), posterior(self.schedule, t, s)
         mean = kernel.x_t * x_t + kernel.x0 * prediction.x0
-        return mean if s == 0 else mean + self._std(kernel.std, prediction.variance, t, s) * randn(x_t)
-
-    def _std(self, small: Tensor, share: Tensor | None, t: float, s: float) -> Tensor:
-        if self.variance == "small":
-            return small
-        large = transition(self.schedule, t, s).sigma
-        if self.variance == "large":
-            return large
-        if share is None:
+        if s == 0:
+            return mean
+        if self.variance == "learned" and prediction.variance is None:
             raise ValueError("sampler.variance=learned: this network predicts no variance; use small or large.")
-        return (share * large.log() + (1 - share) * small.log()).exp()
+        return mean + reverse_std(self.schedule, t, s, self.variance, prediction.variance) * randn(x_t)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.images import from_uint8
 from diffusion.noise import Stream, keys, normal, seed63, uniform, uniform_int
+from diffusion.objective import Objective
 from diffusion.process.kernels import noised
 
 QUARTILES = 4
@@ -26,7 +28,7 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         denoiser: the network with its schedule and what it predicts.
-        objective: (output, x_t, x0, epsilon, t) -> loss per image, (B,) float32.
+        objective: its loss per image, of all channels that the network answers with.
         optimizer: parameters -> optimizer.
         warmup_steps: steps of linear rise of the learning rate; 0 for none.
         gradient_clip: largest global norm of the gradient; 0 for none.
@@ -42,7 +44,7 @@ class DiffusionModule(pl.LightningModule):
     def __init__(
         self,
         denoiser: NetworkDenoiser,
-        objective: Callable[..., Tensor],
+        objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         warmup_steps: int = 0,
         gradient_clip: float = 1.0,
@@ -176,3 +178,5 @@ class DiffusionModule(pl.LightningModule):
         loop.batch_progress.current.completed = done - loop.restarted_on_train_batch_end
         if self._sums is not None:
             self._sums, self._norms = self._sums.to(self.device), self._norms.to(self.device)
+        if self._objective.unstable:
+            rank_zero_warn(self._objective.unstable)

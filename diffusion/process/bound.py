@@ -1,0 +1,88 @@
+"""The terms of the variational bound on -log2 p(x_0), bits per pixel and colour (Ho et al. 2020, eq. 5).
+
+    L_T + sum over t = T..2 of L_{t-1} + L_0
+
+    L_T      KL(q(x_T | x_0) || p(x_T)), which no network changes
+    L_{t-1}  KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+    L_0      -log2 p(x_0 | x_1): the mass of a Gaussian on the bin of a uint8 level
+
+The mean of p(x_{t-1} | x_t) is that of q at a predicted x_0, so that an error of x_0 says all there is to say of it.
+Objectives take one term at random times, likelihoods all of them. Knows no network.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion.process.kernels import posterior, reverse_std
+from diffusion.process.schedule import Schedule, like
+
+HALF_BIN = 1 / 255  # uint8 levels lie 2/255 apart in [-1, 1]
+OUTERMOST = 0.999  # beyond this a level is the first or the last
+BIT = math.log(2)
+
+
+def gaussian_kl(gap: Tensor, q_std: Tensor, p_std: Tensor) -> Tensor:
+    """KL(N(m, q_std^2) || N(m + gap, p_std^2)) in nats, element by element.
+
+    With log r = log(q_std^2 / p_std^2): (r - 1 - log r + gap^2 / p_std^2) / 2, without cancellation where r is near 1.
+    """
+    log_ratio = 2 * (q_std.log() - p_std.log())
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + (gap / p_std) ** 2)
+
+
+def decoder_nll(x0: Tensor, error: Tensor, std: Tensor) -> Tensor:
+    """-log of the mass of N(x0 + error, std^2) on the bin of x0, nats (Ho et al. 2020, eq. 13); shape of x0.
+
+    The outermost bins reach to infinity, so that the masses of all 256 levels add up to 1. Works with log Phi in the
+    lower tail, where no mass is too small for a logarithm: its gradient leads back from any error.
+
+    Args:
+        x0: on the levels k / 127.5 - 1, k = 0..255.
+        error: the mean minus x0.
+        std: of the Gaussian, broadcasts against x0.
+    """
+    far = error.abs()
+    upper = torch.special.log_ndtr((HALF_BIN - far) / std)
+    lower = torch.special.log_ndtr((-HALF_BIN - far) / std)
+    inner = upper + (-torch.expm1((lower - upper).clamp(max=-torch.finfo(x0.dtype).eps))).log()
+    outer = torch.special.log_ndtr((HALF_BIN + x0.sign() * error) / std)
+    return -torch.where(x0.abs() > OUTERMOST, outer, inner)
+
+
+def term(
+    schedule: Schedule,
+    t: float | Tensor,
+    x0: Tensor,
+    error: Tensor,
+    variance: str = "small",
+    share: Tensor | None = None,
+) -> Tensor:
+    """L_{t-1} at one noisy image, in bits for each of its elements: the decoder's at t = 1, a divergence above.
+
+    Args:
+        schedule: noise levels, at least two.
+        t: an integer in 1..T, or (B,) of them.
+        x0: (B, ...), on uint8 levels if t is 1.
+        error: predicted x0 minus x0, like x0.
+        variance, share: of the reverse step, as `process.kernels.reverse_std` has them.
+    """
+    s = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+    p_std = like(reverse_std(schedule, t, s, variance, share), error)
+    if not isinstance(t, Tensor) and t <= 1:
+        return decoder_nll(x0, error, p_std) / BIT
+    q_std = like(reverse_std(schedule, t, s, "small"), error)
+    divergence = gaussian_kl(like(posterior(schedule, t, s).x0, error) * error, q_std, p_std)
+    if not isinstance(t, Tensor):
+        return divergence / BIT
+    first = like(t, error) <= 1
+    nll = decoder_nll(x0, torch.where(first, error, 0), p_std)  # x0's error at the top is too large for it: NaN
+    return torch.where(first, nll, divergence) / BIT
+
+
+def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
+    """L_T, in bits for each element of x0."""
+    alpha, sigma = schedule(schedule.num_timesteps)
+    prior_std = torch.tensor(schedule.prior_std, dtype=torch.float64)
+    return gaussian_kl(like(alpha, x0) * x0, sigma, prior_std) / BIT
