@@ -35,6 +35,9 @@ class Stream(IntEnum):
     PRIOR = 8
     STEP = 9
     INIT = 10
+    BOUND = 11
+    PROBE = 12
+    DEQUANTISE = 13
 
 
 # ---- on the host: keys, seeds, permutations (NumPy, the same in every version) ----
@@ -104,12 +107,21 @@ def uniform(keys: Tensor) -> Tensor:
     return _shift(keys, 40).to(torch.float32) * 2.0**-24
 
 
+def uniforms(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 in [0, 1) of 24 bits, (B, *shape), row b from keys[b] alone."""
+    return uniform(_words(keys, math.prod(shape))).reshape(len(keys), *shape)
+
+
+def _words(keys: Tensor, count: int) -> Tensor:
+    """(B, count): the outputs of a SplitMix64 for each key."""
+    counter = torch.arange(count, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
+    return _splitmix_(keys[:, None] + counter)
+
+
 def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal (B, *shape), row b from keys[b] alone, by Box and Muller from 32-bit uniforms (|z| < 6.7)."""
     size = math.prod(shape)
-    pairs = (size + 1) // 2
-    counter = torch.arange(pairs, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
-    words = _splitmix_(keys[:, None] + counter)
+    words = _words(keys, (size + 1) // 2)
     radius = (_shift(words, 32).to(dtype).add_(1).mul_(2.0**-32)).log_().mul_(-2).sqrt_()
     angle = (words & 0xFFFFFFFF).to(dtype).mul_(2 * math.pi * 2.0**-32)
     z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :size]

@@ -54,6 +54,22 @@ def test_fractions_are_uniform():
     assert (u - (torch.arange(100_000) + 0.5) / 100_000).abs().max() < 0.006  # Kolmogorov, p about 0.001
 
 
+def test_fractions_of_an_image_are_uniform_and_its_own():
+    keys = noise.keys(torch.arange(100), 14)
+    u = noise.uniforms(keys, (3, 20, 20))
+    assert (
+        u.shape == (100, 3, 20, 20)
+        and u.dtype == torch.float32
+        and torch.equal(u[7:9], noise.uniforms(keys[7:9], (3, 20, 20)))
+    )
+    flat = u.flatten().double().sort().values
+    assert 0 <= flat[0] and flat[-1] < 1
+    assert (flat - (torch.arange(len(flat)) + 0.5) / len(flat)).abs().max() < 1.95 / len(flat) ** 0.5
+    centred = u.flatten(1) - 0.5
+    for lag in (1, 20, 400):
+        assert abs((centred[:, lag:] * centred[:, :-lag]).mean()) < 5 / 12 / len(flat) ** 0.5 * 1.5
+
+
 def test_noise_is_standard_normal_and_independent():
     z = noise.normal(noise.keys(torch.arange(500), 13), (2, 20, 50), torch.float64).flatten(1)
     num = z.numel()

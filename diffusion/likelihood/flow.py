@@ -1,0 +1,202 @@
+"""log p(x) of a denoiser by its probability flow: the instantaneous change of variables along an ODE.
+
+Under any schedule y = x_t / alpha_t, r = sigma_t / alpha_t obey dy/dr = epsilon (Song et al. 2021, DDIM, eq. 14: the
+flow of Song et al. 2021, score SDE, eq. 13, in the variables of VE). Solved is, with u = asinh(r) and z = y / cosh(u),
+
+    dz/du = epsilon(x_t, t) - tanh(u) z,    x_t = std_t z
+
+z is x_t scaled to unit variance for data of unit variance, which is what networks are fed, VP or VE; u runs like r near
+the data and like its logarithm, -lambda, near the noise. Nothing in the equation is large or divides by what is small,
+at either end: in t both happen. The density follows the divergence (Chen et al. 2018; sec. 4.3 and app. D.2 of the
+score SDE paper), of which the part of tanh(u) is known:
+
+    log p(z_start) = log N(z_T; 0, I) + integral of tr(d epsilon / d x) std_t du - D log(cosh u_T / cosh u_start)
+
+The trace is exact, or Hutchinson's estimate v^T J v (FFJORD, Grathwohl et al. 2019), unbiased, its probes kept for the
+whole way. Knows no network and no file. A batch takes its steps together, so that who else is in it changes an image's
+result within the tolerance.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from diffusion.images import LEVELS_PER_UNIT, from_uint8
+from diffusion.noise import Stream, keys, normal, uniforms
+from diffusion.process.schedule import Denoiser, Schedule
+
+START = 0.1  # time at which the flow begins: sigma 1e-3 under vp_linear, as in Song et al.'s code
+TOLERANCE = 1e-5  # of the solver, absolute and relative, as there
+PROBES = ("rademacher", "gaussian")
+
+
+class Flowed(NamedTuple):
+    """Where the flow has come to at time T, and what that says of where it began.
+
+    log_density (B, K): log p(x) in nats by each of K probes, float64; K is 1 for the exact trace. z (B, ...): standard
+    normal if the model is right. nfe: evaluations of the denoiser.
+    """
+
+    log_density: Tensor
+    z: Tensor
+    nfe: int
+
+
+class FlowTerms(NamedTuple):
+    """Of B images: NumPy arrays to be stored as they are. numbers (B,) int64; bits (B, K): bits per dimension by each
+    probe; nfe (B,) int64."""
+
+    numbers: NDArray[np.int64]
+    bits: NDArray[np.float64]
+    nfe: NDArray[np.int64]
+
+
+class FlowBound(NamedTuple):
+    """Bits per dimension over a set of images: a mean, its standard error over them (None of one image), the part of
+    that which comes from the probes (None of one probe), and evaluations of the denoiser per image."""
+
+    num_images: int
+    bits_per_dim: float
+    standard_error: float | None
+    probe_error: float | None
+    nfe: float
+
+
+def log_likelihood(
+    denoise: Denoiser,
+    schedule: Schedule,
+    x: Tensor,
+    probes: Tensor | None = None,
+    start: float = START,
+    tolerance: float = TOLERANCE,
+) -> Flowed:
+    """log p(x) by the flow from time `start` to T, for the x of that time.
+
+    Args:
+        denoise: with labels bound; not clipped, which has no derivative.
+        schedule: its noise levels.
+        x: (B, ...), in the denoiser's dtype and on its device.
+        probes: (K, B, ...), of mean 0 and covariance I; None for the exact trace, which takes a backward pass for each
+            dimension.
+        start: in (0, T): what is measured is the density of the data with sigma_start of noise.
+        tolerance: of Dormand and Prince's pair, absolute and relative, in z and in the integral of the trace.
+
+    Raises:
+        ValueError: start or tolerance out of its range.
+    """
+    top = schedule.num_timesteps
+    if not 0 < start < top:
+        raise ValueError(f"likelihood.start={start} is outside (0, schedule.num_timesteps={top}).")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"likelihood.tolerance={tolerance} is outside (0, 1).")
+    dims, low, high = x[0].numel(), _asinh_ratio(schedule, start), _asinh_ratio(schedule, top)
+    columns = 1 if probes is None else len(probes)
+
+    def slope(u: float, state: NDArray) -> NDArray:
+        z = torch.from_numpy(state[: x.numel()]).to(x).reshape(x.shape)
+        t = min(schedule.time_of(-math.log(math.sinh(u))), top)
+        std = float(schedule.std(t))
+        epsilon, traces = _trace(denoise, std * z, t, probes)
+        moving = (epsilon - math.tanh(u) * z).double().flatten()
+        return torch.cat([moving, std * traces.flatten()]).cpu().numpy()
+
+    begun = torch.cat([(x.double() / schedule.std(start)).flatten(), x.new_zeros(columns * len(x)).double()])
+    solved = solve_ivp(slope, (low, high), begun.cpu().numpy(), method="RK45", rtol=tolerance, atol=tolerance)
+    if not solved.success:
+        raise ValueError(f"likelihood.tolerance={tolerance}: the flow could not be solved ({solved.message})")
+    end = torch.from_numpy(solved.y[:, -1])
+    z, traced = end[: x.numel()].reshape(len(x), -1), end[x.numel() :].reshape(columns, len(x)).T
+    log_prior = -0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
+    scaled = math.log(math.cosh(high) / math.cosh(low)) + math.log(schedule.std(start))
+    return Flowed(log_prior[:, None] + traced - dims * scaled, z.reshape(x.shape), solved.nfev)
+
+
+def flow_bits(
+    denoise: Denoiser,
+    schedule: Schedule,
+    images: Tensor,
+    numbers: Tensor,
+    seed: int,
+    num_probes: int = 1,
+    probe: str = "rademacher",
+    start: float = START,
+    tolerance: float = TOLERANCE,
+) -> FlowTerms:
+    """Bits per dimension of uint8 images (B, C, H, W), spread uniformly over the bins of their levels.
+
+    In expectation an upper bound on -log2 of the probability of the levels, by Jensen (Theis et al. 2016): minus log2 of
+    the density, plus log2 of the 127.5 levels in a unit of x. Probes and positions in the bins belong to (seed, number).
+
+    Args:
+        num_probes: of Hutchinson's estimate, each a backward pass an evaluation; 0: the exact trace.
+        probe: "rademacher" or "gaussian".
+    """
+    x = dequantised(images, numbers, seed)
+    drawn = probes(numbers, seed, num_probes, probe, x) if num_probes else None
+    flowed = log_likelihood(denoise, schedule, x, drawn, start, tolerance)
+    bits = math.log2(LEVELS_PER_UNIT) - flowed.log_density / (x[0].numel() * math.log(2))
+    return FlowTerms(numbers.cpu().numpy(), bits.numpy(), np.full(len(x), flowed.nfe, dtype=np.int64))
+
+
+def dequantised(images: Tensor, numbers: Tensor, seed: int) -> Tensor:
+    """uint8 (B, ...) -> float32, each pixel anywhere in the bin of its level: over all levels [-1 - 1/255, 1 + 1/255]."""
+    place = uniforms(keys(numbers.to(images.device), seed, Stream.DEQUANTISE), images.shape[1:])
+    return from_uint8(images) + (place - 0.5) / LEVELS_PER_UNIT
+
+
+def probes(numbers: Tensor, seed: int, count: int, kind: str, x: Tensor) -> Tensor:
+    """(count, B, ...) like x, a function of (seed, number of the image, number of the probe).
+
+    Raises:
+        ValueError: count is below 1, or kind is none of PROBES.
+    """
+    if count < 1:
+        raise ValueError(f"likelihood.probes={count} must be at least 1.")
+    if kind not in PROBES:
+        raise ValueError(f"likelihood.probe={kind} is none of {', '.join(PROBES)}.")
+    where = numbers.to(x.device)
+    drawn = torch.stack([normal(keys(where, seed, Stream.PROBE, k), x.shape[1:], x.dtype) for k in range(count)])
+    return drawn if kind == "gaussian" else torch.where(drawn < 0, -1.0, 1.0).to(x)
+
+
+def summarise_flow(parts: list[FlowTerms]) -> FlowBound:
+    """One set of images from its parts, in any order and of any sizes; each image once."""
+    numbers, bits, nfe = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.argsort(numbers, kind="stable")
+    assert (np.diff(numbers[order]) > 0).all(), "an image is in two parts"
+    by_image, (num, columns) = bits[order].mean(1), bits.shape
+    of_probes = bits[order].var(axis=1, ddof=1).mean() / columns if columns > 1 else None
+    return FlowBound(
+        num_images=num,
+        bits_per_dim=float(by_image.mean()),
+        standard_error=float(by_image.std(ddof=1) / num**0.5) if num > 1 else None,
+        probe_error=None if of_probes is None else float((of_probes / num) ** 0.5),
+        nfe=float(nfe.mean()),
+    )
+
+
+def _asinh_ratio(schedule: Schedule, t: float) -> float:
+    """u of a time."""
+    alpha, sigma = schedule(t)
+    return math.asinh(sigma / alpha)
+
+
+def _trace(denoise: Denoiser, x: Tensor, t: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """epsilon like x, and (K, B) float64: v^T (d epsilon / d x) v for each probe, or the trace itself in one row."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        epsilon = denoise(x, t).epsilon
+        if probes is None:
+            traces = x.new_zeros(1, len(x), dtype=torch.float64)
+            for d, column in enumerate(epsilon.reshape(len(x), -1).T):
+                (row,) = torch.autograd.grad(column.sum(), x, retain_graph=True)
+                traces[0] += row.reshape(len(x), -1)[:, d]
+        else:
+            pulled = [v * torch.autograd.grad(epsilon, x, v, retain_graph=True)[0] for v in probes]
+            traces = torch.stack([product.double().reshape(len(x), -1).sum(1) for product in pulled])
+    return epsilon.detach(), traces
