@@ -259,7 +259,7 @@ def test_the_flow_arrives_where_the_flow_arrives(schedule):
 
 @pytest.mark.parametrize("kind", flow.PROBES)
 def test_hutchinsons_estimate_is_right_within_its_error(kind):
-    """Its mean over probes, in units of the error that their spread states; and its spread shrinks with their number."""
+    """Its mean over probes is off by as much as their spread says, image by image."""
     x = SPACE.sample(24, torch.Generator().manual_seed(2))
     denoise, drawn = SPACE.denoiser(LINEAR), probes(torch.arange(24), 3, 64, kind, x)
     exact = log_likelihood(denoise, LINEAR, x).log_density[:, 0]

@@ -1,11 +1,11 @@
-"""Bits per dimension of a trained model on a split of its data, in pieces: measured, stored by the caller, put together.
+"""Bits per dimension of a trained model on a split of its data, in pieces that the caller stores and puts together.
 
     bits = Bits(model, where, module, Settings(by="bound", num_images=1000))
     parts = [bits.measure(numbers) for numbers in bits.batches()]     # arrays, each a function of its image numbers
     rows, files = bits.rows(parts), bits.write(parts, folder)
 
-What one process has measured another can go on from: no piece depends on any other. The model's network is on the place's
-device.
+What one process has measured another can go on from: no piece depends on any other. The model's network is to be on the
+device of the place.
 """
 
 from collections.abc import Callable, Mapping, Sequence

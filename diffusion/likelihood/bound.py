@@ -8,7 +8,8 @@ batch by batch: what is returned for an image depends on (seed, its number) alon
 
 Even the exact denoiser does not reach the entropy of its data, as a reverse step is a Gaussian of fixed width: with T =
 1000 some 0.1 to 0.8 bits per dimension remain (0.18 with the large variance and 0.41 with the small one for numbers
-spread over 4 levels, under vp_linear). Knows no network and no file; clipping x_0, as the paper does here, is the denoiser's (`diffusion.denoiser.Clipped`).
+spread over 4 levels, under vp_linear). Knows no network and no file; clipping x_0, as the paper does here, is the
+denoiser's (`diffusion.denoiser.Clipped`).
 """
 
 from collections.abc import Sequence
@@ -45,9 +46,9 @@ class Terms(NamedTuple):
 class Bound(NamedTuple):
     """The bound over a set of images, bits per dimension.
 
-    standard_error is that of bits_per_dim over the images, None of one image. L_0 is what a lossless code spends on top
-    of `rate`, everything above it; rmse_255 the error that it mends, on the scale of 0..255. curve has COLUMNS by rising
-    t: the rate of a receiver of x_t, and the rmse_255 of its predicted x_0.
+    standard_error is that of bits_per_dim over the images, None of one image. L_0 is what a lossless code spends on
+    top of `rate`, everything above it; rmse_255 the error that it mends, on the scale of 0..255. curve has COLUMNS by
+    rising t: the rate of a receiver of x_t, and the rmse_255 of its predicted x_0.
     """
 
     num_images: int

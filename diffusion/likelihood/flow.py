@@ -129,8 +129,9 @@ def flow_bits(
 ) -> FlowTerms:
     """Bits per dimension of uint8 images (B, C, H, W), spread uniformly over the bins of their levels.
 
-    In expectation an upper bound on -log2 of the probability of the levels, by Jensen (Theis et al. 2016): minus log2 of
-    the density, plus log2 of the 127.5 levels in a unit of x. Probes and positions in the bins belong to (seed, number).
+    In expectation an upper bound on -log2 of the probability of the levels, by Jensen (Theis et al. 2016): minus log2
+    of the density, plus log2 of the 127.5 levels in a unit of x. Probes and positions in the bins belong to (seed,
+    number).
 
     Args:
         num_probes: of Hutchinson's estimate, each a backward pass an evaluation; 0: the exact trace.
@@ -144,7 +145,7 @@ def flow_bits(
 
 
 def dequantised(images: Tensor, numbers: Tensor, seed: int) -> Tensor:
-    """uint8 (B, ...) -> float32, each pixel anywhere in the bin of its level: over all levels [-1 - 1/255, 1 + 1/255]."""
+    """uint8 (B, ...) -> float32, each pixel anywhere in the bin of its level: all bins are [-1 - 1/255, 1 + 1/255]."""
     place = uniforms(keys(numbers.to(images.device), seed, Stream.DEQUANTISE), images.shape[1:])
     return from_uint8(images) + (place - 0.5) / LEVELS_PER_UNIT
 
