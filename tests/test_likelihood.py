@@ -257,6 +257,25 @@ def test_the_flow_arrives_where_the_flow_arrives(schedule):
     torch.testing.assert_close(got.z, exact / schedule.prior_std, rtol=0, atol=1e-5)
 
 
+def test_the_flow_of_a_network_changes_volume_as_its_own_map_does():
+    """The density against the determinant of x -> z_T, taken by finite differences of the flow itself."""
+    x = 0.5 * torch.randn(1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def small(x, time_index, labels):
+        turned = torch.tanh(x + 0.3 * x.roll(1, -1) - 0.2 * x.roll(1, -2))
+        return turned * (1 + 0.1 * torch.sin(time_index / 100))[:, None, None, None]
+
+    for prediction in ("epsilon", "v"):
+        denoise = NetworkDenoiser(small, LINEAR, prediction)
+        solve = partial(log_likelihood, denoise, LINEAR, tolerance=1e-7)
+        moved = torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2) * 1e-3
+        up, down = solve(x=torch.cat([x + moved, x - moved])).z.flatten(1).split(4)  # together: with the same steps
+        jacobian = (up - down) / 2e-3
+        got = solve(x=x)
+        expected = -0.5 * (got.z**2 + math.log(2 * math.pi)).sum() + jacobian.det().abs().log()
+        assert float(got.log_density) == pytest.approx(float(expected), abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", flow.PROBES)
 def test_hutchinsons_estimate_is_right_within_its_error(kind):
     """Its mean over probes is off by as much as their spread says, image by image."""

@@ -36,7 +36,7 @@ from diffusion.training.scoring import VERSIONED, commit
 
 Arrays = Mapping[str, NDArray]
 KINDS = ("bound", "ode")
-SHOWN, STAGES = 8, 10  # images and times of the picture of what a receiver sees
+SHOWN, STAGES = 8, 10  # rows, and columns but the last, of the picture of what a receiver sees
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Bits:
         about = f"{self.model.config.name}, step {self.model.step}, {self.model.weights} weights: "
         about += f"{whole.num_images} images of {self.model.config.data.name}, split {self.module.split}"
         plot_terms(whole, about, plot)
-        images, predicted = self.progressive(self.numbers()[:SHOWN], stages(whole))
+        images, predicted = self.progressive(self.numbers()[:SHOWN], stages(len(whole.curve["t"])))
         save_progressive(images, predicted, progressive)
         return [table, plot, progressive]
 
@@ -238,9 +238,7 @@ def variance_of(run: DictConfig) -> str:
     return run.objective.get("variance") or run.sampler.get("variance") or "small"
 
 
-def stages(bound: Bound, count: int = STAGES) -> list[int]:
-    """Times from T to 1 at which the receiver's picture has become better by equal steps of its RMSE."""
-    rmse, t = bound.curve["rmse_255"], bound.curve["t"]
-    wanted = np.linspace(rmse[-1], rmse[0], count)
-    picked = {int(t[np.abs(rmse - value).argmin()]) for value in wanted} | {1, int(t[-1])}
-    return sorted(picked, reverse=True)
+def stages(num_timesteps: int) -> list[int]:
+    """Times at which a receiver has had a tenth, two tenths ... and all of the reverse steps (Ho et al. 2020, table 4):
+    901, 801 ... 1 of 1000."""
+    return sorted({num_timesteps + 1 - max(1, num_timesteps * k // STAGES) for k in range(1, STAGES + 1)}, reverse=True)
