@@ -1,19 +1,24 @@
 """Score a trained model, or images, against real ones: FID, Inception score, KID, precision, recall by one extractor.
 
     python -m diffusion.evaluate checkpoint=runs/digits num_images=2000 guidance=classifier_free
+    python -m diffusion.evaluate checkpoint=runs/digits metrics=[bits_per_dim] likelihood.num_images=200
+    python -m diffusion.evaluate checkpoint=runs/cifar10 task=sweep sampler.spacing=quadratic
     python -m diffusion.evaluate images=samples/digits reference=data/digits extractor=digits
     python -m diffusion.evaluate images=a.zip reference=b.npz metrics=[fid,kid,precision,recall] out=scores.jsonl
 
 A set of images is a folder, .zip, .tar or .npz, or a data set of shards. Image k of a model is a function of the seed
 and k, whatever the number of processes: on all GPUs of a machine, under torchrun and under srun the same figures come
 out. An interrupted evaluation goes on with the samples that it has. Results are printed and added to results.jsonl of
-the run (or to out=FILE), each with all that it depends on.
+the run (or to out=FILE), each with all that it depends on, and shown inside the published tables they belong to.
+
+task=sweep measures FID at each of sweep.num_steps for each of sweep.eta, and writes sweep.csv and sweep.png.
 """
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing
@@ -21,6 +26,12 @@ from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
 from diffusion.files import write_atomically
 from diffusion.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from diffusion.app.evaluation import Evaluation
+
+
+TASKS = ("score", "sweep")
 
 
 @command("evaluate")
@@ -37,44 +48,60 @@ def main(cfg: DictConfig) -> None:
             print(evaluation.introduction(), flush=True)
 
         def work(ranks, where):
+            if cfg.task == "sweep":
+                evaluation.sweep(ranks, where)
+                return
             rows = evaluation.rows(ranks, where)
             if ranks.main:
-                tell(cfg, rows, evaluation.run_folder)
+                tell(cfg, rows, evaluation)
 
         share(cfg, evaluation.place, work)
 
 
 def check_paths(cfg: DictConfig) -> None:
     """Refuse what is not there, and sets of images that do not make a pair."""
+    if cfg.task not in TASKS:
+        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
     if (cfg.checkpoint is None) == (cfg.images is None):
         raise Refusal("Give either checkpoint=PATH (a run folder or a .ckpt) or images=PATH with reference=PATH.")
     if cfg.images is not None and cfg.reference is None:
         raise Refusal(f"images={cfg.images} needs reference=PATH: a data set, a folder of pictures or an .npz.")
     if cfg.images is not None and cfg.samples is not None:
         raise Refusal(f"samples={cfg.samples}: with images={cfg.images} nothing is sampled.")
+    if cfg.task == "sweep" and cfg.checkpoint is None:
+        raise Refusal("task=sweep needs checkpoint=PATH (a run folder or a .ckpt).")
     for key in ("checkpoint", "images", "reference"):
         if cfg[key] is not None and not is_remote(cfg[key]) and not Path(cfg[key]).exists():
             raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
-    if cfg.out is not None and Path(cfg.out).is_dir():
-        raise Refusal(f"out={cfg.out} is a folder: give a file, as {cfg.out}/results.jsonl.")
+    folder = cfg.task == "sweep"  # of sweep.csv and sweep.png
+    if cfg.out is not None and Path(cfg.out).exists() and Path(cfg.out).is_dir() != folder:
+        kind = ("a file: give a folder", "a folder: give a file, as " + f"{cfg.out}/results.jsonl")[not folder]
+        raise Refusal(f"out={cfg.out} is {kind}.")
     if cfg.samples is not None and (Path(cfg.samples) / "samples.npz").exists():
         raise Refusal(f"samples={cfg.samples} already holds samples.npz: give another folder.")
 
 
-def tell(cfg: DictConfig, rows: list[dict], run_folder: Path | None) -> None:
-    """Print the rows and keep them."""
+def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:
+    """Print the rows, also where they stand among published ones, and keep them."""
+    from diffusion.metrics.published import table_text
+    from diffusion.page import told, write_report
     from diffusion.training.scoring import describe
 
     for row in rows:
         print(describe(row))
+    config = {} if evaluation.model is None else OmegaConf.to_container(evaluation.model.config)
+    text = table_text([told(row, config) for row in rows])
+    if text:
+        print(f"\n{text}\n")
     if cfg.out is not None:
         path = Path(cfg.out)
         old = path.read_text() if path.is_file() else ""
         write_atomically(path, old + "".join(json.dumps(row) + "\n" for row in rows))
         print(f"Results: {path}")
-    elif run_folder is not None:
-        RunFolder(run_folder).add_results(rows)
-        print(f"Results: {RunFolder(run_folder).results_path}")
+    elif evaluation.run_folder is not None:
+        folder = RunFolder(evaluation.run_folder)
+        folder.add_results(rows)
+        print(f"Results: {folder.results_path}\nReport: {write_report(folder)}")
 
 
 if __name__ == "__main__":

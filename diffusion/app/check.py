@@ -17,7 +17,10 @@ from diffusion.data.layout import check_batch, check_lanes
 from diffusion.data.remote import Access, is_remote
 from diffusion.process.times import times
 
-LEAST_IMAGES = {"fid": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4, "nearest": 1}  # that a metric can be had of
+FROM_MODEL = ("bits_per_dim",)  # that no images are sampled for
+LEAST_IMAGES = {  # that a metric can be had of
+    "fid": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4, "nearest": 1, "bits_per_dim": 1,
+}  # fmt: skip
 EXTRACTORS = ("inception", "digits")
 Test = Callable[[Any], bool]
 
@@ -103,6 +106,13 @@ RULES: dict[str, tuple[Test, str]] = {
     "callbacks.score.during.num_steps": at_least(1),
     "callbacks.grid.batch_size": at_least(1),
     "neighbours": at_least(0),
+    "likelihood.by": one_of("bound", "ode"),
+    "likelihood.num_images": at_least(1),
+    "likelihood.batch_size": at_least(1),
+    "likelihood.probes": at_least(0),
+    "likelihood.variance": one_of("small", "large", "learned"),
+    "likelihood.probe": one_of("rademacher", "gaussian"),
+    "likelihood.tolerance": above(0),
     "num_images": at_least(1),
     "batch_size": at_least(1),
     "gpu_check.steps": at_least(100),
@@ -136,6 +146,9 @@ def check(cfg: DictConfig) -> None:
     for metric in cfg.get("metrics") or ():
         if metric not in LEAST_IMAGES:
             raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(LEAST_IMAGES)}.")
+    for metric in set(cfg.get("metrics") or ()) & set(FROM_MODEL):
+        if cfg.get("checkpoint") is None:
+            raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is measured by diffusion.evaluate checkpoint=PATH.")
     if cfg.get("checkpoint") is not None and "metrics" in cfg:
         check_number(cfg.metrics, cfg.num_images, f"num_images={cfg.num_images}")
     if "extractor" in cfg and cfg.extractor.name not in EXTRACTORS and "target" not in cfg.extractor:

@@ -5,23 +5,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffusion.app import build
+from diffusion.app.bits import Bits
+from diffusion.app.bits import Settings as BitsSettings
 from diffusion.app.build import Place
-from diffusion.app.check import check_data, check_guidance, check_number
+from diffusion.app.check import FROM_MODEL, check_data, check_guidance, check_number
 from diffusion.app.compose import Refusal
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.index import INDEX_NAME
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import is_remote
 from diffusion.metrics.extractors import Features
+from diffusion.metrics.published import counterpart
 from diffusion.metrics.reference import Reference
+from diffusion.page import sweep_figure, sweep_table_text, told
+from diffusion.page.sweep import read_sweep, write_sweep
 from diffusion.training.gallery import Gallery
+from diffusion.training.pieces import Pieces
 from diffusion.training.ranks import Ranks
-from diffusion.training.scoring import ImageSet, features_of, reference_of, save_neighbours, score
+from diffusion.training.sampling import Sampling
+from diffusion.training.scoring import ImageSet, describe, features_of, reference_of, save_neighbours, score
 
 Given = ImageShardsDataModule | ImageFiles
 
@@ -33,27 +40,38 @@ class Evaluation:
         self.cfg, self.run_folder, self.model = cfg, None, None
         self.place = build.place(cfg.trainer)
         self.paper: dict[str, float | None] = {}
-        self.real: Given | None = None
         if cfg.checkpoint is not None:
-            self.model = build.trained(cfg.checkpoint, cfg.ema)
+            self._load()
+        if set(cfg.metrics) - set(FROM_MODEL) or cfg.task == "sweep":
+            self._prepare_scores()
+
+    def _load(self) -> None:
+        """The model, and that what is asked of it can be done."""
+        cfg = self.cfg
+        self.model = build.trained(cfg.checkpoint, cfg.ema)
+        run = self.model.config
+        check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
+        self.paper = dict(run.paper)
+        chosen = sweep_points(cfg) if cfg.task == "sweep" else [cfg]
+        for point in chosen:
+            build.sampling(point, self.model.denoiser, self.place, self.model.image_shape, cfg.batch_size)
+        if self.model.path.parent.name == "checkpoints":
+            self.run_folder = self.model.path.parent.parent
+        if "bits_per_dim" in cfg.metrics:
+            self.likelihood_data = self._likelihood_data(run)
+            self.bits(self.place, Ranks())
+        if cfg.extractor.name == "inception" and run.extractor.name == "digits" and run.data.channels == 1:
+            self.cfg = OmegaConf.merge(cfg, {"extractor": run.extractor})
+
+    def _prepare_scores(self) -> None:
+        """The extractor, the real images and, without a model, those that are scored."""
+        cfg, self.real = self.cfg, None
+        if cfg.reference is None:
             run = self.model.config
-            check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
-            self.paper = dict(run.paper)
-            build.sampling(cfg, self.model.denoiser, self.place, self.model.image_shape, cfg.batch_size)
-            if self.model.path.parent.name == "checkpoints":
-                self.run_folder = self.model.path.parent.parent
-            if cfg.reference is None:
-                if str(run.data.root).startswith("pipe:"):
-                    raise Refusal(
-                        f"checkpoint={cfg.checkpoint} names the command {run.data.root} as the source of its data, and "
-                        f"a file is not to say what is run here: give reference='{run.data.root}' to have it run."
-                    )
-                check_data(run)
-                self.real = build.data(OmegaConf.merge(run, {"data": {"split": cfg.split}}))
-            if cfg.extractor.name == "inception" and run.extractor.name == "digits" and run.data.channels == 1:
-                cfg = self.cfg = OmegaConf.merge(cfg, {"extractor": run.extractor})
-        digits = self.real if isinstance(self.real, ImageShardsDataModule) else None
-        self.extractor = build.extractor(cfg, digits, self._beside())
+            self._refuse_command(run)
+            check_data(run)
+            self.real = build.data(OmegaConf.merge(run, {"data": {"split": cfg.split}}))
+        self.extractor = build.extractor(cfg, self.real, self._beside())
         if self.real is None:
             self.real = self._given("reference", cfg.split)
         if self.model is None:
@@ -61,11 +79,37 @@ class Evaluation:
             check_number(cfg.metrics, len(image_set(self.images)), f"images={cfg.images}")
             size = image_size(self.images)
         else:
+            self.extractor.check(*self.model.image_shape[:2])
             size = self.model.image_shape[1:]
-        self.extractor.check(self.extractor.channels if self.model is None else self.model.image_shape[0], size[0])
+        self.extractor.check(self.extractor.channels, size[0])
         if size != image_size(self.real):
             (height, width), (h, w) = size, image_size(self.real)
             raise Refusal(f"The images have {width}x{height} pixels, the reference has {w}x{h}: scores need one size.")
+
+    def _refuse_command(self, run: DictConfig) -> None:
+        """A checkpoint may not have a command run."""
+        if str(run.data.root).startswith("pipe:"):
+            raise Refusal(
+                f"checkpoint={self.cfg.checkpoint} names the command {run.data.root} as the source of its data, and "
+                f"a file is not to say what is run here: give reference='{run.data.root}' to have it run."
+            )
+
+    def _likelihood_data(self, run: DictConfig) -> ImageShardsDataModule:
+        """The split that bits per dimension are of, of the model's data set or of the reference, if that is one."""
+        wanted, reference = self.cfg.likelihood.split, self.cfg.reference
+        if reference is None:
+            self._refuse_command(run)
+            check_data(run)
+            of = lambda split: build.data(OmegaConf.merge(run, {"data": {"split": split}}))  # noqa: E731
+        elif is_remote(reference) or (Path(reference) / INDEX_NAME).is_file():
+            of = lambda split: ImageShardsDataModule(reference, batch_size=1, split=split)  # noqa: E731
+        else:
+            raise Refusal(f"metrics=[bits_per_dim] needs a data set; reference={reference} is none.")
+        there = of("train").index.splits
+        split = wanted or ("test" if "test" in there else "train")
+        if split not in there:
+            raise Refusal(f"likelihood.split={split} is none of the splits of the data set, {', '.join(there)}.")
+        return of(split)
 
     def _beside(self) -> str | None:
         """The data set that the digits' extractor lies beside, if one is named."""
@@ -100,27 +144,114 @@ class Evaluation:
 
     def rows(self, ranks: Ranks, where: Place) -> list[dict[str, Any]]:
         """Sample or read, score, and say of each figure what it depends on; the rows on rank 0, none on others."""
-        cfg = self.cfg
-        self.extractor.network.to(where.device)
-        reference = self._reference(ranks)
-        if self.model is None:
-            found = features_of(image_set(self.images), self.extractor, ranks)
-            about: dict[str, Any] = {"images": str(cfg.images), "data": str(cfg.reference), "split": cfg.split}
-            return self._scored(reference, *found, None, about, ranks) if found else []
-        gallery = self._gallery(ranks, where)
+        metrics, rows = [m for m in self.cfg.metrics if m not in FROM_MODEL], []
+        if metrics:
+            self.extractor.network.to(where.device)
+            reference = self._reference(ranks)
+            if self.model is None:
+                found = features_of(image_set(self.images), self.extractor, ranks)
+                about: dict[str, Any] = {"images": str(self.cfg.images), "data": str(self.cfg.reference)}
+                about |= {"split": self.cfg.split}
+                if found:
+                    shown = np.arange(min(self.cfg.neighbours, len(found[0].pooled)))
+                    images = image_set(self.images).batch(shown)[0] if len(shown) else None
+                    rows = self._scored(metrics, reference, *found, images, about, ranks)
+            else:
+                rows = self.sampled(self.cfg, metrics, reference, ranks, where)
+        if "bits_per_dim" in self.cfg.metrics:
+            rows += self._bits_per_dim(ranks, where)
+        return rows
+
+    def sampled(
+        self, cfg: DictConfig, metrics: list[str], reference: Reference | None, ranks: Ranks, where: Place
+    ) -> list[dict[str, Any]]:
+        """Scores of samples by cfg's sampler; on rank 0."""
+        gallery = self.gallery(cfg, ranks, where)
         gallery.make(self.extractor)
         if not ranks.main:
             return []
-        about = {**gallery.sampling.record(), "nfe": gallery.nfe(), "step": self.model.step}
-        about |= {"weights": self.model.weights, "checkpoint_sha256": self.model.digest, "split": cfg.split}
+        about = {**gallery.sampling.record(), "nfe": gallery.nfe(), **self._model_record(), "split": cfg.split}
         about["data"] = self.model.config.data.name if cfg.reference is None else str(cfg.reference)
-        about["parameters"] = sum(p.numel() for p in self.model.denoiser.network.parameters())
         features = gallery.features(self.extractor)
-        rows = self._scored(reference, features, gallery.labels(), gallery.images(cfg.neighbours), about, ranks)
+        images = gallery.images(cfg.neighbours) if cfg.neighbours else None
+        rows = self._scored(metrics, reference, features, gallery.labels(), images, about, ranks)
         if cfg.samples is not None:
             gallery.write(Path(cfg.samples))
         gallery.remove()
         return rows
+
+    def sweep(self, ranks: Ranks, where: Place) -> Path:
+        """FID over numbers of steps and kinds of noise (Song et al. 2021, DDIM, table 1), point by point: sweep.csv and
+        sweep.png. Points that are there are not made again. Returns the table's path."""
+        folder = self.run_folder if self.cfg.out is None and self.run_folder is not None else None
+        path = (folder / "evaluations" if folder else Path(self.cfg.out or ".")) / "sweep.csv"
+        self.extractor.network.to(where.device)
+        reference, done = self._reference(ranks), {}
+        if ranks.main and path.is_file():
+            done = {row["samples"]: row for row in read_sweep(path) if row.get("samples")}
+        done = ranks.from_main(done)
+        chosen = sweep_points(self.cfg)
+        for number, cfg in enumerate(chosen, 1):
+            sampling = self.gallery(cfg, ranks, where).sampling
+            key = self._name(sampling) + f"_{cfg.num_images}_{self.extractor.digest[:12]}"
+            if key in done:
+                continue
+            if ranks.main:
+                print(f"{number} of {len(chosen)}: {sampling.about['sampler']}, {len(sampling.times) - 1} steps")
+            rows = self.sampled(cfg, ["fid"], reference, ranks, where)
+            if not ranks.main:
+                continue
+            (row,) = rows
+            flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)} | {"fid": row["value"]}
+            done[key] = flat | {"samples": key}
+            write_sweep(path, list(done.values()))
+            print(describe(row), flush=True)
+        if ranks.main:
+            mine = [told(row, OmegaConf.to_container(self.model.config)) for row in done.values()]
+            print(sweep_table_text(mine))
+            print(f"Sweep: {path}, {sweep_figure(mine, path.with_suffix('.png'))}")
+        return path
+
+    def _bits_per_dim(self, ranks: Ranks, where: Place) -> list[dict[str, Any]]:
+        """The likelihood of a split of the model's data; on rank 0. The terms of a bound go to files of the run."""
+        model, given = self.model, self.cfg.likelihood
+        assert model is not None
+        model.denoiser.network.to(where.device, memory_format=where.memory_format)
+        bits = self.bits(where, ranks)
+        batches = bits.batches()
+        identity = [model.identity(), bits.identity(), self.likelihood_data.index.digest, given.batch_size]
+        pieces = Pieces(self._folder("likelihood_" + digest_of(identity)), identity, ranks)
+
+        def make(number: int) -> bool:
+            name = f"{number:06d}_{len(batches[number])}"
+            if pieces.there(name):
+                return False
+            pieces.write(name, bits.measure(batches[number]))
+            return True
+
+        pieces.make([len(numbers) for numbers in batches], make, "likelihood")
+        if not ranks.main:
+            return []
+        parts = [pieces.read(f"{number:06d}_{len(numbers)}") for number, numbers in enumerate(batches)]
+        folder = self.run_folder if self.cfg.out is None else Path(self.cfg.out).parent
+        for path in bits.write(parts, folder) if folder is not None else ():
+            print(f"Likelihood: {path}")
+        pieces.remove()
+        return [{**row, "checkpoint_sha256": model.digest} for row in bits.rows(parts)]
+
+    def bits(self, where: Place, ranks: Ranks) -> Bits:
+        given = self.cfg.likelihood
+        chosen = {key: given[key] for key in ("by", "num_images", "batch_size", "variance", "probes", "probe")}
+        settings = BitsSettings(**chosen, tolerance=given.tolerance, seed=self.cfg.seed)
+        return Bits(self.model, where, self.likelihood_data, settings, ranks.attend)
+
+    # ---- parts ----
+
+    def _model_record(self) -> dict[str, Any]:
+        model = self.model
+        assert model is not None
+        known = {"step": model.step, "weights": model.weights, "checkpoint_sha256": model.digest}
+        return known | {"parameters": sum(p.numel() for p in model.denoiser.network.parameters())}
 
     def _reference(self, ranks: Ranks) -> Reference | None:
         if isinstance(self.real, ImageShardsDataModule):
@@ -128,24 +259,27 @@ class Evaluation:
         assert self.real is not None
         return reference_of(self.real, self.extractor, ranks)
 
-    def _gallery(self, ranks: Ranks, where: Place) -> Gallery:
-        cfg, model = self.cfg, self.model
+    def gallery(self, cfg: DictConfig, ranks: Ranks, where: Place) -> Gallery:
+        """The samples of cfg's sampler."""
+        model = self.model
         assert model is not None
         model.denoiser.network.to(where.device, memory_format=where.memory_format)
         sampling = build.sampling(cfg, model.denoiser, where, model.image_shape, cfg.batch_size, ranks)
-        identity = model.identity()
-        text = json.dumps([identity, sampling.identity()], sort_keys=True)
-        name = "samples_" + hashlib.sha256(text.encode()).hexdigest()[:12]
-        if cfg.samples is not None:
-            folder = Path(cfg.samples) / ".batches"
-        elif self.run_folder is not None:
-            folder = self.run_folder / "evaluations" / name
-        else:
-            folder = (model.path if cfg.out is None else Path(cfg.out)).parent / name
-        return Gallery(folder, sampling, cfg.num_images, identity, ranks)
+        folder = self._folder(self._name(sampling)) if cfg.samples is None else Path(cfg.samples) / ".batches"
+        return Gallery(folder, sampling, cfg.num_images, model.identity(), ranks)
+
+    def _name(self, sampling: Sampling) -> str:
+        return "samples_" + digest_of([self.model.identity(), sampling.identity()])
+
+    def _folder(self, name: str) -> Path:
+        """Where pieces of work are kept until they are put together."""
+        if self.run_folder is not None:
+            return self.run_folder / "evaluations" / name
+        return (self.model.path if self.cfg.out is None else Path(self.cfg.out)).parent / name
 
     def _scored(
         self,
+        metrics: list[str],
         reference: Reference | None,
         features: Features,
         labels: Tensor | None,
@@ -153,22 +287,23 @@ class Evaluation:
         about: dict[str, Any],
         ranks: Ranks,
     ) -> list[dict[str, Any]]:
+        """Rows, and the picture of the real images nearest to `images`, if there are any."""
         cfg = self.cfg
         assert reference is not None and self.real is not None
         if isinstance(self.real, ImageFiles) and self.real.lossy:
-            about = {**about, "reference_lossy": True}
-        if self.model is None and isinstance(self.images, ImageFiles) and self.images.lossy:
-            about = {**about, "images_lossy": True}
+            about = {**about, "reference_format": "jpeg"}
         rows = score(
-            features, self.extractor, reference, list(cfg.metrics), about, self.paper,
+            features, self.extractor, reference, metrics, about, self.paper,
             labels if cfg.per_class else None, ranks.working,
         )  # fmt: skip
+        if self.model is not None and cfg.split != "train":  # published beside, but not under `paper`
+            config = OmegaConf.to_container(self.model.config)
+            for row in rows:
+                figure = counterpart(told({**row, "reference": None}, config))
+                row["reference"] = None if figure is None else figure.value
         path = self._neighbours_path()
-        if cfg.neighbours and path is not None:
-            number = min(cfg.neighbours, len(features.pooled))
-            if images is None:
-                images = image_set(self.images).batch(torch.arange(number).numpy())[0]
-            save_neighbours(path, images[:number], features.pooled[:number], reference, image_set(self.real))
+        if images is not None and path is not None:
+            save_neighbours(path, images, features.pooled[: len(images)], reference, image_set(self.real))
             print(f"Nearest real images: {path}")
             rows = [{**row, "neighbours": path.name} for row in rows]
         return rows
@@ -179,6 +314,23 @@ class Evaluation:
             assert self.model is not None
             return self.run_folder / "evaluations" / f"neighbours_step_{self.model.step:08d}.png"
         return None if self.cfg.out is None else Path(self.cfg.out).parent / f"{Path(self.cfg.out).stem}_neighbours.png"
+
+
+def sweep_points(cfg: DictConfig) -> list[DictConfig]:
+    """The configuration with each sampler of the sweep in turn: DDIM at each eta and, with `large`, ancestral sampling
+    with the large variance, the papers' sigma hat, all at each number of steps."""
+    shared = {"_partial_": True, "spacing": cfg.sampler.spacing, "clip_x0": cfg.sampler.clip_x0}
+    ddim = {"_target_": "diffusion.samplers.ddim.DDIM"}
+    kinds = [{**ddim, "eta": float(eta)} for eta in cfg.sweep.eta]
+    if cfg.sweep.large:
+        kinds.append({"_target_": "diffusion.samplers.ancestral.Ancestral", "variance": "large"})
+    plain = OmegaConf.to_container(cfg)
+    samplers = [shared | kind | {"num_steps": int(steps)} for kind in kinds for steps in cfg.sweep.num_steps]
+    return [OmegaConf.create({**plain, "sampler": sampler, "neighbours": 0, "samples": None}) for sampler in samplers]
+
+
+def digest_of(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def image_set(given: Given) -> ImageSet:

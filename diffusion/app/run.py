@@ -24,7 +24,7 @@ from diffusion.denoiser import NetworkDenoiser
 from diffusion.metrics.extractors import Extractor
 from diffusion.metrics.reference import Reference
 from diffusion.page import write_report
-from diffusion.training.callbacks import Look, grid_path, save_grid
+from diffusion.training.callbacks import Look, film_path, grid_path, save_film, save_grid
 from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, load
 from diffusion.training.ema import EMA, load_average
 from diffusion.training.fingerprint_log import cut_after
@@ -306,6 +306,9 @@ class Run:
         if cfg.callbacks.enabled and self.ranks.from_main(not grid_path(self.folder, step).is_file()):
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")
+        if cfg.callbacks.enabled and main and not film_path(self.folder, step).is_file():
+            one = build.sampling(cfg, self.denoiser, self.place, self.image_shape, ranks=self.ranks)
+            save_film(self.folder, step, one)
         missing = self.ranks.from_main([m for m in cfg.metrics if m not in self.folder.own_scores(step)])
         if cfg.callbacks.enabled and missing:
             for row in self.score(step, missing, final=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.images import to_uint8
 from diffusion.noise import ImageNoise, Stream
 from diffusion.process.schedule import Denoiser
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Sampler, Visit
 
 
 def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int] = ()) -> Tensor | None:
@@ -22,6 +22,25 @@ def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int
     if chosen:
         return torch.tensor(list(chosen))[image_numbers % len(chosen)]
     return image_numbers % num_classes
+
+
+@torch.no_grad()
+def walk(
+    denoise: Denoiser,
+    sampler: Sampler,
+    times: Sequence[float],
+    image_numbers: Tensor,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Visit]:
+    """The way of these images from noise, as one batch: every visit of the sampler's walk. Arguments as `generate`."""
+    numbers = image_numbers.to(device)
+    bound = denoise if labels is None else functools.partial(denoise, labels=labels.to(device))
+    start = ImageNoise(seed, numbers, Stream.PRIOR)
+    x = float(sampler.schedule.std(times[0])) * start(torch.empty(len(numbers), *image_shape, device=device))
+    yield from sampler.walk(bound, x, times, ImageNoise(seed, numbers))
 
 
 @torch.no_grad()
@@ -49,13 +68,10 @@ def generate(
     Raises:
         ValueError: a sample is not finite.
     """
-    start_std = float(sampler.schedule.std(times[0]))
     for chunk in torch.arange(len(image_numbers)).split(batch_size):
-        numbers = image_numbers[chunk].to(device)
-        bound = denoise if labels is None else functools.partial(denoise, labels=labels[chunk].to(device))
-        start = ImageNoise(seed, numbers, Stream.PRIOR)
-        x = start_std * start(torch.empty(len(chunk), *image_shape, device=device))
-        x = sampler.sample(bound, x, times, ImageNoise(seed, numbers))
+        numbers, given = image_numbers[chunk], None if labels is None else labels[chunk]
+        for visit in walk(denoise, sampler, times, numbers, image_shape, given, seed, device):
+            x = visit.x
         if not x.isfinite().all():
             raise ValueError(
                 f"Sampling gave values that are not finite, in images {int(numbers[0])} to {int(numbers[-1])}: the "

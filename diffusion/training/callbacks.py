@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from diffusion.training.ema import EMA
@@ -14,6 +15,9 @@ from diffusion.training.gallery import Gallery
 from diffusion.training.pictures import grid, save_png
 from diffusion.training.ranks import Abandoned, Ranks
 from diffusion.training.run_folder import RunFolder
+from diffusion.training.sampling import Sampling
+
+FILM_IMAGES, FILM_STAGES = 4, 11
 
 
 def save_grid(folder: RunFolder, step: int, gallery: Gallery) -> Path:
@@ -27,6 +31,18 @@ def save_grid(folder: RunFolder, step: int, gallery: Gallery) -> Path:
 
 def grid_path(folder: RunFolder, step: int) -> Path:
     return folder.samples / f"step_{step:08d}.png"
+
+
+def film_path(folder: RunFolder, step: int) -> Path:
+    return folder.samples / f"film_step_{step:08d}.png"
+
+
+def save_film(folder: RunFolder, step: int, sampling: Sampling) -> Path:
+    """samples/film_step_00001000.png: how a few images come about, each a row of x_t above one of the estimates of x0.
+    Returns its path."""
+    pairs = torch.stack(sampling.film(torch.arange(FILM_IMAGES), FILM_STAGES), dim=1)  # (B, 2, stages, C, H, W)
+    save_png(grid(pairs.flatten(0, 2), FILM_STAGES), film_path(folder, step))
+    return film_path(folder, step)
 
 
 class Look(Callback):

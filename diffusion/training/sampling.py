@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffusion.images import to_uint8
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.samplers.base import Sampler
-from diffusion.samplers.generate import default_labels, generate
+from diffusion.samplers.generate import default_labels, generate, walk
 from diffusion.training.ranks import Ranks
 
 
@@ -69,6 +70,22 @@ class Sampling:
         """All of them at once: uint8 (N, C, H, W)."""
         return torch.cat(list(self.batches(numbers)))
 
+    def film(self, numbers: Tensor, stages: int) -> tuple[Tensor, Tensor]:
+        """How these images come about: x_t and the estimate of x0, uint8 (B, stages, C, H, W), evenly spread over the
+        steps, the last stage the image itself."""
+        steps = len(self.times) - 1
+        wanted = [round(k * (steps - 1) / max(stages - 1, 1)) for k in range(stages)]
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        visits = walk(
+            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
+            self.device,
+        )  # fmt: skip
+        for step, visit in enumerate(visits):
+            if step in wanted:
+                kept[step] = to_uint8(visit.x).cpu(), to_uint8(visit.prediction.x0).cpu()
+        noisy, estimates = zip(*(kept[step] for step in wanted), strict=True)
+        return torch.stack(noisy, dim=1), torch.stack(estimates, dim=1)
+
     def record(self) -> dict[str, Any]:
         """What results.jsonl says of the sampling, but for the work it took."""
         steps = len(self.times) - 1
@@ -80,12 +97,12 @@ class Sampling:
         return self.record() | chosen
 
 
-def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None = None, there: int = 0) -> Iterator[int]:
+def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None = None) -> Iterator[int]:
     """The same numbers, of images done, under a bar at a terminal, or with one line at their end; on rank 0 alone,
     whose share stands for all.
 
     Args:
-        total: images of all ranks. there: those that were there before.
+        total: images of all ranks. counts: 0 for what was there before.
     """
     ranks = ranks or Ranks()
     if not ranks.main:
@@ -96,16 +113,16 @@ def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None =
     if console.is_terminal:
         columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}, left")]
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=total, completed=there, rate="images")
+            task = bar.add_task("", total=total, rate="images")
             for count in counts:
                 done += count
-                completed = min(there + done * ranks.size, total)
-                bar.update(task, completed=completed, rate=f"images, {rate():,.1f} images/s")
+                bar.update(task, completed=min(done * ranks.size, total), rate=f"images, {rate():,.1f} images/s")
                 yield count
         return
     for count in counts:
         done += count
         yield count
-    known = f", {there} of them were there" if there else ""
+    there = max(total - done * ranks.size, 0)
+    known = f", {there} of them were there" if there and ranks.size == 1 else ""
     speed = f" ({rate():,.1f} images/s)" if done else ""
     print(f"{title}: {total} images in {time.monotonic() - began:.1f} s{speed}{known}", file=sys.stderr)

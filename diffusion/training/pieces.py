@@ -1,0 +1,85 @@
+"""Arrays that many processes make, a file each, in a folder of their own: gone on with after an interruption.
+
+    about.json     what decides the arrays; with another content the folder is begun anew
+    NAME.npz       one piece of work, written whole or not at all
+
+Knows nothing of what is in them.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.files import replacing, write_atomically
+from diffusion.training.ranks import Ranks
+from diffusion.training.sampling import watched
+
+PATIENCE = 60.0  # seconds until another machine's file is seen here
+Arrays = Mapping[str, NDArray]
+
+
+class Pieces:
+    """The pieces of one piece of work.
+
+    Args:
+        folder: for this alone; made when it is needed.
+        about: what decides the content of the pieces, as JSON.
+        ranks: who makes them.
+    """
+
+    def __init__(self, folder: Path, about: Any, ranks: Ranks) -> None:
+        self.folder, self.ranks, self._about = folder, ranks, json.dumps(about, sort_keys=True)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def there(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        with replacing(self.path(name)) as file:
+            np.savez(file, **arrays)
+
+    def read(self, name: str) -> dict[str, NDArray]:
+        """A piece that is there, or was written on another machine a moment ago."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.there(name) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        with np.load(self.path(name), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    def make(self, sizes: Sequence[int], make: Callable[[int], bool], title: str) -> None:
+        """Call make(i) for every i, on all ranks, each its share; every rank calls this, and it returns when the last
+        is done.
+
+        Args:
+            sizes: images of each piece. make: returns whether there was anything to make.
+
+        Raises:
+            Abandoned: a rank has been told to stop. What is made stays.
+        """
+        about = self.folder / "about.json"
+        if self.ranks.main and not (about.is_file() and about.read_text() == self._about):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_atomically(about, self._about)
+        self.ranks.largest()
+
+        def made(number: int) -> int:
+            self.ranks.attend()
+            return sizes[number] if make(number) else 0
+
+        with self.ranks.together():
+            for _ in watched(title, sum(sizes), map(made, self.ranks.share(len(sizes))), self.ranks):
+                self.ranks.working()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()  # if it was for this alone
