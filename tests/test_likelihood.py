@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.images import from_uint8
@@ -172,6 +173,16 @@ def test_the_learned_variance_changes_the_widths_alone():
     with pytest.raises(ValueError, match="likelihood.variance=learned"):
         bound_terms(fixed, SHORT, images, numbers, 0, "learned")
     assert denoise(x0.float(), 3).variance is not None
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_a_term_is_reckoned_where_its_images_are(variance):
+    """A fake GPU: mixing devices is an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x0 = torch.empty(2, 3, 4, 4, device="cuda")
+        for t in (1, 2, 12):
+            found = bound.at(Clipped(NetworkDenoiser(network, SHORT), SHORT), SHORT, x0, x0, t, variance)
+            assert all(each.device.type == "cuda" and each.dtype == torch.float64 for each in found[1:])
 
 
 def test_the_receivers_pictures_are_those_of_the_bound():

@@ -132,7 +132,7 @@ class Looks(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("words", [[], ["trainer.accumulate=2", "objective=bound"]], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("words", [[], ["trainer.accumulate=2", "objective=hybrid"]], ids=["plain", "accumulated"])
 def test_training_looks_at_no_value_between_two_rows_of_the_metrics(words, make_run, monkeypatch):
     """With EMA, meter, bar and saver at work. On the CPU the schedule checks its times: there alone. And the norm
     of the step before last is on the host, and long so, when it is looked at."""
@@ -151,7 +151,7 @@ def test_training_looks_at_no_value_between_two_rows_of_the_metrics(words, make_
     assert {n[0] for n in within if n[1] == "meter.py"} == {5, 10, 12}
 
 
-@pytest.mark.parametrize("objective", ["epsilon", "bound", "mu"])
+@pytest.mark.parametrize("objective", ["epsilon", "bound", "mu", "hybrid"])
 def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
     """On the device `meta` looking at a value is an error, and so is a copy to the host, which is none on a CPU."""
     run = make_run(f"objective={objective}", "data.flip=true", "optimizer.fused=false")
@@ -171,7 +171,7 @@ def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
         loss.item()
 
 
-@pytest.mark.parametrize("objective", ["epsilon", "bound", "mu"])
+@pytest.mark.parametrize("objective", ["epsilon", "bound", "mu", "hybrid"])
 def test_everything_a_step_makes_is_on_the_network_s_device(objective, make_run):
     """A fake GPU: tensors of the right device, shape and dtype without a device; mixing devices is an error."""
     run, batch = make_run(f"objective={objective}", "data.flip=true"), batch_at(torch.arange(8))

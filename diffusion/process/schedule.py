@@ -33,8 +33,8 @@ class Prediction(NamedTuple):
     """What a denoiser says of x_t, (B, ...), in x_t's dtype: alpha_t x0 + sigma_t epsilon = x_t.
 
     `variance`, where a network learned one, is v in [0, 1]: the place of the reverse kernel's log variance between
-    that of the posterior (0) and that of the forward kernel (1) (Nichol & Dhariwal 2021, eq. 15). Only ancestral
-    sampling reads it.
+    that of the posterior (0) and that of the forward kernel (1) (Nichol & Dhariwal 2021, eq. 15). Only the width of
+    the reverse kernel depends on it (`kernels.reverse_std`).
     """
 
     x0: Tensor

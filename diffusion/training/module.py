@@ -64,7 +64,7 @@ class DiffusionModule(pl.LightningModule):
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
         self.warmup_steps, self.gradient_clip, self.label_dropout = warmup_steps, gradient_clip, label_dropout
         self.flip, self.seed, self.memory_format, self.config = flip, seed, memory_format, config or {}
-        self.skip_not_finite = skip_not_finite
+        self.skip_not_finite, self._unstable = skip_not_finite, objective.unstable
         self.num_timesteps = denoiser.schedule.num_timesteps
         self._sums: Tensor | None = None  # (2, 2 + QUARTILES), sum and count: loss, by quartile of t, stand-ins
         self._norms: Tensor | None = None  # (2,): gradient norms and their count
@@ -178,5 +178,5 @@ class DiffusionModule(pl.LightningModule):
         loop.batch_progress.current.completed = done - loop.restarted_on_train_batch_end
         if self._sums is not None:
             self._sums, self._norms = self._sums.to(self.device), self._norms.to(self.device)
-        if self._objective.unstable:
-            rank_zero_warn(self._objective.unstable)
+        if self._unstable:
+            rank_zero_warn(self._unstable)
