@@ -17,6 +17,7 @@ from diffusion.app.run import Run
 from diffusion.data.digits import write_digits
 from diffusion.images import from_uint8
 from diffusion.noise import ImageNoise
+from diffusion.samplers.ancestral import Ancestral
 from diffusion.training.ema import EMA
 from diffusion.training.module import QUARTILES, DiffusionModule
 from diffusion.training.run_folder import RunFolder
@@ -185,6 +186,8 @@ def test_everything_a_step_makes_is_on_the_network_s_device(objective, make_run)
         with pytest.raises(RuntimeError):
             loss.item()
         sampler, times = build.sampler(run.cfg, run.denoiser.schedule)
+        if objective == "hybrid":
+            sampler = Ancestral(run.denoiser.schedule, "learned")
         denoise = build.sampled(run.cfg, run.denoiser, run.denoiser, run.place)
         noise = ImageNoise(0, batch["position"])
         start = noise(torch.empty(8, 1, 8, 8, device="cuda"))

@@ -75,14 +75,17 @@ def reverse_std(
             "learned": between the two, linearly in their logarithms (Nichol & Dhariwal 2021, eq. 15).
         share: v of that equation for each pixel, as `Prediction.variance`: 0 is small, 1 large. Read by "learned" only.
     """
-    t, s = (torch.as_tensor(time, dtype=torch.float64) for time in (t, s))
     clean = s <= 0
-    small = posterior(schedule, torch.where(clean, 2.0, t), torch.where(clean, 1.0, s)).std
+    if isinstance(clean, Tensor):
+        above, below = torch.where(clean, 2, t), torch.where(clean, 1, s)
+    else:
+        above, below = (2, 1) if clean else (t, s)
+    small = posterior(schedule, above, below).std
     if variance == "small":
         return small
     large = transition(schedule, t, s).sigma
     if variance == "large":
-        return torch.where(clean, small, large)
+        return torch.where(clean, small, large) if isinstance(clean, Tensor) else small if clean else large
     return (share * like(large.log(), share) + (1 - share) * like(small.log(), share)).exp()
 
 
