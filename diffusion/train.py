@@ -8,13 +8,14 @@ The same command again goes on where it stopped. All that a run leaves is in its
 metrics.csv, samples/, results.jsonl, report.html.
 """
 
+import signal
 import sys
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.app.check import check, check_data
 from diffusion.app.compose import command, refusing
-from diffusion.app.launcher import check_launcher, main_rank
+from diffusion.app.launcher import check_launcher, main_rank, ranks
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.signals import Signals, ignore
 
@@ -35,20 +36,22 @@ def train(cfg: DictConfig, signals: Signals) -> int:
         if main_process:
             print(message, flush=True)
 
-    with refusing(cfg.debug):
-        check(cfg)
-        check_launcher(cfg)
-        check_data(cfg)
-        folder = RunFolder(cfg.run_dir)
-        config = OmegaConf.to_container(cfg)
-        folder.refuse_other(config)
-    if finished(cfg, folder):
-        say(f"{folder.path} is finished: {folder.steps()[0]} steps, nothing is missing. See {folder.report_path}")
-        return 0
-    from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
+    with signals.held([signal.SIGTERM] if ranks(cfg) > 1 else []):
+        with refusing(cfg.debug):
+            check(cfg)
+            check_launcher(cfg)
+            check_data(cfg)
+            folder = RunFolder(cfg.run_dir)
+            config = OmegaConf.to_container(cfg)
+            folder.refuse_other(config)
+        if finished(cfg, folder):
+            say(f"{folder.path} is finished: {folder.steps()[0]} steps, nothing is missing. See {folder.report_path}")
+            return 0
+        from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
 
-    with refusing(cfg.debug):
-        run = Run(cfg, config, folder, signals)
+        with refusing(cfg.debug):
+            run = Run(cfg, config, folder, signals)
+    signals.obey()
     return run.go(say, main_process)
 
 

@@ -5,6 +5,10 @@
 # processes: each ends with status 138, saved or with nothing to save yet, and task.sh tells this shell. A job that was
 # told so, is not done and has not been cancelled is requeued; of an array that task alone. The status of srun cannot
 # say it: --kill-on-bad-exit, which ends all processes when one has died, makes it that of any of them.
+#
+# A job that its time limit lets come no further than it was would be requeued for ever. So the command removes the file
+# $DIFFUSION_NOT_YET when it has got on, and a job whose file is still there is requeued three times in all, unless
+# it has been preempted.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE # without .pyc files importing lightning takes 19 s instead of 7
 
@@ -37,16 +41,25 @@ tasks() {
   printf ' %q' "$@"
   echo
   export TELL=$BASHPID # for task.sh
+  DIFFUSION_NOT_YET=$(mktemp)
+  export DIFFUSION_NOT_YET
   trap 'told=1' USR1
   trap : TERM INT # the processes have these too, and end first
   "$@" || status=$?
   [ "$status" = 138 ] && told=1 # all of them died of it, before task.sh was up
-  if [ -n "$told" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$(squeue -h -j "$JOB" -o %T)" = RUNNING ]; then
-    if scontrol requeue "$JOB"; then
+  if [ -n "$told" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && living; then
+    if [ -e "$DIFFUSION_NOT_YET" ] && ((${SLURM_RESTART_COUNT:-0} >= 3)) && ! preempted; then
+      echo "Job $JOB was warned before it had got on, and was started $((SLURM_RESTART_COUNT + 1)) times: it is not" \
+        "requeued. Give it a longer time limit, by --time." >&2
+    elif scontrol requeue "$JOB"; then
       echo "Job $JOB is requeued and goes on from its last checkpoint."
     else
       echo "Job $JOB could not be requeued. Submitted again, it goes on from its last checkpoint."
     fi
   fi
+  rm -f "$DIFFUSION_NOT_YET"
   exit "$status"
 }
+
+living() { [[ $(squeue -h -j "$JOB" -o %T) =~ ^(RUNNING|SIGNALING)$ ]]; } # the latter: a signal is still under way
+preempted() { [[ $(scontrol -o show job "$JOB") =~ PreemptTime=[0-9] ]]; }

@@ -89,6 +89,22 @@ def test_sweep_trains_one_run_after_another_and_finds_them_again(digits, tmp_pat
     assert sum("is finished" in line for line in finish(start("sweep.sh", *words, output=output), output)) == 2
 
 
+def test_sweep_refuses_all_runs_for_one_that_cannot_be(tmp_path):
+    """Before the first is trained, also where the runs are of several experiments."""
+    output = tmp_path / "output"
+    for words, message in (
+        (["seed=0,1", "optimizer.lr=1e-3,-1"], "error: optimizer.lr=-1 must be above 0."),
+        (["experiment=digits,cifar10", "guidance=classifier_free"], "error: guidance.scale="),
+        (["launcher=slrum"], "error: launcher=slrum: there is no such launcher. Did you mean slurm?"),
+        (["hydra/launcher=submitit_local"], "submitit_local starts all runs at once"),
+        (["launcher=slurm", "launcher.partitoin=gpu"], "Did you mean hydra.launcher.partition?"),
+        (["--partition=gpu", "seed=0,1"], "error: --partition=gpu is no flag of this command."),
+    ):
+        said = finish(start("sweep.sh", *words, f"run_dir={tmp_path}/${{name}}", output=output), output, status=2)
+        assert message in said[-1]
+        assert list(tmp_path.iterdir()) == [output]
+
+
 def test_torchrun_takes_in_a_machine_that_joins_and_goes_on_without_one_that_dies(digits, tmp_path, free_port):
     run, outputs = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
     words = ["--nnodes=1:2", "--nproc-per-node=1", f"--rdzv-endpoint=localhost:{free_port}"]

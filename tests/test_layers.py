@@ -21,7 +21,8 @@ OUTSIDE = {
     1: {"torch", "numpy"},
     3: {"torch", "numpy", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "rich", "PIL", "yaml",
         "jinja2", "markupsafe", "matplotlib", "wandb", "omegaconf"},
-    4: {"torch", "numpy", "hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "PIL", "safetensors"},
+    4: {"torch", "numpy", "hydra", "hydra_plugins", "submitit", "omegaconf", "pytorch_lightning", "lightning_fabric",
+        "PIL", "safetensors"},
     5: {"torch", "numpy", "omegaconf", "rich", "yaml"},
 }  # fmt: skip
 OUTSIDE_OF = {
@@ -67,7 +68,7 @@ def test_imports_only_from_a_smaller_layer(path):
             assert top in allowed, f"{path.name} imports {name}"
 
 
-TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.training.run_folder", "diffusion.data.index",
+TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.app.sweep", "diffusion.training.run_folder", "diffusion.data.index",
               "diffusion.data.layout", "diffusion.process.times", "diffusion.metrics.published", "diffusion.page",
               "diffusion.train", "diffusion.sample", "diffusion.evaluate", "diffusion.prepare", "diffusion.report",
               "diffusion.benchmark"]  # fmt: skip

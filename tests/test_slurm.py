@@ -1,4 +1,4 @@
-"""slurm/ and launch/slurm.sh on a real SLURM: two nodes on this machine, made by tests/slurm-testbed.
+"""slurm/, launch/slurm.sh and launch/sweep.sh on a real SLURM: two nodes on this machine, made by tests/slurm-testbed.
 
 The packages are installed only with SLURM_TESTBED_INSTALL=1; without them, or without root, the tests are skipped.
 """
@@ -25,7 +25,7 @@ TESTBED = Path(__file__).with_name("slurm-testbed")
 STEPS = 80
 PLAIN = ["callbacks=none", f"trainer.max_steps={STEPS}", "save.every_steps=6", "log_every=2", "data.batch_size=16"]
 PLAIN += ["trainer.threads=1"]
-LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
 class Cluster:
@@ -244,6 +244,45 @@ def test_a_refused_configuration_fails_and_is_not_tried_again(cluster, tmp_path)
     assert "error: data.batch_size=0" in text(output)
 
 
+def test_ranks_that_are_refused_one_after_another_end_with_status_2(cluster, tmp_path):
+    """The end of the first has srun tell the others to end, which are not far enough to be refused yet."""
+    script, output = tmp_path / "script", tmp_path / "output"
+    late = 'sleep $SLURM_PROCID; exec "$PYTHON" -m diffusion.train trainer=slurm data.batch_size=6 "$0"'
+    script.write_text(f"#!/bin/bash\nsource slurm/job.sh\nexport PYTHON\ntasks bash -c {shlex.quote(late)} $1\n")
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", script, f"run_dir={tmp_path / 'run'}")
+    cluster.finish(job, output, state="FAILED")
+    assert cluster.info(job, "ExitCode") == "2:0"
+    assert text(output).count("error: data.batch_size=6") == 4
+
+
+def test_a_job_that_is_warned_again_and_again_before_it_has_got_on_is_given_up_unless_it_is_preempted(
+    cluster, tmp_path
+):
+    script, output = tmp_path / "script", tmp_path / "output"
+    work = (
+        "trap 'exit 138' USR1; [ $SLURM_RESTART_COUNT != 4 ] || rm $DIFFUSION_NOT_YET; echo begun $SLURM_RESTART_COUNT"
+    )
+    work = f"SLURM_RESTART_COUNT=${{SLURM_RESTART_COUNT:-0}}; {work}; while :; do sleep 0.1; done"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH --ntasks-per-node=1\nsource slurm/job.sh\ntasks bash -c {shlex.quote(work)}\n"
+    )
+    job = cluster.submit(output, "--requeue", "--open-mode=append", "--signal=USR1@120", script)
+    for start in range(6):
+        cluster.until(lambda: f"begun {start}\n" in text(output), job, output)  # noqa: B023
+        if start == 3:
+            urgent = cluster.submit(
+                tmp_path / "urgent", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2"
+            )
+            cluster.until(lambda: cluster.info(job, "JobState") == "PENDING", job, output)
+            cluster.finish(urgent, tmp_path / "urgent")
+        else:
+            assert cluster.signal(job)
+    cluster.finish(job, output, state="FAILED")
+    assert (cluster.info(job, "ExitCode"), cluster.info(job, "Restarts")) == ("138:0", "5")
+    assert text(output).count("is requeued and goes on") == 5
+    assert f"Job {job} was warned before it had got on, and was started 6 times: it is not requeued." in text(output)
+
+
 # ---- arrays ----
 
 
@@ -360,6 +399,95 @@ def test_a_task_sees_all_gpus_of_its_node(cluster, tmp_path):
     job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", script)
     cluster.finish(job, output)
     assert sorted(text(output).splitlines()[2:]) == ["0: 0,1", "1: 0,1", "2: 0,1", "3: 0,1"]
+
+
+# ---- sweeps, by submitit ----
+
+
+@pytest.fixture
+def sweep(cluster, digits, tmp_path):
+    """`sweep(*words)`: submit it by launch/sweep.sh; what that says, and (job, folder, output) of each run."""
+
+    def submit(*words: str):
+        said = cluster.run("bash", "launch/sweep.sh", "launcher=slurm", *words, f"data.root={digits}")
+        runs = re.findall(r"^job (\S+) trains (.+) and prints to (.+)$", said, re.M)
+        return said, [(job, Path(folder), Path(output)) for job, folder, output in runs]
+
+    return submit
+
+
+def test_a_sweep_is_an_array_of_runs_and_one_that_is_warned_goes_on_in_its_folder(cluster, sweep, digits, tmp_path):
+    common = [*PLAIN, "callbacks=default", "sampler.num_steps=3", "extractor=digits"]
+    common += ["callbacks.grid.num_images=10", "callbacks.score.num_images=20"]
+    words = [*common, "--time=30", "seed=0,1,2", f"run_dir={tmp_path}/runs", "logger=wandb", "logger.mode=offline"]
+    said, runs = sweep(*words)
+    first, *commands, submitted = [line for line in said.splitlines() if line.startswith("+ ")]
+    assert "-m diffusion.train --multirun launcher=slurm " in first and submitted.startswith("+ sbatch ")
+    assert [c.startswith("+ python -m diffusion.train trainer=slurm ") for c in commands] == [True] * 3
+    array = runs[0][0].partition("_")[0]
+    assert [job for job, *_ in runs] == [f"{array}_{k}" for k in range(3)]
+    job, folder, output = runs[1]
+    cluster.until(lambda: newest(folder) >= 6, job, output)
+    assert cluster.signal(job)
+    for k, (job, folder, output) in enumerate(runs):
+        cluster.finish(job, output)
+        assert (cluster.info(job, "Restarts"), cluster.info(job, "TimeLimit")) == (str(int(k == 1)), "00:30:00")
+        assert commands[k] in text(output) and yaml.safe_load((folder / "config.yaml").read_text())["seed"] == k
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert {(r["name"], r["step"]) for r in rows} == {("fid", STEPS), ("is", STEPS)}
+        assert (folder / "report.html").is_file()
+    stops = re.findall(r"signal 10 at step (\d+)", text(runs[1][2]))
+    assert len(stops) == 1 and re.findall(r"going on from step (\d+)", text(runs[1][2])) == stops
+    assert inside("train", [*common, f"data.root={digits}", "seed=1", "run_dir=whole"], tmp_path) == 0
+    assert_same(runs[1][1], tmp_path / "whole")
+    assert {r.run.run_group for _, folder, _ in runs for r in Files(folder).all("run")} == {f"array-{array}"}
+    again = sweep(*words)[1]
+    assert [folder for _, folder, _ in again] == [folder for _, folder, _ in runs]
+    for job, folder, output in again:
+        cluster.finish(job, output)
+        assert f"{folder} is finished: {STEPS} steps" in text(output)
+
+
+def test_a_sweep_of_one_run_on_two_nodes_that_is_preempted_comes_back(cluster, sweep, whole, tmp_path):
+    words = [*PLAIN, "--nodes=2", "launcher.tasks_per_node=2", f"run_dir={tmp_path}/runs"]
+    ((job, folder, output),) = sweep(*words)[1]
+    cluster.until(lambda: newest(folder) >= 6, job, output)
+    urgent = cluster.submit(tmp_path / "urgent", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+    cluster.until(lambda: cluster.info(job, "JobState") == "PENDING", job, output)
+    cluster.finish(urgent, tmp_path / "urgent")
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+    assert len(re.findall("Stopped by signal 10 at step", text(output))) == 1
+    assert_same(folder, whole[0])
+
+
+def test_the_flags_of_a_sweep_are_worth_more_than_the_variables_of_sbatch_and_these_than_nothing(
+    cluster, sweep, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(cluster.env, "SBATCH_PARTITION", "high")
+    monkeypatch.setitem(cluster.env, "SBATCH_TIMELIMIT", "7")
+    for flags, found in (
+        ([], ("high", "00:07:00")),
+        (["--partition=debug", "launcher.timeout_min=9"], ("debug", "00:09:00")),
+    ):
+        ((job, *_),) = sweep(*flags, "--begin=now+1hour", f"run_dir={tmp_path}/runs")[1]
+        assert (cluster.info(job, "Partition"), cluster.info(job, "TimeLimit")) == found
+        cluster.run("scancel", job)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["optimizer.lr=1e-3,-1"], "error: optimizer.lr=-1 must be above 0."),
+        (["seed=0,1", "--partition=none"], "error: sbatch has refused the sweep, for the reason above"),
+        (["seed=0,1", "launcher.max_num_timeout=3"], "error: launcher.max_num_timeout is not heeded here"),
+    ],
+)
+def test_a_sweep_that_cannot_be_submitted_is_refused_as_a_whole(words, message, cluster, tmp_path):
+    words = ["bash", "launch/sweep.sh", "launcher=slurm", f"run_dir={tmp_path}/runs", *words]
+    done = subprocess.run(words, cwd=ROOT, env=cluster.env, text=True, capture_output=True)
+    assert done.returncode == 2 and message in done.stderr and "job " not in done.stdout
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "multirun.yaml"]
 
 
 # ---- training and scoring ----

@@ -12,6 +12,7 @@ debug=true) and with nothing written. Values are judged in check.py.
 import ast
 import difflib
 import functools
+import hashlib
 import os
 import re
 import sys
@@ -79,9 +80,14 @@ def quote_path(word: str) -> str:
         return word
     if value.startswith("${") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return word
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """A text, whatever it holds, as Hydra's grammar writes it."""
     escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value).replace("${", r"\${")
     trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f"{key}='{escaped}{chr(92) * trailing}'"
+    return f"'{escaped}{chr(92) * trailing}'"
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -228,21 +234,27 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
     """
     known, chosen, settings = groups(), [], []
     words = list(words) if sweep else [quote_path(w) for w in words]
-    for i, word in enumerate(words):
+    for i, word in enumerate(list(words)):
         override = parse(word)
         name = override.key_or_group
+        if name == "hydra/launcher":
+            chosen.append(word)
+        elif name.startswith("hydra.launcher."):
+            settings.append((i, override))
         if name == "hydra" or name.startswith(("hydra.", "hydra/")):
             continue
         if name == "experiment":
             words[i] = "+" + word.lstrip("+")
             chosen.append(check_group(override, known))
+            if override.is_sweep_override():  # of several names: there is no runs/NAME for what the sweep itself leaves
+                words.append("hydra.sweep.dir=runs")
         elif name in known and not override.is_delete() and "_" != str(plain(override.value()))[:1]:
             chosen.append(check_group(override, known))
         else:
             settings.append((i, override))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            reference = compose(config_name, overrides=chosen)
+            reference = compose(config_name, overrides=chosen, return_hydra_config=True)
         except HydraException as e:
             group = next((w.partition("=")[0] for w in chosen if w.partition("=")[0] in str(e)), "")
             raise Refusal(f"{group or 'The configuration'}: {str(e).splitlines()[0]}") from e
@@ -270,6 +282,8 @@ def sweep_folder(run_dir: str, words: list[str]) -> str:
     """The run folder of one job of a sweep: below the common one, named by its overrides, the same on every start."""
     own = sorted(w.lstrip("+") for w in words if not w.lstrip("+").startswith(("run_dir=", "experiment=")))
     slug = re.sub(r"[^\w.=,+-]+", "-", ",".join(own)) or "default"
+    if len(slug.encode()) > 200:  # file systems take 255 bytes
+        slug = f"{slug.encode()[:150].decode(errors='ignore')}-{hashlib.sha256(slug.encode()).hexdigest()[:12]}"
     return str(Path(run_dir) / slug)
 
 
@@ -322,7 +336,13 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                 if experiment and not any(re.match(r"\+{0,2}experiment=", w) for w in words):
                     words.insert(0, f"+experiment={experiment}")
                 sweep = "-m" in flags or "--multirun" in flags
-                sys.argv[1:] = [*flags, *check_words(config_name, words, sweep)]
+                if sweep and config_name == "train":
+                    from diffusion.app.sweep import sweep_words  # which composes in its turn
+
+                    flags, words = sweep_words(flags, words)
+                else:
+                    words = check_words(config_name, words, sweep)
+                sys.argv[1:] = [*flags, *words]
             application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
             try:
                 application(functools.partial(_task, main))()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.app import build
 from diffusion.app.compose import refusing
 from diffusion.app.fit import Fit
+from diffusion.app.launcher import got_on
 from diffusion.app.processes import together
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
@@ -181,7 +182,10 @@ class Run:
             self.folder.cut_results_after(step)
             self.folder.cut_evaluations_after(step)
             cut_after(self.folder.path, step)
-        return Fit(self, self.looks(), self.signals).go(path, say)
+        status = Fit(self, self.looks(), self.signals).go(path, say)
+        if self.folder.steps()[:1] > [step]:
+            got_on()
+        return status
 
     def introduction(self, step: int) -> str:
         """What is about to happen, in a few lines."""

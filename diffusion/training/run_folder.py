@@ -99,7 +99,8 @@ class RunFolder:
         old = self.config()
         if old is None:
             beside = self.path.iterdir() if self.path.is_dir() else ()
-            sweep = (".lock", ".results.lock", "multirun.yaml")  # whose runs lie below the folder of the single run
+            # of a sweep, whose runs lie below the folder of the single run
+            sweep = (".lock", ".results.lock", "multirun.yaml", ".submitit")
             if any(p.name not in sweep and not (p / "config.yaml").is_file() for p in beside):
                 raise ValueError(
                     f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "

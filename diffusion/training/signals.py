@@ -1,11 +1,13 @@
 """SIGTERM, SIGINT and SIGUSR1, from the first lines of a command to its last.
 
 Outside of training a signal ends the process at once, with 128 + its number. Training holds them: a signal is noted,
-the step under way is finished and saved, and then the run ends. Needs neither torch nor lightning.
+the step under way is finished and saved, and then the run ends. Of several ranks, SIGTERM is held also while a run is
+checked and built: it may come because another rank has been refused, as this one is about to be. Needs neither torch
+nor lightning.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,7 +19,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.number: int | None = None  # of the first signal that came
-        self._holding = False
+        self._holding: tuple[int, ...] = ()
 
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -31,17 +33,23 @@ class Signals:
         again = self.number is not None
         if not again:
             self.number = int(number)
-        if not self._holding or (again and number == signal.SIGINT):  # a second Ctrl-C is not to be waited for
+        impatient = again and number == signal.SIGINT  # a second Ctrl-C
+        if impatient or number not in self._holding:
             raise SystemExit(128 + number)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, a signal is noted and nothing else."""
-        self._holding = True
+    def held(self, numbers: Sequence[int] = SIGNALS) -> Iterator[None]:
+        """Inside, one of these signals is noted and nothing else."""
+        before, self._holding = self._holding, tuple(numbers)
         try:
             yield
         finally:
-            self._holding = False
+            self._holding = before
+
+    def obey(self) -> None:
+        """End the process, if a signal has come while it was held."""
+        if self.number is not None:
+            raise SystemExit(128 + self.number)
 
 
 def ignore() -> None:
