@@ -30,7 +30,7 @@ def model(tmp_path_factory, digits):
     words += ["model.blocks_per_level=1", "schedule.beta_end=0.6", f"schedule.num_timesteps={T}"]
     words += ["sampler.num_steps=4", "objective.label_dropout=0.2", f"data.root={digits}", "run_dir=run"]
     assert inside("train", words, folder) == 0
-    return build.trained(str(folder / "run"), WHERE)
+    return build.trained(str(folder / "run"))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Evaluations and samplings: the same on any number of processes, gone on with after a stop, and of what they say."""
 
+import csv
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, inside
-from inceptions import small
+from inceptions import small, write_random_inception
 from PIL import Image
 
 from diffusion.app import build
@@ -208,6 +210,81 @@ def test_the_reference_is_kept_beside_the_shards_and_used_again(run, call, tmp_p
     kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\1")  # damaged
     assert "reference: 1797 images" in call("evaluate", *words, "out=2.jsonl")[1]
     assert rows(tmp_path / "0.jsonl")["fid"]["value"] == rows(tmp_path / "2.jsonl")["fid"]["value"]
+
+
+# ---- likelihood, sweeps ----
+
+
+def test_bits_per_dim_is_measured_with_its_terms(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    words = ["checkpoint=run", "metrics=[bits_per_dim]", "likelihood.num_images=6"]
+    status, output = call("evaluate", *words, "likelihood.batch_size=4")
+    assert status == 0 and "bits/dim" in output, output
+    row = rows(tmp_path / "run" / "results.jsonl")["bits_per_dim"]
+    assert row["value"] == pytest.approx(row["L_T"] + row["L_t"] + row["L_0"], rel=1e-9)
+    assert (row["num_images"], row["split"], row["nfe"], row["likelihood"]) == (6, "train", 1000, "bound")
+    made = {path.name for path in (tmp_path / "run" / "likelihood").iterdir()}
+    assert made == {"bound_step_00000030.csv", "bound_step_00000030.png", "progressive_step_00000030.png"}
+    assert len((tmp_path / "run" / "likelihood" / "bound_step_00000030.csv").read_text().splitlines()) == 1001
+    assert "bits/dim" in (tmp_path / "run" / "report.html").read_text()
+    assert not list((tmp_path / "run").glob("evaluations/likelihood_*"))
+    assert call("evaluate", *words, "likelihood.batch_size=6", "out=r.jsonl")[0] == 0
+    again = rows(tmp_path / "r.jsonl")["bits_per_dim"]
+    assert again["value"] == pytest.approx(row["value"], rel=1e-5)  # other batches: rounding alone
+
+
+def test_a_sweep_is_a_table_of_fid_over_steps_and_eta_and_goes_on(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    words = ["checkpoint=run", "task=sweep", "num_images=20", "sweep.eta=[0.0,1.0]", "guidance=classifier_free"]
+    status, output = call("evaluate", *words, "sweep.num_steps=[2]")
+    assert status == 0 and "3 of 3: ancestral, 2 steps" in output, output
+    status, output = call("evaluate", *words, "sweep.num_steps=[2,4]")
+    assert status == 0 and "2 of 6: ddim, 4 steps" in output and "1 of 6" not in output
+    path = tmp_path / "run" / "evaluations" / "sweep.csv"
+    with open(path, newline="") as file:
+        found = {(row["eta"], row["num_steps"]): row for row in csv.DictReader(file)}
+    assert found.keys() == {(eta, steps) for eta in ("0.0", "1.0", "") for steps in ("2", "4")}
+    assert all(float(row["fid"]) > 0 and float(row["nfe"]) == 2 * int(row["num_steps"]) for row in found.values())
+    assert len({row["fid"] for row in found.values()}) == 6
+    assert path.with_suffix(".png").is_file() and "η = 1" in output
+    one = call("evaluate", "checkpoint=run", "num_images=20", "guidance=classifier_free", "sampler.eta=1.0",
+               "sampler.num_steps=4", "metrics=[fid]", "out=r.jsonl")  # fmt: skip
+    assert one[0] == 0
+    assert rows(tmp_path / "r.jsonl")["fid"]["value"] == pytest.approx(float(found["1.0", "4"]["fid"]), rel=1e-9)
+
+
+# ---- the paper's protocol, in small ----
+
+
+@pytest.mark.slow  # Inception at 299 x 299 pixels, five times over 2048 x 2048 matrices
+def test_a_run_of_the_shape_of_cifar10_is_scored_by_inception_beside_the_paper(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", arr_0=pixels, arr_1=np.arange(200) % 10)
+    write_random_inception(tmp_path / "inception.pth")
+    digest = hashlib.sha256((tmp_path / "inception.pth").read_bytes()).hexdigest()
+    words = ["source=set.npz", "dataset=cifar10"]
+    status, output = ended(begun(["diffusion.prepare", *words], tmp_path))
+    assert status == 0, output
+    words = ["+experiment=cifar10", "trainer=cpu", "model.width=32", "data.batch_size=8", "trainer.max_steps=4"]
+    words += ["callbacks.score.num_images=64", "callbacks.score.batch_size=32", "callbacks.score.every_steps=2"]
+    words += ["callbacks.score.during.num_images=64", "callbacks.score.during.num_steps=2", "sampler.num_steps=2"]
+    words += ["callbacks.grid.num_images=4", "extractor.weights=inception.pth", f"extractor.sha256={digest}"]
+    words += ["logger=wandb", "logger.mode=offline", "log_every=1"]
+    status, output = ended(begun(["diffusion.train", *words], tmp_path), 560)
+    assert status == 0, output
+    folder = tmp_path / "runs" / "cifar10"
+    found = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [(r["metric"], r["step"], r["reference"]) for r in found] == [
+        ("FID", 2, 3.17), ("IS", 2, 9.46), ("FID", 4, 3.17), ("IS", 4, 9.46),
+    ]  # fmt: skip
+    assert all(row["num_images"] == 64 and row["value"] > 0 for row in found)
+    with open(folder / "metrics.csv", newline="") as file:
+        at_two = next(row for row in csv.DictReader(file) if row["step"] == "2")
+    assert float(at_two["eval/fid"]) == pytest.approx(found[0]["value"]) and float(at_two["eval/is"]) > 1
+    report = (folder / "report.html").read_text()
+    assert "3.17" in report and "9.46" in report and "FID" in report
+    logged = b"".join(path.read_bytes() for path in (folder / "wandb").rglob("*.wandb"))
+    assert all(word in logged for word in (b"eval/fid", b"eval/is", b"paper/fid", b"paper/is"))
 
 
 # ---- what cannot be scored ----

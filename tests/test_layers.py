@@ -68,10 +68,10 @@ def test_imports_only_from_a_smaller_layer(path):
             assert top in allowed, f"{path.name} imports {name}"
 
 
-TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.app.sweep", "diffusion.training.run_folder", "diffusion.data.index",
-              "diffusion.data.layout", "diffusion.process.times", "diffusion.metrics.published", "diffusion.page",
-              "diffusion.train", "diffusion.sample", "diffusion.evaluate", "diffusion.prepare", "diffusion.report",
-              "diffusion.benchmark"]  # fmt: skip
+TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.app.sweep", "diffusion.training.run_folder",
+              "diffusion.data.index", "diffusion.data.layout", "diffusion.process.times",
+              "diffusion.metrics.published", "diffusion.page", "diffusion.train", "diffusion.sample",
+              "diffusion.evaluate", "diffusion.prepare", "diffusion.report", "diffusion.benchmark"]  # fmt: skip
 
 
 def test_checking_a_configuration_needs_neither_torch_nor_lightning():

@@ -49,8 +49,7 @@ def test_a_row_of_table_2_trains_on_digits(words, channels, said, digits, call, 
 
 
 def test_a_checkpoint_with_a_learned_variance_is_built_again_and_sampled_from(hybrid, call, tmp_path):
-    where = build.place(composed("trainer=cpu").trainer)
-    model = build.trained(str(hybrid), where)
+    model = build.trained(str(hybrid))
     x = torch.randn(2, *model.image_shape)
     prediction = model.denoiser(x, 500, torch.tensor([3, 4]))
     assert prediction.variance.shape == prediction.x0.shape == x.shape

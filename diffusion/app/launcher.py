@@ -4,7 +4,6 @@ Read from the environment, before torch is imported.
 """
 
 import os
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -71,10 +70,3 @@ def check_launcher(cfg: DictConfig) -> None:
             f"{wanted} is {ranks(cfg)} process(es), but {who} has started {started}: give {cure}, which takes them as "
             f"they are."
         )
-
-
-def got_on() -> None:
-    """Tell the shell of a SLURM job that this start of it was not in vain: slurm/job.sh looks for the file."""
-    mark = os.environ.get("DIFFUSION_NOT_YET")
-    if mark:
-        Path(mark).unlink(missing_ok=True)

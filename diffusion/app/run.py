@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.app import build
 from diffusion.app.compose import refusing
 from diffusion.app.fit import Fit
-from diffusion.app.launcher import got_on
 from diffusion.app.processes import together
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
@@ -34,7 +33,7 @@ from diffusion.training.logger import loggers
 from diffusion.training.meter import MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.nonfinite import NotFinite
-from diffusion.training.ranks import Abandoned, Ranks
+from diffusion.training.ranks import Abandoned, Ranks, got_on
 from diffusion.training.run_folder import RECORDED, RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import describe, score

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.files import replacing, write_atomically
-from diffusion.training.ranks import Ranks
+from diffusion.training.ranks import Ranks, got_on
 from diffusion.training.sampling import watched
 
 PATIENCE = 60.0  # seconds until another machine's file is seen here
@@ -73,7 +73,10 @@ class Pieces:
 
         def made(number: int) -> int:
             self.ranks.attend()
-            return sizes[number] if make(number) else 0
+            if not make(number):
+                return 0
+            got_on()
+            return sizes[number]
 
         with self.ranks.together():
             for _ in watched(title, sum(sizes), map(made, self.ranks.share(len(sizes))), self.ranks):

@@ -6,9 +6,11 @@ fails. Knows nothing of what is done.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,3 +125,10 @@ class Ranks:
         if self._dog is not None:
             self._dog.stop()
             self._dog = None
+
+
+def got_on() -> None:
+    """Tell the shell of a SLURM job that this start of it was not in vain: slurm/job.sh looks for the file."""
+    mark = os.environ.get("DIFFUSION_NOT_YET")
+    if mark:
+        Path(mark).unlink(missing_ok=True)

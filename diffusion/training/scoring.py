@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.metrics.extractors import Extractor, Features
 from diffusion.metrics.moments import BLOCK, Moments
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, store, stored
-from diffusion.metrics.scores import BESIDE, fid_by_class, neighbours, scores
+from diffusion.metrics.scores import fid_by_class, neighbours, scores
 from diffusion.training.pictures import grid, save_png
 from diffusion.training.ranks import Ranks
 from diffusion.training.sampling import watched
@@ -166,7 +166,7 @@ def score(
 
 def describe(row: Mapping[str, Any]) -> str:
     """One line for a person: digits-FID 3.21 (500 images, ddim, 50 steps; between real images 8.6 ± 0.3)."""
-    beside = next((row[key] for key in BESIDE.get(row["name"], ()) if key.endswith("_std") and key in row), None)
+    beside = next((row[key] for key in (f"{row['name']}_std", "standard_error") if row.get(key) is not None), None)
     value = f"{row['value']:.4g}" + ("" if beside is None else f" ± {beside:.2g}")
     paper = f", paper {row['reference']}" if row.get("reference") is not None else ""
     how = f", {row['sampler']}, {row['num_steps']} steps" if "sampler" in row else ""
