@@ -110,6 +110,16 @@ def test_a_signal_saves_and_exits_with_its_number(number, digits, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_start_that_gets_further_says_so_to_its_job_and_one_that_does_not_says_nothing(digits, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("DIFFUSION_NOT_YET", str(mark))  # of slurm/job.sh
+    words = [*PLAIN, "trainer.max_steps=4", f"data.root={digits}", "run_dir=run"]
+    for vain in (False, True):
+        mark.touch()
+        assert inside("train", words, tmp_path) == 0
+        assert mark.exists() == vain
+
+
 def test_accumulation_may_change_on_resume(digits, tmp_path):
     words = [*PLAIN, "model.dropout=0", f"data.root={digits}"]
     whole(words, tmp_path)
