@@ -464,7 +464,7 @@ def test_the_flags_of_a_sweep_are_worth_more_than_the_variables_of_sbatch_and_th
     monkeypatch.setitem(cluster.env, "SBATCH_TIMELIMIT", "7")
     for flags, found in (
         ([], ("high", "00:07:00")),
-        (["--partition=debug", "launcher.timeout_min=9"], ("debug", "00:09:00")),
+        (["--partition=debug", "hydra.launcher.timeout_min=9"], ("debug", "00:09:00")),
     ):
         ((job, *_),) = sweep(*flags, "--begin=now+1hour", f"run_dir={tmp_path}/runs")[1]
         assert (cluster.info(job, "Partition"), cluster.info(job, "TimeLimit")) == found
