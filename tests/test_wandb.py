@@ -69,6 +69,9 @@ class Files:
     """What the .wandb files of a run folder hold, in the order of their processes."""
 
     def __init__(self, folder: Path) -> None:
+        import wandb
+
+        wandb.teardown()  # as at the end of a process: its own has then written all
         self.paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
         self.records = [list(records(p)) for p in self.paths]
 
