@@ -107,6 +107,20 @@ def test_one_that_was_stopped_goes_on_and_ends_the_same(run, which, call, tmp_pa
     assert (tmp_path / "s" / "samples.npz").read_bytes() == (tmp_path / "t" / "samples.npz").read_bytes()
 
 
+def test_two_of_the_same_at_once_are_one_too_many(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    words = ["checkpoint=run", *WORDS, "num_images=400", "batch_size=10", "sampler.num_steps=10", "metrics=[fid]"]
+    process = begun(["diffusion.evaluate", *words], tmp_path)
+    while not list((tmp_path / "run").glob("evaluations/samples_*/images_*.npz")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    status, output = call("evaluate", *words)
+    process.kill()
+    process.communicate()
+    assert status == 2 and "is being worked on by another process" in output
+    assert list((tmp_path / "run").glob("evaluations/samples_*/images_*.npz"))
+
+
 def test_what_another_model_or_setting_has_begun_is_not_gone_on_with(run, call, tmp_path):
     begin = [f"checkpoint={run}", "num_images=12", "batch_size=4", "out=s"]
     other = tmp_path / "s" / ".batches"

@@ -42,7 +42,8 @@ class Evaluation:
         self.paper: dict[str, float | None] = {}
         if cfg.checkpoint is not None:
             self._load()
-        if set(cfg.metrics) - set(FROM_MODEL) or cfg.task == "sweep":
+        self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
+        if self.scored:
             self._prepare_scores()
 
     def _load(self) -> None:
@@ -131,14 +132,23 @@ class Evaluation:
         return ImageFiles(path, key, self.extractor.channels)
 
     def introduction(self) -> str:
-        cfg = self.cfg
+        """What is about to be done, in a line or two."""
+        cfg, lines = self.cfg, []
         if self.model is None:
             return f"Scoring {cfg.images} against {cfg.reference} with extractor={self.extractor.name}"
-        against = cfg.reference or f"{self.model.config.data.root} ({self.model.config.data.name}, {cfg.split})"
-        return (
-            f"Scoring {cfg.num_images} images of {self.model.path} (step {self.model.step}, {self.model.weights} "
-            f"weights) against {against} with extractor={self.extractor.name}"
-        )
+        model = f"{self.model.path} (step {self.model.step}, {self.model.weights} weights)"
+        if self.scored:
+            against = cfg.reference or f"{self.model.config.data.root} ({self.model.config.data.name}, {cfg.split})"
+            lines.append(
+                f"Scoring {cfg.num_images} images of {model} against {against} with extractor={self.extractor.name}"
+            )
+        if "bits_per_dim" in cfg.metrics and cfg.task == "score":
+            bits = self.bits(self.place, Ranks())
+            lines.append(
+                f"Bits per dimension of {len(bits.numbers())} images of {self.model.config.data.name}, split "
+                f"{bits.module.split}, by {'the bound' if cfg.likelihood.by == 'bound' else 'the flow'} of {model}"
+            )
+        return "\n".join(lines)
 
     # ---- the work, on all ranks ----
 

@@ -22,8 +22,9 @@ from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.metrics.extractors import Extractor
+from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
-from diffusion.page import write_report
+from diffusion.page import told, write_report
 from diffusion.training.callbacks import Look, film_path, grid_path, save_film, save_grid
 from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, load
 from diffusion.training.ema import EMA, load_average
@@ -314,8 +315,11 @@ class Run:
             save_film(self.folder, step, one)
         missing = self.ranks.from_main([m for m in cfg.metrics if m not in self.folder.own_scores(step)])
         if cfg.callbacks.enabled and missing:
-            for row in self.score(step, missing, final=True):
+            rows = self.score(step, missing, final=True)
+            for row in rows:
                 say(describe(row))
+            if text := table_text([told(row, self.config) for row in rows]):
+                say(text)
         if main:
             self.folder.point_best()
             write_report(self.folder)

@@ -7,12 +7,13 @@ Knows nothing of what is in them.
 """
 
 import contextlib
+import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class Pieces:
 
     def __init__(self, folder: Path, about: Any, ranks: Ranks) -> None:
         self.folder, self.ranks, self._about = folder, ranks, json.dumps(about, sort_keys=True)
+        self._lock: IO[str] | None = None
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
@@ -64,11 +66,10 @@ class Pieces:
 
         Raises:
             Abandoned: a rank has been told to stop. What is made stays.
+            ValueError: another process is at it.
         """
-        about = self.folder / "about.json"
-        if self.ranks.main and not (about.is_file() and about.read_text() == self._about):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_atomically(about, self._about)
+        if self.ranks.main:
+            self._begin()
         self.ranks.largest()
 
         def made(number: int) -> int:
@@ -82,7 +83,22 @@ class Pieces:
             for _ in watched(title, sum(sizes), map(made, self.ranks.share(len(sizes))), self.ranks):
                 self.ranks.working()
 
+    def _begin(self) -> None:
+        """The folder, for this process alone, without what belongs to something else."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = open(self.folder.with_name(f"{self.folder.name}.lock"), "w")
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, gone with it
+            except OSError as error:
+                raise ValueError(f"{self.folder} is being worked on by another process: wait for it.") from error
+        about = self.folder / "about.json"
+        if not (about.is_file() and about.read_text() == self._about):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_atomically(about, self._about)
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_name(f"{self.folder.name}.lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # if it was for this alone

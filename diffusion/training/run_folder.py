@@ -233,9 +233,10 @@ class RunFolder:
 
     def cut_evaluations_after(self, step: int) -> None:
         """Drop samples of steps that will be trained again."""
-        for path in self.evaluations.glob("*_*") if self.evaluations.is_dir() else ():
-            if (found := re.fullmatch(r"(?:grid|score)_(\d+)(?:_final)?", path.name)) and int(found[1]) > step:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self.evaluations.iterdir() if self.evaluations.is_dir() else ():
+            found = re.fullmatch(r"(?:grid|score)_(\d+)(?:_final)?(?:\.lock)?", path.name)
+            if found and int(found[1]) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def own_scores(self, step: int) -> set[str]:
         """Names of the metrics that the run itself, not `evaluate`, has of this step."""

@@ -13,7 +13,7 @@ from diffusion.metrics.published.papers import LARGE_PARAMETERS, SIGMA_HAT, TABL
 from diffusion.metrics.published.table import Column, Figure, Line, Table
 
 Row = Mapping[str, Any]
-FROM_IMAGES = ("fid", "is", "kid", "precision", "recall")  # scores of samples by an extractor
+FROM_IMAGES = ("fid", "is", "kid", "precision", "recall", "nearest")  # scores of samples by an extractor
 
 
 class Place(NamedTuple):
