@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.app.check import check
+from diffusion.app.check import LEAST_IMAGES, check, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
-from diffusion.files import write_atomically
+from diffusion.files import obstacle, write_atomically
 from diffusion.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def main(cfg: DictConfig) -> None:
             rows = evaluation.rows(ranks, where)
             if ranks.main:
                 tell(cfg, rows, evaluation)
+                evaluation.forget()
 
         share(cfg, evaluation.place, work)
 
@@ -62,14 +63,20 @@ def check_paths(cfg: DictConfig) -> None:
     """Refuse what is not there, and sets of images that do not make a pair."""
     if cfg.task not in TASKS:
         raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
+    if not cfg.metrics:
+        raise Refusal(f"metrics=[] measures nothing: give some of {', '.join(LEAST_IMAGES)}.")
     if (cfg.checkpoint is None) == (cfg.images is None):
         raise Refusal("Give either checkpoint=PATH (a run folder or a .ckpt) or images=PATH with reference=PATH.")
     if cfg.images is not None and cfg.reference is None:
         raise Refusal(f"images={cfg.images} needs reference=PATH: a data set, a folder of pictures or an .npz.")
     if cfg.images is not None and cfg.samples is not None:
         raise Refusal(f"samples={cfg.samples}: with images={cfg.images} nothing is sampled.")
+    if cfg.per_class and "fid" not in cfg.metrics:
+        raise Refusal(f"per_class=true is of fid, which metrics={list(cfg.metrics)} leaves out.")
     if cfg.task == "sweep" and cfg.checkpoint is None:
         raise Refusal("task=sweep needs checkpoint=PATH (a run folder or a .ckpt).")
+    if cfg.task == "sweep" and cfg.samples is not None:
+        raise Refusal(f"samples={cfg.samples}: of a sweep no samples are kept.")
     for key in ("checkpoint", "images", "reference"):
         if cfg[key] is not None and not is_remote(cfg[key]) and not Path(cfg[key]).exists():
             raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
@@ -77,8 +84,10 @@ def check_paths(cfg: DictConfig) -> None:
     if cfg.out is not None and Path(cfg.out).exists() and Path(cfg.out).is_dir() != folder:
         kind = ("a file: give a folder", "a folder: give a file, as " + f"{cfg.out}/results.jsonl")[not folder]
         raise Refusal(f"out={cfg.out} is {kind}.")
-    if cfg.samples is not None and (Path(cfg.samples) / "samples.npz").exists():
-        raise Refusal(f"samples={cfg.samples} already holds samples.npz: give another folder.")
+    if cfg.out is not None and (why := obstacle(Path(cfg.out) if folder else Path(cfg.out).parent)):
+        raise Refusal(f"out={cfg.out}: {why}, so nothing can be kept there.")
+    if cfg.samples is not None:
+        refuse_overwriting("samples", Path(cfg.samples))
 
 
 def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:

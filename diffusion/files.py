@@ -47,6 +47,14 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def obstacle(folder: Path) -> str | None:
+    """What keeps a folder from being made and written to, in words; None if nothing does."""
+    there = next((at for at in (folder, *folder.parents) if at.exists()), Path("."))
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
     """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check, check_guidance
+from diffusion.app.check import check, check_guidance, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.app.launcher import check_launcher, main_rank
-
-FILES = ("samples.npz", "grid.png", "png")
 
 
 @command("sample")
@@ -61,11 +59,7 @@ def main(cfg: DictConfig) -> None:
 
 def check_paths(cfg: DictConfig, out: Path) -> None:
     """Refuse a checkpoint that is not there, and a folder in which something would be overwritten."""
-    if out.exists() and not out.is_dir():
-        raise Refusal(f"out={out} is a file: give a folder.")
-    there = [name for name in FILES if (out / name).exists()]
-    if there and not cfg.overwrite:
-        raise Refusal(f"out={out} already holds {', '.join(there)}: give another folder, or overwrite=true.")
+    refuse_overwriting("out", out, cfg.overwrite)
     if not Path(cfg.checkpoint).exists():
         raise Refusal(f"checkpoint={cfg.checkpoint}: there is no such file or run folder.")
 

@@ -365,8 +365,19 @@ def npz_broken(rng, arrays, trap, method):
         return broken(rng, zip_of([(f"{k}.npy", v) for k, v in members.items()], method))
     if kind == 5:
         return zip_field_changed(rng, zip_of([(f"{k}.npy", v) for k, v in members.items()], method)), "zip field"
-    shapes = ("(99999, 999999, 9999, 3)", f"({2**62}, 8, 8, 3)", "(-1, 8, 8, 3)", "(12, 16, 16, 4)", "(3, 3)", "'x'",
-              f"({2**40}, 1, 1, 1)", "(12, 16, 16, 3.0)", "(True, 16, 16, 3)", "(12, 0, 0, 3)", "(5000000000, 1, 1, 3)")
+    shapes = (
+        "(99999, 999999, 9999, 3)",
+        f"({2**62}, 8, 8, 3)",
+        "(-1, 8, 8, 3)",
+        "(12, 16, 16, 4)",
+        "(3, 3)",
+        "'x'",
+        f"({2**40}, 1, 1, 1)",
+        "(12, 16, 16, 3.0)",
+        "(True, 16, 16, 3)",
+        "(12, 0, 0, 3)",
+        "(5000000000, 1, 1, 3)",
+    )
     name = list(members)[rng.integers(2)]
     members[name] = (
         npy_of(objects),

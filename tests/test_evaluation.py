@@ -18,7 +18,10 @@ from conftest import ROOT, inside
 from inceptions import small, write_random_inception
 from PIL import Image
 
+from diffusion import evaluate
 from diffusion.app import build
+from diffusion.training.pieces import Pieces
+from diffusion.training.ranks import Ranks
 
 WORDS = ["guidance=classifier_free", "sampler.num_steps=4", "trainer.accelerator=cpu"]
 FIGURES = ("value", "is_std", "kid_std", "real_value", "real_std", "per_class", "nfe")
@@ -267,6 +270,76 @@ def test_a_sweep_is_a_table_of_fid_over_steps_and_eta_and_goes_on(run, call, tmp
     assert rows(tmp_path / "r.jsonl")["fid"]["value"] == pytest.approx(float(found["1.0", "4"]["fid"]), rel=1e-9)
 
 
+def test_a_point_of_a_sweep_is_of_one_reference_and_one_number_of_images(run, call, tmp_path):
+    """And the table shows the points that were asked for, whatever else the file holds."""
+    np.savez(tmp_path / "real.npz", arr_0=np.arange(20 * 64, dtype=np.uint8).reshape(20, 8, 8, 1))
+    words = [f"checkpoint={run}", "task=sweep", "sweep.num_steps=[2]", "sweep.eta=[0.0]", "sweep.large=false"]
+    shown = []
+    for more in (["num_images=20"], ["num_images=20", "reference=real.npz"], ["num_images=30"], ["num_images=20"]):
+        status, output = call("evaluate", *words, *more, "out=sweep")
+        assert status == 0, output
+        shown.append(output.split("η = 0")[1].split()[0])
+    with open(tmp_path / "sweep" / "sweep.csv", newline="") as file:
+        kept = [(row["num_images"], row["data"], f"{float(row['fid']):.2f}") for row in csv.DictReader(file)]
+    assert shown[3] == shown[0] and len(set(shown)) == 3 and len(kept) == 3
+    assert kept[-1] == ("20", "digits", shown[0])  # the later of two counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom, number", [(1, signal.SIGKILL), (0, signal.SIGTERM)])
+def test_an_end_before_the_ranks_have_met_is_the_end_of_all(run, whom, number, tmp_path):
+    process = begun(["diffusion.sample", f"checkpoint={run}", "out=s", "trainer.devices=2"], tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (started := [int(pid) for pid in children.read_text().split()]):
+        time.sleep(0.01)
+    time.sleep(1)  # rank 0 waits for the other, in torch
+    os.kill([process.pid, *started][whom], number)
+    status, output = ended(process, 40)
+    assert status == (1 if whom else 143), output
+    assert not whom or "before the ranks had met there ended rank 1 with signal 9" in output
+    assert not Path(f"/proc/{started[0]}/exe").exists()
+
+
+def test_a_damaged_piece_is_made_again(tmp_path):
+    pieces = Pieces(tmp_path / "work", "about", Ranks())
+    made = []
+
+    def make(number):
+        if pieces.there("a"):
+            return False
+        pieces.write("a", {"x": np.arange(100)})
+        made.append(number)
+        return True
+
+    pieces.make([1], make, "work")
+    data = bytearray(pieces.path("a").read_bytes())
+    data[200] ^= 255
+    for content in (bytes(data), data[:100], b""):
+        pieces.path("a").write_bytes(content)
+        pieces.make([1], make, "work")
+        assert (pieces.read("a")["x"] == np.arange(100)).all()
+    pieces.make([1], make, "work")
+    assert len(made) == 4
+    pieces.remove()
+    assert not (tmp_path / "work").exists()
+
+
+def test_samples_stay_until_the_results_are_kept(run, call, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    words = [f"checkpoint={run}", "num_images=20", "sampler.num_steps=2", "neighbours=0", "out=r.jsonl"]
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    words[0] = "checkpoint=run"
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "write_atomically", full)
+        status, output = call("evaluate", *words)
+    assert status == 2 and "No space left" in output
+    status, output = call("evaluate", *words)
+    assert status == 0 and "20 of them were there" in output
+    assert not list((tmp_path / "run").glob("evaluations/samples_*"))
+
+
 # ---- the paper's protocol, in small ----
 
 
@@ -370,6 +443,24 @@ WRONG_WORDS = {
     "a target that is no module": ([*OWN[:2], "extractor.target=os.getcwd"], "gives str, expected a torch module"),
     "a name without a target": (["extractor.name=dino"], "extractor=custom"),
     "a reference of another size": (["reference=large.npz"], "The images have 8x8 pixels, the reference has 20x20"),
+    "no metric": (["metrics=[]"], "metrics=[] measures nothing: give some of fid, is, kid"),
+    "a name that is taken": (
+        [*OWN[:1], "extractor.name=digits", "extractor.target=inceptions.small"],
+        "a name of its own",
+    ),
+    "weights that are not there": (["extractor.weights=no.pth"], "there are no weights at no.pth"),
+    "classes of an unlabelled reference": (
+        ["reference=large.npz", "per_class=true"],
+        "reference=large.npz has no labels",
+    ),
+    "classes without FID": (["metrics=[is]", "per_class=true"], "per_class=true is of fid"),
+    "samples in a file": (["samples=large.npz"], "samples=large.npz: large.npz is a file"),
+    "samples where there are some": (["samples=."], "samples=. already holds png"),
+    "samples of a sweep": (["task=sweep", "samples=s", "out=sweep"], "of a sweep no samples are kept"),
+    "half a step": (["task=sweep", "sweep.num_steps=[2.5]", "out=sweep"], "sweep.num_steps=[2.5]"),
+    "a sweep of nothing": (["task=sweep", "sweep.num_steps=[]", "out=sweep"], "The sweep has no point"),
+    "an eta outside": (["task=sweep", "sweep.eta=[2.0]", "out=sweep"], "sweep.eta=[2.0] holds what is outside [0, 1]"),
+    "results in a file": (["out=large.npz/r.jsonl"], "out=large.npz/r.jsonl: large.npz is a file"),
 }
 
 
@@ -377,8 +468,11 @@ WRONG_WORDS = {
 def test_settings_that_cannot_be_are_refused(case, run, call, tmp_path):
     words, expected = WRONG_WORDS[case]
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((20, 20, 20, 1), np.uint8))
-    status, output = call("evaluate", f"checkpoint={run}", *words, "out=r.jsonl")
+    (tmp_path / "png").mkdir()
+    given = words if any(word.startswith("out=") for word in words) else [*words, "out=r.jsonl"]
+    status, output = call("evaluate", f"checkpoint={run}", *given)
     assert status == 2 and expected in output, output
+    assert (tmp_path / "png").is_dir() and not (tmp_path / "sweep").exists()
     assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -410,6 +504,8 @@ def test_a_users_own_module_is_an_extractor(call, tmp_path):
     )
     one, two = (build.custom_extractor(cfg) for _ in range(2))
     assert one.digest == two.digest and one.title("fid") == "own-FID"
+    other = build.custom_extractor(build.OmegaConf.merge(cfg, {"target": "inceptions.Small"}))
+    assert other.digest != one.digest  # the same weights, perhaps not the same features
     assert torch.equal(one.network.head.weight, small().head.weight)
     with pytest.raises(ValueError, match="extractor.weights=.*has sha256"):
         build.custom_extractor(build.OmegaConf.merge(cfg, {"weights": str(weights), "sha256": "0" * 64}))

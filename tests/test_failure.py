@@ -105,6 +105,7 @@ def test_a_rank_that_raises_ends_all_of_them_and_is_named(digits, tmp_path):
 
 # ---- the watchdog alone: processes that do nothing but report ----
 
+
 def reporting(rank: int, does: str, port: int, output: Path) -> None:
     """A rank that does nothing but report, as it `works`, `ends`, `raises`, `waits` or `hangs`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT)

@@ -82,9 +82,7 @@ def google_config(channels, attention_level, image_size):
     "settings, config",
     [
         (SIZES["cifar10"][0], google_config((128, 256, 256, 256), 1, 32)),
-        pytest.param(
-            SIZES["256"][0], google_config((128, 128, 256, 256, 512, 512), 4, 256), marks=pytest.mark.slow
-        ),
+        pytest.param(SIZES["256"][0], google_config((128, 128, 256, 256, 512, 512), 4, 256), marks=pytest.mark.slow),
     ],
     ids=["cifar10", "256"],
 )

@@ -6,6 +6,8 @@ nowhere else.
 
 import contextlib
 import hashlib
+import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,15 +201,26 @@ def custom_extractor(cfg: DictConfig) -> Extractor:
         digest = verified(Path(cfg.weights), cfg.sha256)
     try:
         made = get_object(cfg.target)(*(() if cfg.weights is None else (cfg.weights,)))
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise Refusal(f"extractor.target={cfg.target}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the user's own code may raise anything
+        raise Refusal(f"extractor.target={cfg.target}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, nn.Module) or next(made.parameters(), None) is None:
         raise Refusal(
             f"extractor.target={cfg.target} gives {type(made).__name__}, expected a torch module with weights."
         )
     if digest is None:
         digest = hashlib.sha256(save({k: v.contiguous() for k, v in made.state_dict().items()})).hexdigest()
+    code = inspect.getsourcefile(type(made))
+    known = [
+        cfg.target,
+        digest,
+        sha256_of(code) if code else None,
+    ]  # other code makes other features of the same weights
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     return Extractor(cfg.name, made, cfg.channels, cfg.image_size, digest)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModule | None) -> Extractor:

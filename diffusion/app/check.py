@@ -15,12 +15,14 @@ from diffusion.app.compose import Refusal
 from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.layout import check_batch, check_lanes
 from diffusion.data.remote import Access, is_remote
+from diffusion.files import obstacle
 from diffusion.process.times import times
 
 FROM_MODEL = ("bits_per_dim",)  # that no images are sampled for
 LEAST_IMAGES = {  # that a metric can be had of
     "fid": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4, "nearest": 1, "bits_per_dim": 1,
 }  # fmt: skip
+SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
 EXTRACTORS = ("inception", "digits")
 Test = Callable[[Any], bool]
 
@@ -40,6 +42,10 @@ def between(low: float, high: float, including_high: bool = True) -> tuple[Test,
 
 def one_of(*allowed: Any) -> tuple[Test, str]:
     return lambda v: v in allowed, f"is none of {', '.join(map(str, allowed))}"
+
+
+def each(test: Test, text: str) -> tuple[Test, str]:
+    return lambda v: all(map(test, v)), text
 
 
 def count_or_auto() -> tuple[Test, str]:
@@ -106,6 +112,9 @@ RULES: dict[str, tuple[Test, str]] = {
     "callbacks.score.during.num_steps": at_least(1),
     "callbacks.grid.batch_size": at_least(1),
     "neighbours": at_least(0),
+    "grid_images": at_least(1),
+    "sweep.num_steps": each(lambda v: v == int(v) >= 1, "holds what is no number of steps"),
+    "sweep.eta": each(lambda v: 0 <= v <= 1, "holds what is outside [0, 1]"),
     "likelihood.by": one_of("bound", "ode"),
     "likelihood.num_images": at_least(1),
     "likelihood.batch_size": at_least(1),
@@ -156,6 +165,12 @@ def check(cfg: DictConfig) -> None:
             f"extractor.name={cfg.extractor.name} is none of {', '.join(EXTRACTORS)}; another module is given by "
             f"extractor=custom extractor.name=NAME extractor.target=package.module.function."
         )
+    if cfg.get("extractor", {}).get("target") is not None and cfg.extractor.name in EXTRACTORS:
+        raise Refusal(
+            f"extractor.name={cfg.extractor.name} names another one: give extractor.target's a name of its own."
+        )
+    if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large)):
+        raise Refusal("The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...] or sweep.large=true.")
     check_labels(cfg)
     if "trainer" in cfg and "data" in cfg:
         check_training(cfg)
@@ -259,3 +274,14 @@ def check_data(cfg: DictConfig) -> None:
                 f"data.{key}={wanted}, but the set in data.root={cfg.data.root} has {found}: "
                 f"give data.{key}={found}, or the root of another set."
             )
+
+
+def refuse_overwriting(key: str, folder: Path, overwrite: bool | None = None) -> None:
+    """Refuse a folder that samples cannot be written to, or that holds some. `overwrite` None: the command has no such
+    setting."""
+    if why := obstacle(folder):
+        raise Refusal(f"{key}={folder}: {why}, so no samples can be kept there: give another folder.")
+    there = [name for name in SAMPLES if (folder / name).exists()]
+    if there and not overwrite:
+        cure = "give another folder" + ("" if overwrite is None else ", or overwrite=true")
+        raise Refusal(f"{key}={folder} already holds {', '.join(there)}: {cure}.")

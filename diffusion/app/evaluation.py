@@ -40,6 +40,7 @@ class Evaluation:
         self.cfg, self.run_folder, self.model = cfg, None, None
         self.place = build.place(cfg.trainer)
         self.paper: dict[str, float | None] = {}
+        self._pieces: list[Pieces] = []  # what the rows are made from
         if cfg.checkpoint is not None:
             self._load()
         self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
@@ -61,7 +62,8 @@ class Evaluation:
         if "bits_per_dim" in cfg.metrics:
             self.likelihood_data = self._likelihood_data(run)
             self.bits(self.place, Ranks())
-        if cfg.extractor.name == "inception" and run.extractor.name == "digits" and run.data.channels == 1:
+        given = cfg.extractor.weights is not None or "target" in cfg.extractor
+        if not given and cfg.extractor.name == "inception" and run.extractor.name == "digits":
             self.cfg = OmegaConf.merge(cfg, {"extractor": run.extractor})
 
     def _prepare_scores(self) -> None:
@@ -83,6 +85,12 @@ class Evaluation:
             self.extractor.check(*self.model.image_shape[:2])
             size = self.model.image_shape[1:]
         self.extractor.check(self.extractor.channels, size[0])
+        if cfg.per_class:
+            if not (self.model.config.model.num_classes if self.model is not None else labelled(self.images)):
+                what = f"images={cfg.images}" if self.model is None else f"the model of checkpoint={cfg.checkpoint}"
+                raise Refusal(f"per_class=true: {what} has no classes.")
+            if not labelled(self.real):
+                raise Refusal(f"per_class=true: reference={cfg.reference or self.real.root} has no labels.")
         if size != image_size(self.real):
             (height, width), (h, w) = size, image_size(self.real)
             raise Refusal(f"The images have {width}x{height} pixels, the reference has {w}x{h}: scores need one size.")
@@ -114,9 +122,9 @@ class Evaluation:
 
     def _beside(self) -> str | None:
         """The data set that the digits' extractor lies beside, if one is named."""
-        reference = self.cfg.reference
-        if reference is not None and (Path(reference) / INDEX_NAME).is_file():
-            return reference
+        for given in (self.cfg.reference, self.cfg.images):
+            if given is not None and (Path(given) / INDEX_NAME).is_file():
+                return given
         return None if self.model is None else self.model.config.data.root
 
     def _given(self, key: str, split: str) -> Given:
@@ -187,23 +195,30 @@ class Evaluation:
         rows = self._scored(metrics, reference, features, gallery.labels(), images, about, ranks)
         if cfg.samples is not None:
             gallery.write(Path(cfg.samples))
-        gallery.remove()
+        self._pieces.append(gallery.pieces)
         return rows
+
+    def forget(self) -> None:
+        """Remove what rows are made from: they are kept now."""
+        while self._pieces:
+            self._pieces.pop().remove()
 
     def sweep(self, ranks: Ranks, where: Place) -> Path:
         """FID over numbers of steps and kinds of noise (Song et al. 2021, DDIM, table 1), point by point: sweep.csv and
-        sweep.png. Points that are there are not made again. Returns the table's path."""
+        sweep.png, which shows those asked for. Points that are there are not made again. Returns the table's path."""
         folder = self.run_folder if self.cfg.out is None and self.run_folder is not None else None
         path = (folder / "evaluations" if folder else Path(self.cfg.out or ".")) / "sweep.csv"
         self.extractor.network.to(where.device)
-        reference, done = self._reference(ranks), {}
+        reference, done, mine = self._reference(ranks), {}, []
+        against = ranks.from_main(reference.digest[:12] if reference is not None else None)
         if ranks.main and path.is_file():
             done = {row["samples"]: row for row in read_sweep(path) if row.get("samples")}
         done = ranks.from_main(done)
         chosen = sweep_points(self.cfg)
         for number, cfg in enumerate(chosen, 1):
             sampling = self.gallery(cfg, ranks, where).sampling
-            key = self._name(sampling) + f"_{cfg.num_images}_{self.extractor.digest[:12]}"
+            key = self._name(sampling) + f"_{cfg.num_images}_{self.extractor.digest[:12]}_{against}"
+            mine.append(key)
             if key in done:
                 continue
             if ranks.main:
@@ -215,11 +230,13 @@ class Evaluation:
             flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)} | {"fid": row["value"]}
             done[key] = flat | {"samples": key}
             write_sweep(path, list(done.values()))
+            self.forget()
             print(describe(row), flush=True)
         if ranks.main:
-            mine = [told(row, OmegaConf.to_container(self.model.config)) for row in done.values()]
-            print(sweep_table_text(mine))
-            print(f"Sweep: {path}, {sweep_figure(mine, path.with_suffix('.png'))}")
+            write_sweep(path, [done[key] for key in [*(k for k in done if k not in mine), *mine]])  # the later count
+            shown = [told(done[key], OmegaConf.to_container(self.model.config)) for key in mine]
+            print(sweep_table_text(shown))
+            print(f"Sweep: {path}, {sweep_figure(shown, path.with_suffix('.png'))}")
         return path
 
     def _bits_per_dim(self, ranks: Ranks, where: Place) -> list[dict[str, Any]]:
@@ -240,13 +257,15 @@ class Evaluation:
             return True
 
         pieces.make([len(numbers) for numbers in batches], make, "likelihood")
+        with ranks.together():
+            if ranks.main:
+                parts = [pieces.read(f"{number:06d}_{len(numbers)}") for number, numbers in enumerate(batches)]
+                folder = self.run_folder if self.cfg.out is None else Path(self.cfg.out).parent
+                for path in bits.write(parts, folder) if folder is not None else ():
+                    print(f"Likelihood: {path}")
         if not ranks.main:
             return []
-        parts = [pieces.read(f"{number:06d}_{len(numbers)}") for number, numbers in enumerate(batches)]
-        folder = self.run_folder if self.cfg.out is None else Path(self.cfg.out).parent
-        for path in bits.write(parts, folder) if folder is not None else ():
-            print(f"Likelihood: {path}")
-        pieces.remove()
+        self._pieces.append(pieces)
         return [{**row, "checkpoint_sha256": model.digest} for row in bits.rows(parts)]
 
     def bits(self, where: Place, ranks: Ranks) -> Bits:
@@ -345,6 +364,10 @@ def digest_of(identity: Any) -> str:
 
 def image_set(given: Given) -> ImageSet:
     return given.samples if isinstance(given, ImageShardsDataModule) else given
+
+
+def labelled(given: Given) -> bool:
+    return given.labelled if isinstance(given, ImageFiles) else bool(given.num_classes)
 
 
 def image_size(given: Given) -> tuple[int, int]:

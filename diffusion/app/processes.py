@@ -5,9 +5,14 @@ Under torchrun or srun the processes are there; else this one starts the others 
 
 import logging
 import os
+import select
+import signal
+import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -22,10 +27,10 @@ from lightning_fabric.strategies.launchers import subprocess_script
 from omegaconf import DictConfig
 
 from diffusion.app.build import Place
-from diffusion.app.launcher import layout, under_srun, under_torchrun
+from diffusion.app.launcher import layout, main_rank, under_srun, under_torchrun
 from diffusion.training.ranks import NEVER, Abandoned, Ranks
-from diffusion.training.signals import Signals
-from diffusion.training.watchdog import Watchdog, connect
+from diffusion.training.signals import SIGNALS, Signals
+from diffusion.training.watchdog import Watchdog, connect, how
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
@@ -41,6 +46,58 @@ def environment(number: int) -> ClusterEnvironment:
     if number > 1 and under_srun():
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
+
+
+@contextmanager
+def meeting(
+    main: bool,
+    started: Callable[[], Sequence[subprocess.Popen]],
+    ended: Callable[[], dict[int, int]],
+    told: Callable[[], int | None],
+) -> Iterator[None]:
+    """While the ranks look for each other, which takes as long as it takes: end this process if it gets a signal, if
+    one that it has started is over, or if the one that has started it is.
+
+    The main thread waits in torch and runs no handler, so signals come through a pipe.
+    """
+    met, parent = threading.Event(), os.getppid()
+    own = "LOCAL_RANK" in os.environ and not under_torchrun() and not under_srun()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def signal_within(seconds: float) -> int | None:
+        ready, _, _ = select.select([reading], [], [], seconds)
+        return next((number for number in os.read(reading, 64) if number in SIGNALS), None) if ready else None
+
+    def watch() -> None:
+        number, over = None, {}
+        while not (number or over):
+            number, over = signal_within(0.5) or told(), ended()
+            if met.is_set():
+                return
+            if own and os.getppid() != parent:
+                os._exit(1)
+        number = number or signal_within(2.0)  # Ctrl-C goes to all, and is the cause then
+        if main and number:
+            print(f"Stopped by signal {number}; the same command goes on from there.", flush=True)
+        elif main:
+            ranks = ", ".join(f"rank {rank} with {how(code)}" for rank, code in over.items())
+            print(f"error: before the ranks had met there ended {ranks}.", file=sys.stderr, flush=True)
+        for process in started():
+            process.kill()
+        os._exit(128 + number if number else 1)
+
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        met.set()
+        signal.set_wakeup_fd(before)
+        watching.join()
+        os.close(reading)
+        os.close(writing)
 
 
 def together(
@@ -68,12 +125,16 @@ def together(
         strategy=strategy,
         plugins=[environment(devices * nodes)],
     )
-    fabric.launch()
-    started = getattr(strategy.launcher, "procs", [])  # ranks 1, 2, ... of this machine, by rank 0
+
+    def started() -> list[subprocess.Popen]:
+        """Ranks 1, 2, ... of this machine, by rank 0."""
+        return getattr(strategy.launcher, "procs", [])
 
     def ended() -> dict[int, int]:
-        return {rank: code for rank, process in enumerate(started, 1) if (code := process.poll()) is not None}
+        return {rank: code for rank, process in enumerate(started(), 1) if (code := process.poll()) is not None}
 
+    with meeting(main_rank(cfg), started, ended, told):
+        fabric.launch()
     rank, size = fabric.global_rank, fabric.world_size
     dog = Watchdog(rank, size, connect(), timeout=cfg.trainer.timeout, last_words=last_words, ended=ended, told=told)
     if where.device.type == "cuda":

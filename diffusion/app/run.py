@@ -263,8 +263,8 @@ class Run:
             dict(cfg.paper),
             working=self.ranks.working,
         )
-        gallery.remove()
         self.folder.add_results(rows)
+        gallery.remove()
         prefix = "final" if final and scored.every_steps and self._looked_otherwise() else "eval"
         for logger in self.loggers:
             logger.log_scores(rows, step, prefix)
@@ -310,9 +310,10 @@ class Run:
         if cfg.callbacks.enabled and self.ranks.from_main(not grid_path(self.folder, step).is_file()):
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")
-        if cfg.callbacks.enabled and main and not film_path(self.folder, step).is_file():
-            one = build.sampling(cfg, self.denoiser, self.place, self.image_shape, ranks=self.ranks)
-            save_film(self.folder, step, one)
+        with self.ranks.together():
+            if cfg.callbacks.enabled and main and not film_path(self.folder, step).is_file():
+                one = build.sampling(cfg, self.denoiser, self.place, self.image_shape, ranks=self.ranks)
+                save_film(self.folder, step, one)
         missing = self.ranks.from_main([m for m in cfg.metrics if m not in self.folder.own_scores(step)])
         if cfg.callbacks.enabled and missing:
             rows = self.score(step, missing, final=True)

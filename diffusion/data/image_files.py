@@ -72,6 +72,10 @@ class ImageFiles:
     def image_size(self) -> tuple[int, int]:
         return self._shape[0], self._shape[1]
 
+    @property
+    def labelled(self) -> bool:
+        return all(label is not None for _, _, label in self._entries)
+
     def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, None]:
         """uint8 (b, C, H, W), and labels int64 (b,) if there are any. ValueError for one that cannot be used."""
         pictures = []

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,24 @@ class Extractor:
                 part = images[done : done + CHUNK - row]
                 batch = torch.zeros(CHUNK, *images.shape[1:], dtype=torch.uint8)
                 batch[row : row + len(part)] = part
-                found = (out[row : row + len(part)].float().cpu() for out in self.network(batch.to(device)))
-                parts.append(Features(*found))
+                pooled, logits = self._checked(self.network(batch.to(device)))
+                rows = slice(row, row + len(part))
+                parts.append(Features(pooled[rows].float().cpu(), logits[rows].float().cpu()))
                 done += len(part)
         features = Features.joined(parts)
         if not (features.pooled.isfinite().all() and features.logits.isfinite().all()):
             raise ValueError(f"extractor={self.name} gives features that are not finite: its weights are no good.")
         return features
+
+    def _checked(self, out: Any) -> tuple[Tensor, Tensor]:
+        """What the network gave for a chunk, if it is what is asked of one."""
+        fits = isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)
+        if not fits or any(part.ndim != 2 or len(part) != CHUNK or not part.shape[1] for part in out):
+            found = [tuple(part.shape) for part in out] if fits else type(out).__name__
+            raise ValueError(
+                f"extractor={self.name} gives {found} for {CHUNK} images, expected (features (B, F), logits (B, K))."
+            )
+        return out[0], out[1]
 
     def __call__(self, images: Iterable[Tensor]) -> Features:
         """Batches of uint8 (B, C, H, W), in order and of any size -> the features of all; only features are kept."""

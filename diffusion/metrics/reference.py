@@ -45,6 +45,11 @@ class Reference:
     labels: Tensor | None
     _floors: dict[int, Floor] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the moments."""
+        return _digest({"total": self.moments.total, "products": self.moments.products})
+
     def floor(self, number: int) -> Floor | None:
         """FID of `number` real images, at most half of those kept, against the others kept: its mean and standard
         deviation over DRAWS draws. None if there are too few."""

@@ -1,7 +1,7 @@
 """Arrays that many processes make, a file each, in a folder of their own: gone on with after an interruption.
 
     about.json     what decides the arrays; with another content the folder is begun anew
-    NAME.npz       one piece of work, written whole or not at all
+    NAME.npz       one piece of work, written whole or not at all; one that has been damaged since is made again
 
 Knows nothing of what is in them.
 """
@@ -11,6 +11,7 @@ import fcntl
 import json
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +44,12 @@ class Pieces:
         return self.folder / f"{name}.npz"
 
     def there(self, name: str) -> bool:
-        return self.path(name).is_file()
+        """Whether it is there, undamaged."""
+        try:
+            with zipfile.ZipFile(self.path(name)) as archive:
+                return archive.testzip() is None
+        except (OSError, zipfile.BadZipFile):
+            return False
 
     def write(self, name: str, arrays: Arrays) -> None:
         with replacing(self.path(name)) as file:
@@ -52,7 +58,7 @@ class Pieces:
     def read(self, name: str) -> dict[str, NDArray]:
         """A piece that is there, or was written on another machine a moment ago."""
         deadline = time.monotonic() + PATIENCE
-        while not self.there(name) and time.monotonic() < deadline:
+        while not self.path(name).is_file() and time.monotonic() < deadline:
             time.sleep(0.2)
         with np.load(self.path(name), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}

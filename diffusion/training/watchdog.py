@@ -149,8 +149,7 @@ class Watchdog:
                 continue
             steps[rank] = report[1]
             if rank in ended:
-                how = f"signal {-ended[rank]}" if ended[rank] < 0 else f"exit status {ended[rank]}"
-                return self._judge(f"rank {rank} (last at step {report[1]}) has ended with {how}")
+                return self._judge(f"rank {rank} (last at step {report[1]}) has ended with {how(ended[rank])}")
             if now - since > self.silence:
                 silent.append(rank)
         if silent:
@@ -183,6 +182,11 @@ class Watchdog:
         if self.rank == 0:
             time.sleep(3 * BEAT)  # the store lives here
         os._exit(1)
+
+
+def how(code: int) -> str:
+    """The way a process has ended, by its exit status as `subprocess` has it."""
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
 
 
 def is_of_a_collective(error: BaseException) -> bool:
