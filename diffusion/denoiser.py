@@ -14,7 +14,14 @@ from diffusion.process.prediction import PREDICTIONS, parted, prediction_kind
 from diffusion.process.schedule import Denoiser, Prediction, Schedule, like
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""network(x, time_index, labels) -> output: x (B, C, H, W), time_index float32 (B,), output (B, C or 2C, H, W)."""
+"""network(x, told, labels) -> output: x (B, C, H, W), told float32 (B,), output (B, C or 2C, H, W)."""
+
+CONDITIONINGS: dict[str, Callable[[Schedule, float | Tensor], float | Tensor]] = {
+    "time": lambda schedule, t: t - 1,
+    "noise": lambda schedule, t: -schedule.log_ratio(t),
+}
+"""What a network is told of t >= 1, as its attribute `conditioning` says, "time" where it has none: the time index, or
+log(sigma_t / alpha_t), which under VE is log sigma_t."""
 
 
 class NetworkDenoiser:
@@ -25,9 +32,10 @@ class NetworkDenoiser:
     2021, eq. 15). Lower precision is the caller's autocast and ends at the network's output.
 
     Args:
-        network: network(x, time_index, labels); time_index is t - 1, real for real t, and never below 0.
+        network: network(x, told, labels); it is told t - 1, real for real t and never below 0, or the noise level
+            (`CONDITIONINGS`).
         schedule: the noise levels it was trained on.
-        prediction: what it outputs: epsilon, x0, v, score or mu.
+        prediction: what it outputs: epsilon, x0, v, score, scaled_score or mu.
 
     Raises:
         ValueError: prediction is none of these.
@@ -36,14 +44,16 @@ class NetworkDenoiser:
     def __init__(self, network: Network, schedule: Schedule, prediction: str = "epsilon") -> None:
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self._kind = prediction_kind(prediction)
+        self._conditioning = CONDITIONINGS[getattr(network, "conditioning", "time")]
 
     def output(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output as it is, in x_t's dtype. x_t (B, C, H, W), t a float or (B,), labels (B,) or None."""
         if isinstance(t, Tensor):
-            time_index = (t - 1).clamp(min=0).to(x_t.device, torch.float32).expand(len(x_t))
+            told = self._conditioning(self.schedule, t.clamp(min=1)).to(x_t.device, torch.float32).expand(len(x_t))
         else:
-            time_index = torch.full((len(x_t),), max(t - 1, 0), dtype=torch.float32, device=x_t.device)
-        return self.network(x_t * like(1 / self.schedule.std(t), x_t), time_index, labels).to(x_t.dtype)
+            value = float(self._conditioning(self.schedule, max(t, 1)))
+            told = torch.full((len(x_t),), value, dtype=torch.float32, device=x_t.device)
+        return self.network(x_t * like(1 / self.schedule.std(t), x_t), told, labels).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         output, variance = parted(self.output(x_t, t, labels), x_t)

@@ -4,11 +4,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from sklearn.datasets import load_digits
 
 from diffusion.app import build
 from diffusion.app.check import check
-from diffusion.app.compose import conf_dir, groups
+from diffusion.app.compose import Refusal, conf_dir, groups
 from diffusion.denoiser import NetworkDenoiser
+from diffusion.images import from_uint8
+from diffusion.process.ladder import PUBLISHED_OVERLAP, ladder, largest_distance, overlap, step_size
 from diffusion.training.module import DiffusionModule
 
 
@@ -29,7 +32,8 @@ def test_experiment_composes_and_builds(name):
     with torch.device("meta"):
         denoiser = NetworkDenoiser(build.network(cfg), schedule, cfg.objective.prediction)
     sampler, times = build.sampler(cfg, schedule)
-    assert times[-1] == 0 and len(times) - 1 == (cfg.sampler.num_steps or cfg.schedule.num_timesteps)
+    levels = cfg.sampler.num_steps or cfg.schedule.num_timesteps
+    assert times[-1] == 0 and len(times) - 1 == levels * cfg.sampler.get("visits", 1)
     module = DiffusionModule(
         denoiser, build.objective(cfg, schedule), build.optimizer(cfg), label_dropout=cfg.objective.label_dropout
     )
@@ -66,6 +70,39 @@ def test_recipe_is_the_papers(name):
     assert (cfg.schedule.num_timesteps, cfg.schedule.beta_start, cfg.schedule.beta_end) == (1000, 1e-4, 0.02)
 
 
+def test_ncsn_cifar10_is_the_papers_in_our_units():
+    """NCSNv2's ladder, step and number of updates, from its techniques and its code; images of twice the range."""
+    cfg = composed("+experiment=ncsn_cifar10")
+    published = ladder(0.01, 50, 3 * 32**2, visits=5, wanted=PUBLISHED_OVERLAP)
+    assert (cfg.schedule.sigma_min, cfg.schedule.sigma_max) == (2 * published.sigma_min, 2 * published.sigma_max)
+    assert (cfg.schedule.num_timesteps, cfg.sampler.visits) == (published.num_timesteps, published.visits)
+    assert cfg.sampler.step_size == pytest.approx(published.step_size, rel=0.01) and cfg.sampler.denoise
+    assert (cfg.sampler.convention, cfg.sampler.num_steps, cfg.sampler.clip_x0) == ("code", None, False)
+    assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_steps, cfg.ema.decay) == (1e-4, 128, 300_000, 0.999)
+    assert (cfg.objective.prediction, cfg.objective.weight) == ("scaled_score", "sigma2")
+    with torch.device("meta"):
+        assert build.network(cfg).conditioning == "noise"
+
+
+def test_ncsn_digits_has_the_ladder_that_the_digits_ask_for():
+    cfg = composed("+experiment=ncsn_digits")
+    digits = from_uint8(torch.from_numpy((load_digits().images * (255 / 16)).round()).to(torch.uint8))
+    assert largest_distance(digits) == pytest.approx(cfg.schedule.sigma_max, rel=0.05)
+    schedule = build.schedule(cfg)
+    first, second = sorted(set(build.sampler(cfg, schedule)[1]))[-2:]
+    ratio = float(schedule(second).sigma / schedule(first).sigma)
+    assert overlap(ratio, 64) > PUBLISHED_OVERLAP, "no coarser than the published ladders"
+    assert cfg.sampler.step_size == pytest.approx(step_size(ratio, cfg.sampler.visits), rel=0.05)
+
+
+def test_what_a_sampler_was_told_is_recorded_flat():
+    cfg = composed("+experiment=cifar10", "sampler=predictor_corrector", "sampler.corrector.snr=0.1")
+    assert build.settings(cfg.sampler) == {
+        "predictor.variance": "large", "corrector.snr": 0.1, "corrector.norms": "image", "visits": 2,
+        "num_steps": None, "spacing": "trailing", "clip_x0": False,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("group", ["schedule", "objective", "sampler", "guidance", "optimizer", "model"])
 def test_every_option_of_a_group_builds(group):
     for option in groups()[group]:
@@ -73,7 +110,7 @@ def test_every_option_of_a_group_builds(group):
         words = [f"{group}={option}"] + (conditional if option == "classifier_free" else [])
         words += ["objective=hybrid"] if option == "ancestral_learned" else []
         cfg = composed("+experiment=cifar10", *words)
-        if cfg.model.image_size % 2 ** (len(cfg.model.multipliers) - 1) == 0:
+        if cfg.model.image_size % 2 ** (len(cfg.model.get("multipliers") or [1]) - 1) == 0:
             check(cfg)
         schedule = build.schedule(cfg)
         build.objective(cfg, schedule), build.sampler(cfg, schedule), build.optimizer(cfg)
@@ -87,3 +124,22 @@ def test_every_option_of_a_group_builds(group):
 def test_no_experiment_means_digits():
     plain, named = composed("+experiment=digits"), composed("+experiment=digits", "name=digits")
     assert plain == named and plain.data.name == "digits"
+
+
+@pytest.mark.parametrize(
+    "words, mentions",
+    [
+        (["data.toy=ring"], ["data.toy=ring", "modes, rings"]),
+        (["callbacks=default"], ["data=mixture", "callbacks=none"]),
+        (["model.blocks=0"], ["model.blocks=0"]),
+        (["model.time_embedding=sine"], ["model.time_embedding=sine", "positional, fourier"]),
+        (["sampler=annealed_langevin", "sampler.visits=0"], ["sampler.visits=0"]),
+        (["sampler=annealed_langevin", "sampler.convention=half"], ["sampler.convention=half", "code, paper"]),
+        (["sampler=predictor_corrector", "sampler.corrector.norms=mean"], ["sampler.corrector.norms=mean", "expected"]),
+        (["schedule=sub_vp", "schedule.beta_max=0"], ["schedule.beta_max=0"]),
+    ],
+)
+def test_what_the_score_based_family_cannot_be_is_refused_before_anything_is_built(words, mentions):
+    with pytest.raises(Refusal) as refused:
+        check(composed("+experiment=gmm", *words))
+    assert all(mention in str(refused.value) for mention in mentions)

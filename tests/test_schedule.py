@@ -7,11 +7,20 @@ import pytest
 import torch
 
 from diffusion.process.kernels import noised, posterior, renoised, transition
-from diffusion.process.schedule import ve_geometric, vp_constant, vp_cosine, vp_linear, vp_quadratic
+from diffusion.process.schedule import (
+    sub_vp,
+    ve_geometric,
+    vp_constant,
+    vp_continuous,
+    vp_cosine,
+    vp_linear,
+    vp_quadratic,
+)
 
 VP = {"linear": vp_linear(), "quadratic": vp_quadratic(), "constant": vp_constant(1000, 0.01), "cosine": vp_cosine()}
 VE = {"ve": ve_geometric(), "ncsn": ve_geometric(10, 0.01, 1.0)}
-ALL = VP | VE
+CONTINUOUS = {"vp continuous": vp_continuous(), "sub-vp": sub_vp(), "sub-vp of 7": sub_vp(7, 0.2, 12.0)}
+ALL = VP | VE | CONTINUOUS
 between = pytest.mark.parametrize("name", ALL)
 
 
@@ -68,11 +77,11 @@ def test_the_ladder_of_ncsn():
 @between
 def test_a_level_is_on_its_familys_curve_at_every_time(name):
     alpha, sigma = ALL[name](real_times(ALL[name]))
-    curve = alpha**2 + sigma**2 if name in VP else alpha
+    curve = alpha if name in VE else alpha**2 + (sigma if name.startswith("sub-vp") else sigma**2)
     assert (curve - 1).abs().max() < 1e-15
 
 
-@between
+@pytest.mark.parametrize("name", VP | VE)
 def test_lambda_is_linear_between_levels_and_sigma_below_the_first(name):
     schedule = ALL[name]
     k = torch.arange(1, schedule.num_timesteps, dtype=torch.float64)
@@ -88,6 +97,34 @@ def test_lambda_is_linear_between_levels_and_sigma_below_the_first(name):
     torch.testing.assert_close(schedule(below).sigma, below * schedule(1).sigma, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("beta_min, beta_max", [(0.1, 20.0), (0.5, 8.0), (3.0, 3.0)])
+def test_continuous_schedules_are_the_formulas_of_score_sde_at_every_time(beta_min, beta_max):
+    """Song et al. 2021, eqs. 29 and 30 and the code, whose time is u = t / T: by integrating beta numerically."""
+    t = real_times(vp_continuous(50, beta_min, beta_max))
+    u = torch.linspace(0, 1, len(t), dtype=torch.float64)
+    beta = beta_min + u * (beta_max - beta_min)
+    integral = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(beta, u)])  # exact of a line
+    for schedule, sigma in (
+        (vp_continuous(50, beta_min, beta_max), (1 - (-integral).exp()).sqrt()),
+        (sub_vp(50, beta_min, beta_max), 1 - (-integral).exp()),
+    ):
+        torch.testing.assert_close(schedule(t).alpha, (-integral / 2).exp(), rtol=1e-11, atol=0)
+        torch.testing.assert_close(schedule(t).sigma, sigma, rtol=1e-9, atol=1e-12)
+
+
+def test_the_continuous_schedule_is_near_the_discrete_one_and_narrower_than_it():
+    here, there = VP["linear"](torch.arange(1, 1001)), CONTINUOUS["vp continuous"](torch.arange(1, 1001))
+    torch.testing.assert_close(here.sigma, there.sigma, rtol=0.05, atol=0)
+    torch.testing.assert_close(here.alpha, there.alpha, rtol=0.05, atol=0)
+    sub = CONTINUOUS["sub-vp"](torch.arange(1, 1001))
+    torch.testing.assert_close(sub.sigma, there.sigma**2), torch.testing.assert_close(sub.alpha, there.alpha)
+
+
+def test_the_geometric_ladder_is_continuous_time_ve():
+    schedule, u = VE["ve"], torch.linspace(0, 1, 777, dtype=torch.float64)
+    torch.testing.assert_close(schedule(1 + 999 * u).sigma, 0.01 * (50 / 0.01) ** u, rtol=1e-12, atol=0)
+
+
 @between
 def test_clean_at_zero_and_noisier_ever_after(name):
     alpha, sigma = ALL[name](real_times(ALL[name]))
@@ -101,9 +138,11 @@ def test_time_of_inverts_lambda(name):
     t = real_times(schedule)
     alpha, sigma = schedule(t)
     torch.testing.assert_close(schedule.time_of((alpha / sigma).log()), t, rtol=0, atol=1e-10)
+    torch.testing.assert_close(schedule.log_ratio(t), (alpha / sigma).log(), rtol=1e-12, atol=1e-12)
     assert schedule.time_of(math.inf) == 0
     lowest = schedule(schedule.num_timesteps)
-    assert schedule.time_of(float((lowest.alpha / lowest.sigma).log())) == schedule.num_timesteps
+    last = schedule.time_of(float((lowest.alpha / lowest.sigma).log()))
+    assert last <= schedule.num_timesteps == pytest.approx(last, rel=1e-14)
     with pytest.raises(ValueError, match="below lambda_T"):
         schedule.time_of(-20.0)
 
@@ -151,6 +190,10 @@ def test_a_time_off_the_schedule_is_refused(t):
         (lambda: ve_geometric(10, 0.01, math.inf), "schedule.sigma_max=inf"),
         (lambda: ve_geometric(0), "schedule.num_timesteps=0"),
         (lambda: vp_constant(1000, 0.999), "no signal left"),
+        (lambda: vp_continuous(0), "schedule.num_timesteps=0"),
+        (lambda: vp_continuous(10, 0.0), "schedule.beta_min=0.0"),
+        (lambda: sub_vp(10, 2.0, 1.0), "schedule.beta_max=1.0"),
+        (lambda: sub_vp(10, 1.0, 4000.0), "smaller schedule.beta_max"),
     ],
 )
 def test_a_bad_setting_is_refused_by_the_name_of_its_key(make, key):
@@ -163,7 +206,7 @@ def test_a_bad_setting_is_refused_by_the_name_of_its_key(make, key):
 PAIRS = [(1, 0), (2, 1), (1000, 999), (1000, 1), (700.5, 0.25), (500, 500)]
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "ve"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "ve", "sub-vp"])
 @pytest.mark.parametrize("t, s", PAIRS)
 def test_renoising_carries_the_marginal_at_s_to_that_at_t(name, t, s):
     schedule = ALL[name]
@@ -175,7 +218,7 @@ def test_renoising_carries_the_marginal_at_s_to_that_at_t(name, t, s):
     torch.testing.assert_close(renoised(schedule, x, s, t, z), torch.stack([2 * alpha, 3 * sigma]))
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "ve"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "ve", "sub-vp"])
 @pytest.mark.parametrize("t, s", PAIRS)
 def test_the_posterior_is_bayes_rule(name, t, s):
     """q(x_s | x_t, x_0) ~ q(x_t | x_s) q(x_s | x_0): precisions add, means are weighed by them."""
@@ -224,7 +267,7 @@ def test_a_tensor_of_times_is_never_looked_at():
     """On the meta device there are no values: whatever would make a host wait for its GPU raises here."""
     t = torch.ones(4, dtype=torch.int64, device="meta")
     images = torch.zeros(4, 3, 8, 8, device="meta")
-    for schedule in (VP["linear"], VE["ve"]):
+    for schedule in (VP["linear"], VE["ve"], CONTINUOUS["sub-vp"]):
         assert schedule(t).alpha.device.type == "meta"
         assert noised(schedule, images, t, images).shape == images.shape
         assert schedule.time_of(schedule(t).alpha).shape == t.shape

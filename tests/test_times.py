@@ -51,6 +51,21 @@ def test_leading_and_trailing_agree_with_diffusers():
         assert times(1000, num_steps, "trailing")[:-1] == (theirs.timesteps + 1).tolist()
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_visits_repeat_every_level_but_the_last(spacing):
+    once = times(100, 7, spacing)
+    assert times(100, 7, spacing, visits=1) == once
+    grid = times(100, 7, spacing, visits=3)
+    assert len(grid) == 7 * 3 + 1 and grid[::3] == once and grid[-1] == 0 and grid.count(0) == 1
+    assert grid == sorted(grid, reverse=True) and all(grid.count(level) == 3 for level in once[:-1])
+
+
+@pytest.mark.parametrize("visits", [0, -1, 1.5, True, "2"])
+def test_an_impossible_number_of_visits_is_refused(visits):
+    with pytest.raises(ValueError, match="sampler.visits=.*at least 1"):
+        times(1000, 10, visits=visits)
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, 2.5, True, "10"])
 def test_an_impossible_number_of_steps_is_refused(num_steps):
     with pytest.raises(ValueError, match="sampler.num_steps=.*from 1 to schedule.num_timesteps=1000"):

@@ -8,7 +8,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from diffusion.noise import keys, normal
 from diffusion.process.schedule import Level, ve_geometric, vp_cosine, vp_linear
-from diffusion.process.toy import Gaussian, Mixture
+from diffusion.process.toy import SETS, Gaussian, Mixture, checkerboard, modes, moons, rings
 
 SCHEDULES = {"linear": vp_linear(), "cosine": vp_cosine(), "ve": ve_geometric()}
 on_all = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -206,6 +206,60 @@ def test_point_masses_are_distributions_too():
 def test_what_is_no_distribution_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---- sets in the plane ----
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_a_mixture_within_the_range_of_images(name):
+    toy = SETS[name]()
+    x = toy.sample(5000, torch.Generator().manual_seed(0))
+    assert x.shape == (5000, 2) and (x.abs() > 1).double().mean() < 1e-3 and toy.num_classes > 1
+    assert float(toy.spread(SCHEDULES["linear"](0)).max()) == pytest.approx(0.45, abs=0.05)
+    line = torch.linspace(-1.4, 1.4, 141, dtype=torch.float64)
+    density = toy.log_density(torch.cartesian_prod(line, line), SCHEDULES["linear"](1)).exp()
+    assert float(density.sum()) * 0.02**2 == pytest.approx(1, rel=2e-3), "all of its mass"
+
+
+def test_rings_are_even_along_and_narrow_across():
+    toy, level = rings(radii=(0.4, 0.8), width=0.03), SCHEDULES["linear"](0)
+    turn = torch.linspace(0, 2 * math.pi, 1000, dtype=torch.float64)
+    for radius in (0.4, 0.8):
+        along = toy.log_density(radius * torch.stack([turn.cos(), turn.sin()], 1), level).exp()
+        assert along.max() / along.min() < 1.02
+    x = toy.sample(20_000, torch.Generator().manual_seed(0))
+    radius = x.norm(dim=1)
+    outer = radius > 0.6
+    assert float(outer.double().mean()) == pytest.approx(2 / 3, abs=0.012), "as long as it is"
+    assert float(radius[outer].std()) == pytest.approx(0.03, rel=0.05)
+    inner = toy.sample(2000, torch.Generator().manual_seed(1), labels=torch.zeros(2000, dtype=torch.int64))
+    assert inner.norm(dim=1).mean() == pytest.approx(0.4, abs=0.01)
+
+
+def test_moons_hold_each_others_ends():
+    x = moons().sample(4000, torch.Generator().manual_seed(0), labels=torch.arange(4000) % 2)
+    upper, lower = x[::2], x[1::2]
+    assert (upper[:, 1] > -0.3).all() and (lower[:, 1] < 0.3).all()
+    torch.testing.assert_close(upper.mean(0), -lower.mean(0), rtol=0, atol=0.03)
+    distance = (upper - float64([-0.25, -0.1])).norm(dim=1)
+    assert distance.mean() == pytest.approx(0.5, abs=0.01) and distance.std() == pytest.approx(0.04, rel=0.1)
+
+
+def test_a_checkerboard_is_flat_on_black_and_empty_on_white():
+    toy, level = checkerboard(), SCHEDULES["linear"](0)
+    centres = -0.6 + 0.4 * torch.cartesian_prod(torch.arange(4), torch.arange(4)).double()
+    black = (torch.cartesian_prod(torch.arange(4), torch.arange(4)).sum(1) % 2) == 0
+    density = toy.log_density(centres, level).exp()
+    torch.testing.assert_close(density[black], torch.full((8,), 1 / (8 * 0.16), dtype=torch.float64), rtol=0.01, atol=0)
+    assert density[~black].max() < 0.01
+
+
+def test_modes_have_the_weights_given():
+    toy = modes([1, 3], radius=0.5, std=0.1)
+    x = toy.sample(4000, torch.Generator().manual_seed(0))
+    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(0.25, abs=0.03)
+    assert toy.num_classes == 2 and modes().weights.tolist() == pytest.approx([k / 36 for k in range(1, 9)])
 
 
 def test_an_impossible_tolerance_is_refused():

@@ -42,13 +42,14 @@ from diffusion.training.sampling import Counted, Sampling
 from diffusion.training.scoring import reference_of
 
 CLASSIFIER = "classifier.safetensors"
-SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "ve_geometric")
+SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "vp_continuous", "sub_vp", "ve_geometric")
 TARGETS = {  # what a checkpoint may ask to be built
-    "model": ("diffusion.models.unet.UNet",),
+    "model": ("diffusion.models.unet.UNet", "diffusion.models.mlp.MLP"),
     "schedule": tuple(f"diffusion.process.schedule.{name}" for name in SCHEDULES),
     "data": (
         "diffusion.data.module.ImageShardsDataModule",
         "diffusion.data.digits.DigitsDataModule",
+        "diffusion.data.mixture.MixtureDataModule",
         *(f"diffusion.data.sets.{name}DataModule" for name in ("LSUN", "CelebAHQ", "CIFAR10")),
     ),
 }
@@ -58,6 +59,17 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def without(cfg: DictConfig, *names: str) -> DictConfig:
     """The group without the keys that its class does not take."""
     return OmegaConf.create({k: v for k, v in cfg.items() if k not in names})
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """The values of a group, those of the groups in it as `corrector.snr`; what is built of it is left out."""
+    found: dict[str, Any] = {}
+    for name, value in cfg.items():
+        if isinstance(value, DictConfig):
+            found |= {f"{name}.{key}": inner for key, inner in settings(value).items()}
+        elif not name.startswith("_"):
+            found[name] = value
+    return found
 
 
 def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
@@ -152,8 +164,8 @@ def sampler(cfg: DictConfig, levels: Schedule) -> tuple[Sampler, list[float]]:
     """The sampler and the times it visits."""
     check_steps(cfg.sampler, levels.num_timesteps)
     steps = levels.num_timesteps if cfg.sampler.num_steps is None else cfg.sampler.num_steps
-    built = make(without(cfg.sampler, "num_steps", "spacing", "clip_x0"), "sampler", schedule=levels)
-    return built, times(levels.num_timesteps, steps, cfg.sampler.spacing)
+    built = make(without(cfg.sampler, "num_steps", "spacing", "visits", "clip_x0"), "sampler", schedule=levels)
+    return built, times(levels.num_timesteps, steps, cfg.sampler.spacing, cfg.sampler.get("visits", 1))
 
 
 def sampled(cfg: DictConfig, called: Denoiser, denoiser: NetworkDenoiser, where: Place) -> Denoiser:
@@ -360,8 +372,7 @@ def sampling(
     if labels and not num_classes:
         raise Refusal(f"labels={labels}: this model is unconditional.")
     counted = Counted(denoiser, (ranks or Ranks()).attend)
-    about = {"sampler": type(built).__name__.lower(), "spacing": cfg.sampler.spacing, "clip_x0": cfg.sampler.clip_x0}
-    about |= {k: cfg.sampler[k] for k in ("eta", "variance") if k in cfg.sampler}
+    about = {"sampler": type(built).__name__.lower(), **settings(without(cfg.sampler, "num_steps"))}
     about |= {"guidance_scale": cfg.guidance.scale, "precision": where.precision}
     return Sampling(
         sampled(cfg, counted, denoiser, where), counted, built, visited, image_shape, num_classes, cfg.seed,

@@ -66,13 +66,18 @@ RULES: dict[str, tuple[Test, str]] = {
     "model.dropout": between(0, 1, including_high=False),
     "model.blocks_per_level": at_least(1),
     "model.num_classes": at_least(0),
+    "model.blocks": at_least(1),
+    "model.time_embedding": one_of("positional", "fourier"),
+    "model.fourier_scale": above(0),
     "schedule.num_timesteps": at_least(1),
     "schedule.beta": (lambda v: 0 < v < 1, "is outside (0, 1)"),
     "schedule.beta_start": (lambda v: 0 < v < 1, "is outside (0, 1)"),
     "schedule.beta_end": (lambda v: 0 < v < 1, "is outside (0, 1)"),
+    "schedule.beta_min": above(0),
+    "schedule.beta_max": above(0),
     "schedule.sigma_min": above(0),
     "schedule.sigma_max": above(0),
-    "objective.prediction": one_of("epsilon", "x0", "v", "score", "mu"),
+    "objective.prediction": one_of("epsilon", "x0", "v", "score", "scaled_score", "mu"),
     "objective.label_dropout": between(0, 1),
     "objective.variance": one_of("small", "large", "learned"),
     "objective.vlb_weight": above(0),
@@ -80,6 +85,12 @@ RULES: dict[str, tuple[Test, str]] = {
     "sampler.variance": one_of("small", "large", "learned"),
     "sampler.spacing": one_of("linear", "quadratic", "trailing"),
     "sampler.num_steps": at_least(1),
+    "sampler.visits": at_least(1),
+    "sampler.step_size": above(0),
+    "sampler.convention": one_of("code", "paper"),
+    "sampler.predictor.variance": one_of("small", "large"),
+    "sampler.corrector.snr": above(0),
+    "sampler.corrector.norms": one_of("image", "batch", "expected"),
     "guidance.scale": (lambda v: 0 <= v < math.inf, "must be finite and at least 0; 1 means no guidance"),
     "optimizer.lr": above(0),
     "optimizer.eps": above(0),
@@ -138,6 +149,8 @@ RULES: dict[str, tuple[Test, str]] = {
     "extractor.name": (lambda v: re.fullmatch(r"[A-Za-z0-9]+", v) is not None, "is no word of letters and digits"),
     "extractor.channels": one_of(1, 3),
     "extractor.image_size": at_least(1),
+    "data.toy": one_of("modes", "rings", "moons", "checkerboard"),
+    "data.num_points": at_least(1),
     "logger.mode": one_of("auto", "online", "offline"),
 }
 
@@ -201,7 +214,7 @@ def check_training(cfg: DictConfig) -> None:
             f"model.out_channels={cfg.model.out_channels} follows from the objective: the channels of the images, "
             f"twice as many with objective.variance=learned. Leave it out."
         )
-    halvings = len(cfg.model.multipliers) - 1
+    halvings = len(cfg.model.get("multipliers") or [1]) - 1
     if cfg.model.image_size % 2**halvings:
         raise Refusal(
             f"model.image_size={cfg.model.image_size} cannot be halved {halvings} times, which "
@@ -217,6 +230,11 @@ def check_training(cfg: DictConfig) -> None:
             f"objective.label_dropout={cfg.objective.label_dropout} needs a conditional model: model.num_classes=0."
         )
     check_guidance(cfg.guidance.scale, cfg.model.num_classes, cfg.objective.label_dropout)
+    if cfg.callbacks.enabled and cfg.data.channels not in (1, 3):
+        raise Refusal(
+            f"callbacks: data={cfg.data.name} has points of {cfg.data.channels} numbers, of which no pictures can be "
+            f"made: give callbacks=none."
+        )
     if cfg.callbacks.enabled and "fid" in cfg.metrics and cfg.extractor.name == "digits":
         if cfg.data.image_size != 8 or cfg.data.channels != 1:
             raise Refusal(
@@ -233,7 +251,7 @@ def check_training(cfg: DictConfig) -> None:
 def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
     """Refuse more sampling steps than the schedule has levels, and an unknown spacing."""
     steps = num_timesteps if sampler.num_steps is None else sampler.num_steps
-    times(num_timesteps, steps, sampler.spacing)
+    times(num_timesteps, steps, sampler.spacing, sampler.get("visits", 1))
 
 
 def learns_variance(objective: DictConfig) -> bool:
@@ -262,8 +280,11 @@ def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None
 
 
 def check_data(cfg: DictConfig) -> None:
-    """Refuse a data set that is not on disk, or is another than conf/ says; digits are made when they are missing."""
+    """Refuse a data set that is not on disk, or is another than conf/ says; digits are made when they are missing, and
+    what has no root is drawn."""
     root = cfg.data.root
+    if root is None:
+        return
     if cfg.data.name == "digits" and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
         return
     index = read_index(root, cfg.data.prepare, Access(cfg.data.remote.attempts, cfg.data.remote.timeout))

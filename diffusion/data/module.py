@@ -87,7 +87,7 @@ class ImageShardsDataModule(LightningDataModule):
         """The data set's index, after `prepare_data`. MissingData (a ValueError) when there is none, ValueError when it
         is another set than this class is for or than `digest` says."""
         self.prepare_data()
-        index = read_index(self.root, self.prepare, self.access)
+        index = self.read()
         for key, wanted in self.holds.items():
             if getattr(index, key) != wanted:
                 raise ValueError(
@@ -100,6 +100,10 @@ class ImageShardsDataModule(LightningDataModule):
                 f"(data.digest={self.digest[:12]}…): its images, their order or their shards have changed."
             )
         return index
+
+    def read(self) -> Index:
+        """The index as it is found."""
+        return read_index(self.root, self.prepare, self.access)
 
     @cached_property
     def samples(self) -> Samples:

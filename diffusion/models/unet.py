@@ -1,8 +1,9 @@
 """The U-Net of DDPM (Ho et al. 2020, app. B), layer for layer, with optional class labels.
 
-It knows images, a time index and a class; it knows no schedule and does not know what its output means. Counted from
-the layer list: 35,746,307 parameters for CIFAR-10, 113,673,219 and 255,677,955 for 256x256 at width 128 and 192,
-78,700,803 for CelebA 64x64. Labels add one embedding row per class, and one for "no class".
+It knows images, a time index (or a noise level, which NCSN++ embeds in its place) and a class; it knows no schedule and
+does not know what its output means. Counted from the layer list: 35,746,307 parameters for CIFAR-10, 113,673,219 and
+255,677,955 for 256x256 at width 128 and 192, 78,700,803 for CelebA 64x64. Labels add one embedding row per class, and
+one for "no class".
 """
 
 import math
@@ -68,6 +69,42 @@ class TimeEmbedding(nn.Module):
         angle = time_index.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
         waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.dense_1.weight.dtype)
         return self.dense_2(F.silu(self.dense_1(waves)))
+
+
+class FourierEmbedding(nn.Module):
+    """Sines, then cosines, of 2 pi w log sigma at `width` frequencies w ~ N(0, scale^2), and two linear layers: that of
+    NCSN++ (Song et al. 2021, score SDE, app. H). The frequencies are drawn once and not trained.
+
+    (B,) log of the noise level -> (B, 4 width).
+    """
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(width))
+        self.dense_1 = linear(2 * width, 4 * width)
+        self.dense_2 = linear(4 * width, 4 * width)
+
+    def forward(self, log_sigma: Tensor) -> Tensor:
+        angle = 2 * math.pi * log_sigma.float()[:, None] * self.frequencies
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.dense_1.weight.dtype)
+        return self.dense_2(F.silu(self.dense_1(waves)))
+
+
+CONDITIONING = {"positional": "time", "fourier": "noise"}  # what each embeds, in the words of diffusion/denoiser.py
+
+
+def embedded(kind: str, width: int, scale: float) -> tuple[nn.Module, str]:
+    """The embedding of this kind, and what is to be embedded by it.
+
+    Raises:
+        ValueError: there is no such kind, or the scale is not positive.
+    """
+    if kind not in CONDITIONING:
+        raise ValueError(f"model.time_embedding={kind} is none of {', '.join(CONDITIONING)}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"model.fourier_scale={scale} must be above 0.")
+    made = TimeEmbedding(width) if kind == "positional" else FourierEmbedding(width, scale)
+    return made, CONDITIONING[kind]
 
 
 class ResBlock(nn.Module):
@@ -153,7 +190,9 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x (B, C, H, W), time index (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
+    """(x (B, C, H, W), told (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
+
+    What it is told is a time index or, as `conditioning` says, the log of a noise level.
 
     Args:
         image_size: height and width in pixels; must be divisible by 2 ** (number of levels - 1).
@@ -165,11 +204,14 @@ class UNet(nn.Module):
         dropout: probability, in every residual block.
         num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
         out_channels: channels of the output, `channels` unless given.
+        time_embedding: "positional", DDPM's, of the time index; "fourier", NCSN++'s, of the log of the noise level.
+        fourier_scale: standard deviation of the latter's frequencies, per unit of that logarithm.
         activation_checkpointing: in training keep only what goes into each block, and compute the inside of a block a
             second time when its gradient is due (Chen et al. 2016): less memory, one more forward pass, the same bits.
 
     Raises:
-        ValueError: a size that the levels do not divide, a width that 32 does not, dropout outside [0, 1).
+        ValueError: a size that the levels do not divide, a width that 32 does not, dropout outside [0, 1), an embedding
+            that there is not.
     """
 
     def __init__(
@@ -184,6 +226,8 @@ class UNet(nn.Module):
         num_classes: int = 0,
         out_channels: int | None = None,
         activation_checkpointing: bool = False,
+        time_embedding: str = "positional",
+        fourier_scale: float = 16.0,
     ) -> None:
         super().__init__()
         if width < 1 or width % NORM_GROUPS:
@@ -199,7 +243,7 @@ class UNet(nn.Module):
         self.out_channels = out_channels or channels
         self.activation_checkpointing = activation_checkpointing
         embedding, size = 4 * width, image_size
-        self.time = TimeEmbedding(width)
+        self.time, self.conditioning = embedded(time_embedding, width, fourier_scale)
         self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
         self.stem = conv3x3(channels, width)
 
@@ -242,11 +286,11 @@ class UNet(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False)  # dropout draws again what it drew
         return part(*inputs)
 
-    def forward(self, x: Tensor, time_index: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedding = self.time(time_index)
+    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self.time(told)
         if self.label is not None:
             if labels is None:
-                labels = torch.full_like(time_index, self.num_classes, dtype=torch.long)
+                labels = torch.full_like(told, self.num_classes, dtype=torch.long)
             embedding = embedding + self.label(labels)
         embedding = F.silu(embedding)
 

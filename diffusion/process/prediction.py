@@ -89,6 +89,16 @@ def score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tens
     return -like(1 / schedule(t).sigma, x_t) * epsilon
 
 
+def scaled_score_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, output: Tensor) -> Pair:
+    """score = output / sigma: how NCSNv2 and NCSN++ scale their output (Song & Ermon 2020, technique 3), so that it is
+    of order 1 at every level. It is epsilon but for its sign."""
+    return epsilon_to_pair(schedule, x_t, t, -output)
+
+
+def scaled_score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    return -epsilon
+
+
 def mu_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, mu: Tensor) -> Pair:
     """mu, the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), solved for x0; at t <= 1 mu is x0 itself.
 
@@ -113,6 +123,7 @@ PREDICTIONS = {
     "x0": Kind(x0_to_pair, x0_from_pair),
     "v": Kind(v_to_pair, v_from_pair),
     "score": Kind(score_to_pair, score_from_pair),
+    "scaled_score": Kind(scaled_score_to_pair, scaled_score_from_pair),
     "mu": Kind(mu_to_pair, mu_from_pair),
 }
 

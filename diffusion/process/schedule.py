@@ -5,13 +5,18 @@
 A schedule answers `schedule(t) -> Level(alpha, sigma)` for real t in [0, T]: 0 is clean data, the integers 1..T are the
 noise levels of the papers. It knows no network, no loss and no sampler.
 
-Between integers lambda_t = log(alpha_t / sigma_t) is interpolated linearly; below t = 1, where lambda grows without
-bound, sigma is. Either way the schedule stays on its curve alpha^2 + c sigma^2 = 1: c = 1 is variance preserving (VP,
-Ho et al. 2020), c = 0 variance exploding (VE, Song & Ermon 2019). That c is all the two families differ in, and it is
-read in this file only.
+Each runs along a curve in the plane of alpha and sigma, and the curve is all that its family is:
+
+    alpha^2 + sigma^2 = 1    variance preserving (VP, Ho et al. 2020)
+    alpha = 1                variance exploding (VE, Song & Ermon 2019)
+    alpha^2 + sigma = 1      sub-VP (Song et al. 2021, score SDE)
+
+How far along it has come at time t is said by a table of levels (`Table`), or by a formula (`Continuous`). Which curve
+it is, is known in this file only.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -59,29 +64,23 @@ def like(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.dtype).reshape(x.shape if value.shape == x.shape else (-1, *[1] * (x.ndim - 1)))
 
 
-class Schedule:
-    """alpha and sigma at the integers 1..T, and by interpolation at every real time in [0, T].
+class Schedule(ABC):
+    """alpha and sigma at every real time in [0, T]: 1 and 0 at t = 0, and lambda = log(alpha / sigma) falls with t.
 
     Args:
-        alpha: signal amplitudes at t = 1..T, (T,).
-        sigma: noise amplitudes at t = 1..T, (T,).
-        preserving: the c of alpha^2 + c sigma^2 = 1: 1 for VP, 0 for VE.
-
-    Raises:
-        ValueError: in float64 a level is not noisier than the one before it, or has no signal left.
+        num_timesteps: T.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, preserving: float) -> None:
-        assert alpha.shape == sigma.shape and alpha.ndim == 1, f"expected two (T,) tables, met {alpha.shape}"
-        clean = torch.ones(1, dtype=torch.float64)
-        self.num_timesteps = len(alpha)
-        self._preserving = preserving
-        self._alpha = torch.cat([clean, alpha.to("cpu", torch.float64)])
-        self._sigma = torch.cat([0 * clean, sigma.to("cpu", torch.float64)])
-        self._lambda = self._alpha.log() - self._sigma.log()
-        if not (self._lambda.diff() < 0).all() or not self._lambda[1:].isfinite().all():
-            raise ValueError("schedule: some noise level is not noisier than the one before, or has no signal left.")
-        self._tables = {self._alpha.device: (self._alpha, self._sigma, self._lambda)}
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    @abstractmethod
+    def _level(self, t: Tensor) -> Level:
+        """At times in [0, T], float64, on any device."""
+
+    @abstractmethod
+    def _time(self, log_ratio: Tensor) -> Tensor:
+        """The inverse, of lambdas in [lambda_T, infinity], float64."""
 
     def __call__(self, t: float | Tensor) -> Level:
         """Signal and noise at time t, float64, of t's shape and on t's device.
@@ -95,18 +94,7 @@ class Schedule:
             t = torch.tensor(t, dtype=torch.float64)
         if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_timesteps)).all():
             raise ValueError(f"time {t.tolist()} is outside [0, {self.num_timesteps}].")
-        alphas, sigmas, lambdas = self._on(t.device)
-        t = t.to(torch.float64)
-        nearest = t.round()
-        above = t.ceil().clamp(min=1)
-        below, part = above.long() - 1, t - above + 1
-        noise_to_signal = (-torch.lerp(lambdas[below], lambdas[below + 1], part)).exp()
-        small_sigma = part * sigmas[1]
-        small_alpha = (1 - self._preserving * small_sigma**2).sqrt()
-        alpha = torch.where(below > 0, (1 + self._preserving * noise_to_signal**2).rsqrt(), small_alpha)
-        sigma = torch.where(below > 0, noise_to_signal * alpha, small_sigma)
-        on_table, row = t == nearest, nearest.long()
-        return Level(torch.where(on_table, alphas[row], alpha), torch.where(on_table, sigmas[row], sigma))
+        return self._level(t.to(torch.float64))
 
     def std(self, t: float | Tensor) -> Tensor:
         """Standard deviation of x_t for data of mean 0 and variance 1: 1 under VP, sqrt(1 + sigma_t^2) under VE."""
@@ -121,6 +109,11 @@ class Schedule:
         """
         return float(self.std(self.num_timesteps))
 
+    def log_ratio(self, t: float | Tensor) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t), half the log signal-to-noise ratio: float64, of t's shape."""
+        alpha, sigma = self(t)
+        return alpha.log() - sigma.log()
+
     def time_of(self, log_ratio: float | Tensor) -> float | Tensor:
         """The time at which lambda_t = log(alpha_t / sigma_t) has this value: the inverse; infinity is t = 0.
 
@@ -132,23 +125,115 @@ class Schedule:
         """
         if not isinstance(log_ratio, Tensor):
             return float(self.time_of(torch.tensor(log_ratio, dtype=torch.float64)))
-        wanted = log_ratio.to(torch.float64)
-        _, sigmas, lambdas = self._on(wanted.device)
-        if wanted.device.type == "cpu" and not (wanted >= lambdas[-1] - 1e-9).all():
-            raise ValueError(f"lambda {wanted.tolist()} is below lambda_T = {lambdas[-1]:.6g}.")
-        wanted = wanted.clamp(min=lambdas[-1])
-        noise_to_signal = (-wanted).exp()
+        wanted, least = log_ratio.to(torch.float64), float(self.log_ratio(self.num_timesteps))
+        if wanted.device.type == "cpu" and not (wanted >= least - 1e-9).all():
+            raise ValueError(f"lambda {wanted.tolist()} is below lambda_T = {least:.6g}.")
+        return self._time(wanted.clamp(min=least))
+
+
+class Table(Schedule):
+    """alpha and sigma at the integers 1..T, and by interpolation at every real time in [0, T].
+
+    Between integers lambda is interpolated linearly; below t = 1, where lambda grows without bound, sigma is. Either
+    way the schedule stays on its curve, alpha^2 + c sigma^2 = 1.
+
+    Args:
+        alpha: signal amplitudes at t = 1..T, (T,).
+        sigma: noise amplitudes at t = 1..T, (T,).
+        preserving: the c of the curve: 1 for VP, 0 for VE.
+
+    Raises:
+        ValueError: in float64 a level is not noisier than the one before it, or has no signal left.
+    """
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, preserving: float) -> None:
+        assert alpha.shape == sigma.shape and alpha.ndim == 1, f"expected two (T,) tables, met {alpha.shape}"
+        super().__init__(len(alpha))
+        clean = torch.ones(1, dtype=torch.float64)
+        self._preserving = preserving
+        alphas = torch.cat([clean, alpha.to("cpu", torch.float64)])
+        sigmas = torch.cat([0 * clean, sigma.to("cpu", torch.float64)])
+        lambdas = alphas.log() - sigmas.log()
+        if not (lambdas.diff() < 0).all() or not lambdas[1:].isfinite().all():
+            raise ValueError("schedule: some noise level is not noisier than the one before, or has no signal left.")
+        self._host = alphas.device
+        self._tables = {self._host: (alphas, sigmas, lambdas)}
+
+    def _level(self, t: Tensor) -> Level:
+        alphas, sigmas, lambdas = self._on(t.device)
+        nearest = t.round()
+        above = t.ceil().clamp(min=1)
+        below, part = above.long() - 1, t - above + 1
+        noise_to_signal = (-torch.lerp(lambdas[below], lambdas[below + 1], part)).exp()
+        small_sigma = part * sigmas[1]
+        small_alpha = (1 - self._preserving * small_sigma**2).sqrt()
+        alpha = torch.where(below > 0, (1 + self._preserving * noise_to_signal**2).rsqrt(), small_alpha)
+        sigma = torch.where(below > 0, noise_to_signal * alpha, small_sigma)
+        on_table, row = t == nearest, nearest.long()
+        return Level(torch.where(on_table, alphas[row], alpha), torch.where(on_table, sigmas[row], sigma))
+
+    def _time(self, log_ratio: Tensor) -> Tensor:
+        _, sigmas, lambdas = self._on(log_ratio.device)
+        noise_to_signal = (-log_ratio).exp()
         sigma = noise_to_signal * (1 + self._preserving * noise_to_signal**2).rsqrt()
-        below = (torch.searchsorted(-lambdas, -wanted.contiguous()) - 1).clamp(1, max(1, self.num_timesteps - 1))
+        below = (torch.searchsorted(-lambdas, -log_ratio.contiguous()) - 1).clamp(1, max(1, self.num_timesteps - 1))
         next_up = (below + 1).clamp(max=self.num_timesteps)
         span = torch.where(next_up > below, lambdas[below] - lambdas[next_up], 1.0)
-        between = below + (lambdas[below] - wanted) / span
-        return torch.where(wanted > lambdas[1], sigma / sigmas[1], between)
+        between = below + (lambdas[below] - log_ratio) / span
+        return torch.where(log_ratio > lambdas[1], sigma / sigmas[1], between)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in self._tables[self._alpha.device])
+            self._tables[device] = tuple(table.to(device) for table in self._tables[self._host])
         return self._tables[device]
+
+
+class Continuous(Schedule):
+    """By a formula at every time: the process dx = -beta x dt / 2 + ..., beta linear in u = t / T (Song et al. 2021,
+    score SDE, app. B and C; their time is u).
+
+        alpha = exp(-B / 2),    B = integral of beta = beta_min u + (beta_max - beta_min) u^2 / 2
+
+    sigma follows from B by the curve. In their code u begins at 1e-3: with T = 1000 that is the level t = 1, as here.
+
+    Args:
+        num_timesteps: T, which says no more than how finely u is counted and how many levels are trained on.
+        beta_min, beta_max: rates at u = 0 and 1.
+        sigma: of B, for the curve.
+        integral: B, of the noise-to-signal ratio sigma / alpha: the inverse.
+
+    Raises:
+        ValueError: num_timesteps < 1, not 0 < beta_min <= beta_max, or in float64 no signal is left at T.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        beta_min: float,
+        beta_max: float,
+        sigma: Callable[[Tensor], Tensor],
+        integral: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(num_timesteps)
+        _check_num_timesteps(num_timesteps)
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(
+                f"schedule.beta_min={beta_min}, schedule.beta_max={beta_max}: 0 < beta_min <= beta_max is needed."
+            )
+        self._start, self._rise = beta_min, beta_max - beta_min
+        self._sigma, self._integral = sigma, integral
+        if not self.log_ratio(num_timesteps).isfinite():
+            raise ValueError("schedule: no signal is left at the end; give a smaller schedule.beta_max.")
+
+    def _level(self, t: Tensor) -> Level:
+        u = t / self.num_timesteps
+        integral = self._start * u + self._rise * u**2 / 2
+        return Level((-integral / 2).exp(), self._sigma(integral))
+
+    def _time(self, log_ratio: Tensor) -> Tensor:
+        integral = self._integral((-log_ratio).exp())
+        root = (self._start**2 + 2 * self._rise * integral).sqrt()
+        return (2 * integral / (self._start + root) * self.num_timesteps).clamp(max=self.num_timesteps)
 
 
 def vp_linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
@@ -207,6 +292,9 @@ def vp_cosine(num_timesteps: int = 1000, offset: float = 0.008, beta_max: float 
 def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
     """Variance exploding, sigma_1..sigma_T a geometric ladder (Song & Ermon 2019, sec. 4.2; 2020, sec. 3).
 
+    Being geometric between the levels too, it is also the continuous-time VE of Song et al. 2021 (score SDE, app. C),
+    whose time in [0, 1] is (t - 1) / (T - 1).
+
     Raises:
         ValueError: num_timesteps < 1, or not 0 < sigma_min < sigma_max.
     """
@@ -216,13 +304,45 @@ def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: 
             f"schedule.sigma_min={sigma_min}, schedule.sigma_max={sigma_max}: 0 < sigma_min < sigma_max is needed."
         )
     sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), num_timesteps, dtype=torch.float64).exp()
-    return Schedule(torch.ones_like(sigma), sigma, preserving=0.0)
+    return Table(torch.ones_like(sigma), sigma, preserving=0.0)
+
+
+def vp_continuous(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """Variance preserving in continuous time (Song et al. 2021, score SDE, eq. 11): sigma^2 = 1 - exp(-B).
+
+    With T = 1000 alpha and sigma are within 5 % of those of vp_linear, whose beta_t is about beta / T.
+
+    Raises:
+        ValueError: as `Continuous`.
+    """
+    return Continuous(
+        num_timesteps,
+        beta_min,
+        beta_max,
+        sigma=lambda integral: (-torch.expm1(-integral)).sqrt(),
+        integral=lambda ratio: torch.log1p(ratio**2),
+    )
+
+
+def sub_vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """Sub-VP (Song et al. 2021, score SDE, eq. 13): alpha of VP, and its sigma squared: sigma = 1 - exp(-B).
+
+    Raises:
+        ValueError: as `Continuous`.
+    """
+    return Continuous(
+        num_timesteps,
+        beta_min,
+        beta_max,
+        sigma=lambda integral: -torch.expm1(-integral),
+        integral=lambda ratio: 2 * torch.asinh(ratio / 2),
+    )
 
 
 def _from_betas(beta: Tensor) -> Schedule:
     """alpha_bar_t = prod (1 - beta), as a sum of logarithms: 1 - alpha_bar keeps its digits where beta is small."""
     log_alpha_bar = torch.log1p(-beta).cumsum(0)
-    return Schedule((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), preserving=1.0)
+    return Table((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), preserving=1.0)
 
 
 def _check_num_timesteps(num_timesteps: int) -> None:

@@ -1,7 +1,9 @@
 """Which times a sampler visits: a descending list that starts at a noise level of the papers and ends at 0, clean data.
 
-A grid of `num_steps` transitions has num_steps + 1 entries, whatever num_steps in 1..T; no entry repeats. Knows numbers
-only: no schedule, no sampler, and no torch, so that a configuration can be checked without loading it.
+A grid of `num_steps` levels has num_steps + 1 entries, whatever num_steps in 1..T, and as many transitions; no entry
+repeats. With `visits` each level stands there so often in a row: between equal times Langevin dynamics and correctors
+take their steps. Knows numbers only: no schedule, no sampler, and no torch, so that a configuration can be checked
+without loading it.
 """
 
 import math
@@ -36,16 +38,17 @@ def trailing(num_timesteps: int, num_steps: int) -> list[int]:
 SPACINGS = {"linear": linear, "quadratic": quadratic, "trailing": trailing}
 
 
-def times(num_timesteps: int, num_steps: int, spacing: str = "linear") -> list[int]:
-    """Times of a sampling run of `num_steps` transitions: strictly descending, num_steps + 1 of them, the last 0.
+def times(num_timesteps: int, num_steps: int, spacing: str = "linear", visits: int = 1) -> list[int]:
+    """Times of a sampling run: strictly descending where visits is 1, num_steps + 1 of them, the last 0.
 
     Args:
         num_timesteps: T of the schedule.
-        num_steps: transitions, 1..T.
+        num_steps: levels that are visited, 1..T.
         spacing: "linear", "quadratic" or "trailing".
+        visits: how often each of them is: steps that leave from it, all but the last of which stay.
 
     Raises:
-        ValueError: sampler.num_steps or sampler.spacing is not possible.
+        ValueError: sampler.num_steps, sampler.spacing or sampler.visits is not possible.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}.")
@@ -53,4 +56,7 @@ def times(num_timesteps: int, num_steps: int, spacing: str = "linear") -> list[i
         raise ValueError(
             f"sampler.num_steps={num_steps} must be an integer from 1 to schedule.num_timesteps={num_timesteps}."
         )
-    return SPACINGS[spacing](num_timesteps, num_steps)
+    if not isinstance(visits, int) or isinstance(visits, bool) or visits < 1:
+        raise ValueError(f"sampler.visits={visits} must be an integer, at least 1.")
+    levels = SPACINGS[spacing](num_timesteps, num_steps)
+    return [level for level in levels[:-1] for _ in range(visits)] + levels[-1:]

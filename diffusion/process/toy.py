@@ -6,7 +6,8 @@ N(alpha m_k, C_k), C_k = alpha^2 S_k + sigma^2 I. With r_k(x) the responsibility
     score = sum_k r_k C_k^-1 (alpha m_k - x)
     x0 = E[x_0 | x] = sum_k r_k (m_k + alpha S_k C_k^-1 (x - alpha m_k)),    epsilon = -sigma score
 
-Everything is worked out in float64 on the CPU and answered like x. Knows schedules; knows no network and no sampler.
+Everything is worked out in float64 on the CPU and answered like x. Sets in the plane, known to everybody as pictures,
+are mixtures too (`SETS`). Knows schedules; knows no network and no sampler.
 """
 
 import math
@@ -206,6 +207,67 @@ class Gaussian(Mixture):
         stretch = ((alpha_s**2 * variances + sigma_s**2) / (alpha_t**2 * variances + sigma_t**2)).sqrt()
         moved = (((self._points(x) - alpha_t * mean) @ axes) * stretch) @ axes.mT
         return self._like(x, alpha_s * mean + moved)
+
+
+# ---- sets in the plane, within [-1, 1] but for tails of five deviations ----
+
+BLUR = 0.6  # deviation of neighbouring components over their distance: their sum is flat to 0.2 %
+
+
+def modes(weights: Sequence[float] = (1, 2, 3, 4, 5, 6, 7, 8), radius: float = 0.7, std: float = 0.06) -> Mixture:
+    """Round modes on a circle, far apart, one class each: what a sampler makes of their weights is easily counted."""
+    turn = 2 * math.pi * torch.arange(len(weights), dtype=torch.float64) / len(weights)
+    return Mixture(weights, radius * _direction(turn), stds=[std] * len(weights))
+
+
+def rings(radii: Sequence[float] = (0.4, 0.8), width: float = 0.03) -> Mixture:
+    """Concentric rings, as much of each as it is long; a class each. width: standard deviation across."""
+    parts = [_arc((0.0, 0.0), radius, 0.0, 2 * math.pi, round(60 * radius), width) for radius in radii]
+    return _joined(parts)
+
+
+def moons(width: float = 0.04) -> Mixture:
+    """Two half circles, each with an end inside the other; a class each. width: standard deviation across."""
+    upper = _arc((-0.25, -0.1), 0.5, 0.0, math.pi, 16, width)
+    lower = _arc((0.25, 0.1), 0.5, math.pi, 2 * math.pi, 16, width)
+    return _joined([upper, lower])
+
+
+def checkerboard(squares: int = 4) -> Mixture:
+    """The black squares of a board, uniform but for blurred edges; a class each. squares: a side, over [-0.8, 0.8]."""
+    side, per_side = 1.6 / squares, 6
+    inside = (torch.arange(per_side, dtype=torch.float64) + 0.5) / per_side
+    grid = torch.cartesian_prod(inside, inside)
+    black = [(i, j) for i in range(squares) for j in range(squares) if (i + j) % 2 == 0]
+    corners = torch.tensor(black, dtype=torch.float64)
+    means = -0.8 + side * (corners[:, None] + grid).reshape(-1, 2)
+    classes = torch.arange(len(black)).repeat_interleave(len(grid)).tolist()
+    return Mixture([1.0] * len(means), means, stds=[side / per_side * BLUR] * len(means), classes=classes)
+
+
+SETS = {"modes": modes, "rings": rings, "moons": moons, "checkerboard": checkerboard}
+
+
+def _direction(turn: Tensor) -> Tensor:
+    return torch.stack([turn.cos(), turn.sin()], dim=-1)
+
+
+def _arc(
+    centre: tuple[float, float], radius: float, start: float, stop: float, num: int, width: float
+) -> tuple[Tensor, Tensor]:
+    """Means (num, 2) and covariances (num, 2, 2) of components that lie along an arc, narrow across it."""
+    step = (stop - start) / num
+    turn = start + step * (torch.arange(num, dtype=torch.float64) + 0.5)
+    outward, along = _direction(turn), _direction(turn + math.pi / 2)
+    length = BLUR * radius * step
+    covariances = sum(std**2 * d[:, :, None] * d[:, None, :] for std, d in ((width, outward), (length, along)))
+    return _float64(centre) + radius * outward, covariances
+
+
+def _joined(arcs: Sequence[tuple[Tensor, Tensor]]) -> Mixture:
+    means, covariances = (torch.cat(part) for part in zip(*arcs, strict=True))
+    classes = [k for k, (part, _) in enumerate(arcs) for _ in part]
+    return Mixture([1.0] * len(means), means, covariances=covariances, classes=classes)
 
 
 def _float64(value: Numbers) -> Tensor:

@@ -1,4 +1,8 @@
-"""What a sampler is, and the one loop all of them run in. Knows no schedule's family, no network and no time grid."""
+"""What a sampler is, and the one loop all of them run in. Knows no schedule's family, no network and no time grid.
+
+A walk goes from time to time as it is told, and may stay: at two times that are the same, Langevin dynamics take an
+update of the law there, and samplers that carry from one law to another change nothing.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -30,7 +34,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
-        """One step x_t -> x_s, s < t; both (B, ...), same dtype."""
+        """One step x_t -> x_s, s <= t; both (B, ...), same dtype. t is above 0."""
 
     @torch.no_grad()
     def walk(self, denoise: Denoiser, x: Tensor, times: Sequence[float], randn: RandomNormal) -> Iterator[Visit]:
@@ -52,7 +56,7 @@ class Sampler(ABC):
             denoise: any denoiser, guided, clipped or exact.
             x: at times[0]; pure noise is N(0, schedule.std(times[0])^2).
             times: where to go, as `process.times.times` gives them; with 0 as the last, x0 is returned.
-            randn: fresh noise like its argument, asked for once per step that needs any.
+            randn: fresh noise like its argument, asked for in the same order whatever the batch.
         """
         for visit in self.walk(denoise, x, times, randn):
             x = visit.x

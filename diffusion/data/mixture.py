@@ -1,0 +1,92 @@
+"""Training data that are drawn, not read: points of a mixture whose score is known (`process.toy.SETS`).
+
+A point of C numbers is an image of one pixel with C channels, uint8 like every image: between levels 2/255 apart it is
+rounded, which adds a variance of (2/255)^2 / 12, a deviation of 0.0023, to each number. Nothing is on disk.
+"""
+
+import hashlib
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffusion.data.index import Index, Shard
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.samples import Samples
+from diffusion.images import to_uint8
+from diffusion.noise import Stream, seed63
+from diffusion.process.toy import SETS, Mixture
+
+POINTS_OF_A_SHARD = 4096  # as the order of the samples sees them
+
+
+class DrawnSamples(Samples):
+    """Samples that are in memory from the start.
+
+    Args:
+        index: of shards that are never opened.
+        images: uint8 (N, C, H, W).
+    """
+
+    def __init__(self, index: Index, images: Tensor) -> None:
+        super().__init__(index, cache="memory")
+        self._cache.images.copy_(images)
+        self._cache.known[:] = True
+
+
+class MixtureDataModule(ImageShardsDataModule):
+    """Batches of points of a mixture, in the order that shards would have; without labels.
+
+    Args:
+        toy: a name in `process.toy.SETS`.
+        num_points: that are drawn, which is one epoch. They depend on `toy` and `num_points` alone.
+        batch_size, seed, lanes, flip, digest: as in `ImageShardsDataModule`; flip is False, as a point has no sides.
+        root: None: there is no folder.
+
+    Raises:
+        ValueError: no such set, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        toy: str,
+        num_points: int,
+        batch_size: int,
+        seed: int = 0,
+        lanes: int | None = None,
+        flip: bool = False,
+        root: None = None,
+        digest: str | None = None,
+    ) -> None:
+        super().__init__(root, batch_size, seed=seed, lanes=lanes, flip=flip, digest=digest)
+        if toy not in SETS:
+            raise ValueError(f"data.toy={toy} is none of {', '.join(SETS)}.")
+        if num_points < 1:
+            raise ValueError(f"data.num_points={num_points} must be at least 1.")
+        if flip:
+            raise ValueError("data.flip=true: the points of a mixture have no sides to be mirrored.")
+        self.toy, self._num_points = toy, num_points
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """What the points are drawn from."""
+        return SETS[self.toy]()
+
+    @cached_property
+    def points(self) -> Tensor:
+        """uint8 (N, C, 1, 1)."""
+        generator = torch.Generator().manual_seed(seed63(0, Stream.SAMPLES))
+        return to_uint8(self.mixture.sample(self._num_points, generator))[..., None, None]
+
+    @cached_property
+    def samples(self) -> DrawnSamples:
+        """The points, by number."""
+        return DrawnSamples(self.index, self.points)
+
+    def read(self) -> Index:
+        """The index that shards of these points would have; their sha256 are those of the points themselves."""
+        shards = []
+        for number, points in enumerate(self.points.split(POINTS_OF_A_SHARD)):
+            digest = hashlib.sha256(points.numpy().tobytes()).hexdigest()
+            shards.append(Shard(f"train-{number:05d}", "train", len(points), points.numel(), digest, digest))
+        return Index("memory", self.toy, image_size=1, channels=self.points.shape[1], classes=0, shards=tuple(shards))

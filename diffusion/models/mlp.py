@@ -1,0 +1,88 @@
+"""A small network for data that are vectors: what the U-Net is to images.
+
+It knows numbers without neighbours, a time index (or a noise level) and a class; it knows no schedule and does not know
+what its output means.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.models.unet import embedded, linear
+
+
+class Block(nn.Module):
+    """norm, swish, linear, + time, swish, linear ("zero"), + the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear_1 = linear(width, width)
+        self.project = linear(width, width)
+        self.linear_2 = linear(width, width, scale=1e-10)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        x = self.linear_1(F.silu(self.norm(h))) + self.project(embedding)
+        return h + self.linear_2(F.silu(x))
+
+
+class MLP(nn.Module):
+    """(x (B, C, ...), told (B,), labels (B,) or None) -> (B, out_channels, ...): a vector in, a vector out.
+
+    A data point of C numbers is an image of one pixel with C channels to everybody else; larger images are flattened.
+
+    Args:
+        channels: numbers in a data point, per pixel.
+        image_size: height and width in pixels; 1 for vectors.
+        width: of the hidden layers and of the embedding; a multiple of 8, at least 16.
+        blocks: residual blocks of two layers each.
+        num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
+        out_channels: channels of the output, `channels` unless given.
+        time_embedding, fourier_scale: as `unet.UNet` has them.
+
+    Raises:
+        ValueError: another width, fewer than one block, an embedding that there is not.
+    """
+
+    def __init__(
+        self,
+        channels: int = 2,
+        image_size: int = 1,
+        width: int = 128,
+        blocks: int = 3,
+        num_classes: int = 0,
+        out_channels: int | None = None,
+        time_embedding: str = "positional",
+        fourier_scale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        if width < 16 or width % 8:
+            raise ValueError(f"model.width={width} is not a multiple of 8, at least 16.")
+        if blocks < 1:
+            raise ValueError(f"model.blocks={blocks} must be at least 1.")
+        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self.out_channels = out_channels or channels
+        pixels = image_size**2
+        self.time, self.conditioning = embedded(time_embedding, width // 4, fourier_scale)
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.stem = linear(channels * pixels, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = linear(width, self.out_channels * pixels, scale=1e-10)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class"; None for an unconditional network."""
+        return self.num_classes or None
+
+    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self.time(told)
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full_like(told, self.num_classes, dtype=torch.long)
+            embedding = embedding + self.label(labels)
+        embedding = F.silu(embedding)
+        h = self.stem(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.head(F.silu(self.norm(h))).reshape(len(x), self.out_channels, *x.shape[2:])
