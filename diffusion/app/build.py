@@ -307,11 +307,24 @@ def checkpoint_path(given: str) -> Path:
 
 
 def refuse_foreign_targets(config: DictConfig, path: Path) -> None:
-    """A checkpoint names the classes it is built with: only those that its groups are made for are taken."""
+    """A checkpoint names the classes it is built with: only those that its groups are made for are taken, and none of
+    their arguments may be built in turn."""
     for group, allowed in TARGETS.items():
-        target = str(config[group].get("_target_"))
+        named = targets(OmegaConf.to_container(config[group], resolve=True))
+        target = named.pop("_target_", None)
         if target not in allowed:
             raise Refusal(f"checkpoint={path} asks for {group}._target_={target}, which is none of {list(allowed)}.")
+        for key, inner in named.items():
+            raise Refusal(f"checkpoint={path} asks for {group}.{key}={inner}, where a plain value belongs.")
+
+
+def targets(content: Any) -> dict[str, str]:
+    """What Hydra would build of a container, its own `_target_` and those in it, by their keys."""
+    found = {"_target_": str(content["_target_"])} if isinstance(content, dict) and "_target_" in content else {}
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in inside:
+        found |= {f"{name}.{key}": target for key, target in targets(value).items()}
+    return found
 
 
 def trained(given: str, ema: bool = True) -> Trained:
