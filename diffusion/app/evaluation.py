@@ -46,6 +46,9 @@ class Evaluation:
         self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
         if self.scored:
             self._prepare_scores()
+        if self.run_folder is None and cfg.out is None:
+            kind = "FOLDER, for sweep.csv and sweep.png" if cfg.task == "sweep" else "FILE, for the results"
+            raise Refusal(f"out={kind}, is needed: there is no run folder that they could go to.")
 
     def _load(self) -> None:
         """The model, and that what is asked of it can be done."""
@@ -85,6 +88,8 @@ class Evaluation:
             self.extractor.check(*self.model.image_shape[:2])
             size = self.model.image_shape[1:]
         self.extractor.check(self.extractor.channels, size[0])
+        of_both = [metric for metric in cfg.metrics if metric not in ("is", *FROM_MODEL)]
+        check_number(of_both, len(image_set(self.real)), f"reference={cfg.reference or self.real.root}")
         if cfg.per_class:
             if not (self.model.config.model.num_classes if self.model is not None else labelled(self.images)):
                 what = f"images={cfg.images}" if self.model is None else f"the model of checkpoint={cfg.checkpoint}"

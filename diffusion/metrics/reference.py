@@ -98,7 +98,7 @@ def stored(path: Path, about: Mapping[str, Any]) -> Reference | None:
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
         if notes.get("about") != _text(about) or notes.get("sha256") != _digest(arrays):
             return None
         moments = Moments(int(notes["count"]), arrays["total"], arrays["products"])

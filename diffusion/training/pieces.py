@@ -105,6 +105,9 @@ class Pieces:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_name(f"{self.folder.name}.lock").unlink(missing_ok=True)
+        if self._lock is not None:
+            self.folder.with_name(f"{self.folder.name}.lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # if it was for this alone
