@@ -26,6 +26,7 @@ from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
 from diffusion.files import obstacle, write_atomically
 from diffusion.training.run_folder import RunFolder
+from diffusion.training.signals import Signals
 
 if TYPE_CHECKING:
     from diffusion.app.evaluation import Evaluation
@@ -36,7 +37,7 @@ TASKS = ("score", "sweep")
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    with refusing(cfg.debug):
+    with Signals() as signals, refusing(cfg.debug):
         check(cfg)
         check_paths(cfg)
         check_launcher(cfg)
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> None:
                 tell(cfg, rows, evaluation)
                 evaluation.forget()
 
-        share(cfg, evaluation.place, work)
+        share(cfg, evaluation.place, work, signals)
 
 
 def check_paths(cfg: DictConfig) -> None:

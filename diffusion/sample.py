@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from diffusion.app.check import check, check_guidance, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.app.launcher import check_launcher, main_rank
+from diffusion.training.signals import Signals
 
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    with refusing(cfg.debug):
+    with Signals() as signals, refusing(cfg.debug):
         check(cfg)
         out = Path(cfg.out)
         check_paths(cfg, out)
@@ -54,7 +55,7 @@ def main(cfg: DictConfig) -> None:
                 gallery.remove()
                 print(f"{out / 'grid.png'}\n{out / 'samples.npz'}: arr_0 uint8 {shape}")
 
-        share(cfg, place, work)
+        share(cfg, place, work, signals)
 
 
 def check_paths(cfg: DictConfig, out: Path) -> None:

@@ -142,7 +142,7 @@ def together(
     return Ranks(rank, size, told, dog), where._replace(device=fabric.device)
 
 
-def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None]) -> None:
+def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], signals: Signals) -> None:
     """Do `work(ranks, where)` in all processes of a command that leaves what is half done for its next start.
 
     A ValueError of a single process is its caller's; where there are several, whatever fails ends all of them here.
@@ -150,7 +150,7 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None]) -
     Raises:
         SystemExit: with 128 + the number of a signal, if one has stopped it.
     """
-    with Signals() as signals, signals.held():
+    with signals.held():
         ranks, where = together(cfg, where, lambda: signals.number)
         try:
             work(ranks, where)
