@@ -8,12 +8,12 @@ import torch
 from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.guidance import ClassifierFree
 from diffusion.process.kernels import noised
-from diffusion.process.schedule import ve_geometric, vp_linear
+from diffusion.process.schedule import sub_vp, ve_geometric, vp_linear
 from diffusion.process.times import times
 from diffusion.process.toy import Mixture
 from diffusion.samplers.ddim import DDIM
 
-SCHEDULES = {"vp": vp_linear(), "ve": ve_geometric()}
+SCHEDULES = {"vp": vp_linear(), "ve": ve_geometric(), "sub-vp": sub_vp()}
 COVARIANCES = [[[0.3, 0.1], [0.1, 0.2]], [[0.1, 0.0], [0.0, 0.4]], [[0.2, -0.1], [-0.1, 0.2]]]
 TOY = Mixture([2, 1, 1], [[0.0, 1.0], [-1.0, 0.5], [1.0, -1.0]], covariances=COVARIANCES, classes=[0, 1, 1])
 NULL = TOY.num_classes

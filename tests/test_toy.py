@@ -7,10 +7,10 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 from diffusion.noise import keys, normal
-from diffusion.process.schedule import Level, ve_geometric, vp_cosine, vp_linear
+from diffusion.process.schedule import Level, sub_vp, ve_geometric, vp_cosine, vp_linear
 from diffusion.process.toy import SETS, Gaussian, Mixture, checkerboard, modes, moons, rings
 
-SCHEDULES = {"linear": vp_linear(), "cosine": vp_cosine(), "ve": ve_geometric()}
+SCHEDULES = {"linear": vp_linear(), "cosine": vp_cosine(), "ve": ve_geometric(), "sub-vp": sub_vp()}
 on_all = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 NUMBERS = Mixture([1, 2, 1], [-1.5, 0.2, 2.0], stds=[0.3, 0.1, 0.6])
