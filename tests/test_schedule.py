@@ -162,6 +162,7 @@ def test_one_level_is_a_schedule_too():
     assert float(schedule(1).alpha ** 2) == pytest.approx(0.5)
     assert schedule.time_of(0.0) == pytest.approx(1.0)
     assert float(schedule(0.5).sigma) == pytest.approx(0.5**1.5)
+    assert float(ve_geometric(1, 0.1, 1.0)(1).sigma) == pytest.approx(0.1)
 
 
 def test_the_prior_has_the_variance_of_noised_unit_data():

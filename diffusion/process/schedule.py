@@ -293,7 +293,7 @@ def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: 
     """Variance exploding, sigma_1..sigma_T a geometric ladder (Song & Ermon 2019, sec. 4.2; 2020, sec. 3).
 
     Being geometric between the levels too, it is also the continuous-time VE of Song et al. 2021 (score SDE, app. C),
-    whose time in [0, 1] is (t - 1) / (T - 1).
+    whose time in [0, 1] is (t - 1) / (T - 1). One level is sigma_min alone: score matching at a single noise.
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < sigma_min < sigma_max.
