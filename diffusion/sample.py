@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> None:
 
         place = build.place(cfg.trainer)
         model = build.trained(cfg.checkpoint, cfg.ema)
+        if model.image_shape[0] not in (1, 3):
+            raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
         check_guidance(cfg.guidance.scale, model.config.model.num_classes, model.config.objective.label_dropout)
 
         def sampling(where, ranks=None):
