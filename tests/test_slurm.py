@@ -313,9 +313,10 @@ def test_an_array_of_four_each_preempted_three_times_ends_as_if_nothing_had_been
     most, end = 0, time.monotonic() + 500
     while (states := [t.step() for t in tasks]) != ["COMPLETED"] * 4:
         assert time.monotonic() < end and "FAILED" not in states, [states, *(text(t.output) for t in tasks)]
-        most = max(most, states.count("RUNNING"))
+        running = cluster.run("squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%i")  # of one moment
+        most = max(most, len(running.split()))
         time.sleep(0.2)
-    assert most <= 2  # %2
+    assert 1 <= most <= 2  # %2
     for k, task in enumerate(tasks):
         assert cluster.info(task.job, "Restarts") == "3"
         assert text(task.output).count(f"Job {task.job} is requeued") == 3
