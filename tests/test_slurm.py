@@ -374,7 +374,6 @@ def test_experiments_times_seeds(cluster, tmp_path):
         (["--array=0"], ["array.sbatch", "lines"], "lines is no file"),
         (["--array=1"], ["evaluate.sbatch", "runs/a"], "task 1 of 1 checkpoint(s): give --array=0-0."),
         ([], ["evaluate.sbatch", "--", "num_images=10"], "give one or more checkpoints"),
-        (["--ntasks-per-node=2"], ["evaluate.sbatch", "runs/a"], "2 tasks: one scores a checkpoint"),
         (["--gpus-per-node=2"], ["train.sbatch"], "2 GPU(s) but 1 task(s) a node: give --ntasks-per-node=2"),
         (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"], ["train.sbatch"], "3 tasks on 2 node(s)"),
         (["--chdir=/"], ["train.sbatch"], "/ is no checkout: submit from its top folder"),
@@ -520,12 +519,13 @@ def test_a_misspelt_key_is_refused_before_anything_is_submitted(cluster, tmp_pat
         assert "job" not in done.stdout
 
 
-def test_checkpoints_are_scored_by_the_tasks_of_an_array(cluster, digits, tmp_path):
+def test_checkpoints_are_scored_by_the_tasks_of_an_array_two_processes_each(cluster, digits, tmp_path):
     words = [*PLAIN, "trainer.max_steps=4", "save.every_steps=2", f"data.root={digits}", "run_dir=run"]
     assert inside("train", words, tmp_path) == 0
     checkpoints = sorted(tmp_path.glob("run/checkpoints/step_*.ckpt"))
     overrides = ["num_images=20", "sampler.num_steps=3", "metrics=[fid]"]
-    job = cluster.submit(tmp_path / "output%a", "--array=0-1", "slurm/evaluate.sbatch", *checkpoints, "--", *overrides)
+    flags = ["--array=0-1", "--ntasks-per-node=2"]
+    job = cluster.submit(tmp_path / "output%a", *flags, "slurm/evaluate.sbatch", *checkpoints, "--", *overrides)
     for k in range(2):
         cluster.finish(f"{job}_{k}", tmp_path / f"output{k}")
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
