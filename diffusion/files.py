@@ -1,13 +1,15 @@
 """Files that are there whole or not at all, and their digests. Needs the standard library only."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -45,6 +47,16 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """`replacing` for content that is at hand."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> str:
+    """Rows as the text of a CSV file with a line of names: these first, then all others in the order they come up."""
+    columns = dict.fromkeys([*names, *(name for row in rows for name in row)])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def obstacle(folder: Path) -> str | None:

@@ -12,8 +12,6 @@ at which they part, and whether by their weights, their average, the optimizer's
 status 0 if they are the same at all steps that both have logged, 1 if they part, 2 if there is nothing to compare.
 """
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from omegaconf import DictConfig
 from yaml import YAMLError
 
 from diffusion.app.compose import Refusal, command, refusing
-from diffusion.files import replacing
+from diffusion.files import csv_text, replacing
 from diffusion.metrics.published import aligned
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
 from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
@@ -129,12 +127,7 @@ def as_csv(rows: list[Row]) -> str:
     for row in rows:
         found = flatten({k: v for k, v in row.items() if k != "report"})
         flat.append(found | {"difference": difference(row), "not_comparable": not_comparable(row)})
-    names = dict.fromkeys([*(f for f in FIRST if any(f in row for row in flat)), *(k for row in flat for k in row)])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(names), restval="")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    return csv_text(flat, [f for f in FIRST if any(f in row for row in flat)])
 
 
 def listing(rows: list[Row]) -> str:

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "diffusion"
 LAYERS = {
     "process": 0, "images": 0, "noise": 0, "files": 0, "__init__": 0,
     "models": 1, "denoiser": 1, "objective": 1, "guidance": 1, "samplers": 1, "likelihood": 1, "data": 1, "metrics": 1,
-    "training": 3, "page": 3,
+    "training": 3, "page": 3, "lab": 3,
     "app": 4,
     "train": 5, "sample": 5, "evaluate": 5, "prepare": 5, "report": 5,
-    "benchmark": 5,
+    "benchmark": 5, "lab/__main__": 5,
 }  # fmt: skip
 OUTSIDE = {
     0: {"torch", "numpy", "scipy"},
@@ -29,12 +29,15 @@ OUTSIDE_OF = {
     "data": {"torch", "numpy", "webdataset", "pytorch_lightning", "lmdb", "PIL", "sklearn"},
     "metrics": {"torch", "numpy", "torchmetrics", "torch_fidelity", "scipy", "safetensors"},
     "likelihood": {"torch", "numpy", "scipy"},
+    "lab": {"torch", "numpy", "scipy"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Its folder or file; a folder's __main__ is a command."""
+    inside = path.relative_to(PACKAGE)
+    return inside.with_suffix("").as_posix() if inside.name == "__main__.py" else inside.parts[0].removesuffix(".py")
 
 
 def imports(path: Path, whole: bool = True) -> set[str]:
@@ -71,7 +74,8 @@ def test_imports_only_from_a_smaller_layer(path):
 TORCH_FREE = ["diffusion.app.compose", "diffusion.app.check", "diffusion.app.sweep", "diffusion.training.run_folder",
               "diffusion.data.index", "diffusion.data.layout", "diffusion.process.times",
               "diffusion.metrics.published", "diffusion.page", "diffusion.train", "diffusion.sample",
-              "diffusion.evaluate", "diffusion.prepare", "diffusion.report", "diffusion.benchmark"]  # fmt: skip
+              "diffusion.evaluate", "diffusion.prepare", "diffusion.report", "diffusion.benchmark",
+              "diffusion.lab.__main__"]  # fmt: skip
 
 
 def test_checking_a_configuration_needs_neither_torch_nor_lightning():

@@ -24,6 +24,7 @@ COLOURS = {
     "paper": ("#010215", "var(--warn)", "#8a5a00"),
 }
 TINTED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+LONG_NAME = 16  # letters of a name in a legend: with a longer one it stands below the chart
 DOTTED = 24  # a line of no more points shows each
 
 
@@ -132,7 +133,11 @@ def save(chart: Chart, path: Path) -> Path:
         axes.set_title(chart.title)
         handles, labels = axes.get_legend_handles_labels()
         if labels:
-            figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper")
+            below = max(map(len, labels)) > LONG_NAME
+            place = {"loc": "outside lower center", "ncols": 2} if below else {"loc": "outside right upper"}
+            if below:
+                figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // 2))
+            figure.legend(handles[::-1], labels[::-1], frameon=False, **place)
         FigureCanvasAgg(figure).print_figure(buffer, dpi=160, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
     return path

@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_THUMBNAILS = 12
 THUMBNAIL_PIXELS = 320
-MAX_EMBEDDED = 4_000_000  # bytes of a PNG that goes into the page as it is; a larger one is recoded as JPEG
+MAX_EMBEDDED = 4_000_000  # bytes of a file that goes into the page as it is; a larger one is recoded as JPEG
 
 
 def pictures(samples: Path) -> tuple[dict | None, list[dict], list[str]]:
@@ -38,7 +38,7 @@ def evenly(items: list, number: int) -> list:
 
 
 def picture(path: Path, step: int, limit: int | None = None) -> dict[str, Any] | None:
-    """A PNG file for the page, no larger than `limit` pixels on its longer side; None if it cannot be read."""
+    """A PNG or GIF file for the page, no larger than `limit` pixels on its longer side; None if it cannot be read."""
     from PIL import Image
 
     try:
@@ -55,7 +55,7 @@ def picture(path: Path, step: int, limit: int | None = None) -> dict[str, Any] |
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=90, subsampling=0)
         content = buffer.getvalue()
-    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    kind = "png" if content.startswith(b"\x89PNG") else "gif" if content.startswith(b"GIF8") else "jpeg"
     address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return {"step": step, "address": address, "width": image.width, "height": image.height}
 

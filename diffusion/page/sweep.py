@@ -6,13 +6,12 @@ rows with the same eta and number of steps the later counts.
 """
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.files import write_atomically
+from diffusion.files import csv_text, write_atomically
 from diffusion.metrics.published import Column, Figure, Table, aligned, common, deviations, places
 from diffusion.metrics.published.place import data_of, eta_of, tables_about
 from diffusion.page.chart import Chart, Series, save
@@ -55,12 +54,7 @@ def read_sweep(path: Path) -> list[dict[str, str]]:
 def write_sweep(path: Path, rows: Sequence[Row]) -> None:
     """sweep.csv: what varies first; written whole."""
     first = ("eta", "variance", "num_steps", "nfe", "fid", "num_images", "sampler")
-    names = list(dict.fromkeys([*(n for n in first if any(n in r for r in rows)), *(n for r in rows for n in r)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_atomically(path, csv_text(rows, [n for n in first if any(n in r for r in rows)]))
 
 
 def points(rows: Sequence[Row]) -> list[Point]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusion.files import replacing
+from diffusion.files import write_atomically
 from diffusion.page.chart import Chart, inline
+from diffusion.page.laboratory import environment
 from diffusion.page.likelihood import bound_charts, progress_rows, read_bound
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.papers import against_papers
@@ -103,14 +104,4 @@ def sweep_of(folder: Path) -> list[dict[str, str]]:
 
 
 def write(path: Path, template: str, values: Mapping[str, Any]) -> None:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    with replacing(path) as file:
-        file.write(environment.get_template(template).render(values).encode())
+    write_atomically(path, environment().get_template(template).render(values))

@@ -59,12 +59,14 @@ class Mixture:
             stds = _float64(stds)
             if stds.shape != (num,) or not (stds >= 0).all():
                 raise ValueError(f"stds {stds.tolist()} must be {num} numbers >= 0.")
+            self._turned = False
             self._axes = torch.eye(dim, dtype=torch.float64).expand(num, dim, dim)
             self._variances = (stds**2)[:, None].expand(num, dim)
         else:
             covariances = _float64(covariances)
             if covariances.shape != (num, dim, dim) or not torch.allclose(covariances, covariances.mT):
                 raise ValueError(f"covariances {tuple(covariances.shape)} must be symmetric, ({num}, {dim}, {dim}).")
+            self._turned = True
             self._variances, self._axes = torch.linalg.eigh(covariances)  # S_k = axes diag(variances) axes^T
             if not (self._variances >= -1e-12).all():
                 raise ValueError("covariances must be positive semidefinite.")
@@ -98,12 +100,31 @@ class Mixture:
 
     def spread(self, level: Level) -> Tensor:
         """Standard deviation of each coordinate of the noised data, () or (d,), float64."""
-        alpha, sigma = level
-        within = torch.einsum("kij,kj,kij->ki", self._axes, self._variances, self._axes)
-        mean = self.weights @ self._means
-        variance = self.weights @ (within + (self._means - mean) ** 2)
-        std = (alpha**2 * variance + sigma**2).sqrt()
+        std = self.moments(level)[1].diagonal().sqrt()
         return std if self.of_vectors else std[0]
+
+    def components(self, level: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """The noised data as a mixture: weights (K,), means (K, d), covariances (K, d, d), float64; of numbers, d = "
+        "1."""
+        alpha, sigma = level
+        variances = alpha**2 * self._variances + sigma**2
+        covariances = torch.einsum("kij,kj,klj->kil", self._axes, variances, self._axes)
+        return self.weights, alpha * self._means, covariances
+
+    def moments(self, level: Level) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and covariance (d, d) of the noised data, float64; d = 1 for numbers."""
+        weights, means, covariances = self.components(level)
+        mean = weights @ means
+        apart = means - mean
+        return mean, torch.einsum("k,kij->ij", weights, covariances) + torch.einsum(
+            "k,ki,kj->ij", weights, apart, apart
+        )
+
+    def responsibilities(self, x: Tensor, level: Level) -> Tensor:
+        """Probability of each class given the noised point, (..., classes), float64."""
+        joint = self._joint(self._points(x), level, None)[0].softmax(-1)
+        member = (self.classes[:, None] == torch.arange(self.num_classes)).to(joint)
+        return joint @ member
 
     def denoiser(self, schedule: Schedule) -> Denoiser:
         """The exact denoiser: E[x_0 | x_t] and E[epsilon | x_t], given the labels if there are any."""
@@ -158,7 +179,9 @@ class Mixture:
     def _joint(self, x: Tensor, level: Level, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per component: log of weight times density (..., K); x - alpha m_k and C_k in the axes of S_k (..., K, d)."""
         alpha, sigma = (_per_point(value, x)[..., None] for value in level)
-        offset = torch.einsum("kij,...ki->...kj", self._axes, x[..., None, :] - alpha * self._means)
+        offset = x[..., None, :] - alpha * self._means
+        if self._turned:
+            offset = torch.einsum("kij,...ki->...kj", self._axes, offset)
         variance = alpha**2 * self._variances + sigma**2
         log_weights = self._log_weights[self._rows(labels)]
         log_weights = log_weights.reshape(*log_weights.shape[:-1], *[1] * (x.ndim - log_weights.ndim), -1)
@@ -169,8 +192,10 @@ class Mixture:
         """E[x_0 | x] and sum_k r_k C_k^-1 (x - alpha m_k), both (..., d). Neither divides by alpha or sigma."""
         joint, offset, variance, alpha = self._joint(x, level, labels)
         responsibility = joint.softmax(-1)
-        whitened = torch.einsum("kij,...kj->...ki", self._axes, offset / variance)
-        pulled = torch.einsum("kij,...kj->...ki", self._axes, alpha * self._variances * offset / variance)
+        whitened = offset / variance
+        pulled = alpha * self._variances * whitened
+        if self._turned:
+            whitened, pulled = (torch.einsum("kij,...kj->...ki", self._axes, part) for part in (whitened, pulled))
         x0 = torch.einsum("...k,...ki->...i", responsibility, self._means + pulled)
         return x0, torch.einsum("...k,...ki->...i", responsibility, whitened)
 

@@ -1,6 +1,5 @@
 """The bound of a model as files a person looks at: its terms as a table and as curves, and what a receiver sees."""
 
-import csv
 import io
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffusion.files import write_atomically
+from diffusion.files import csv_text, write_atomically
 from diffusion.images import to_uint8
 from diffusion.likelihood.bound import COLUMNS, Bound
 from diffusion.training.pictures import grid, save_png
@@ -20,11 +19,8 @@ NEGLIGIBLE = 1e-4  # of the whole rate: what is above it is where the curve begi
 
 def write_terms(bound: Bound, path: Path) -> None:
     """A line for each t from 1 up: t, bits of its term, mean squared errors, rate so far and RMSE on 0..255."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(zip(*(bound.curve[name].tolist() for name in COLUMNS), strict=True))
-    write_atomically(path, text.getvalue())
+    columns = zip(*(bound.curve[name].tolist() for name in COLUMNS), strict=True)
+    write_atomically(path, csv_text([dict(zip(COLUMNS, row, strict=True)) for row in columns]))
 
 
 def plot_terms(bound: Bound, title: str, path: Path) -> None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,3 +127,22 @@ def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None =
     known = f", {there} of them were there" if there and ranks.size == 1 else ""
     speed = f" ({rate():,.1f} images/s)" if done else ""
     print(f"{title}: {total} images in {time.monotonic() - began:.1f} s{speed}{known}", file=sys.stderr)
+
+
+@contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A function to call at each of so many network calls: a bar at a terminal, else one line at their end."""
+    console, began, done = Console(stderr=True), time.monotonic(), 0
+    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("network calls, left")]
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def called() -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+
+        yield called
+    if not console.is_terminal:
+        spent = time.monotonic() - began
+        print(f"{title}: {done} network calls in {spent:.1f} s ({done / max(spent, 1e-9):.1f}/s)", file=sys.stderr)

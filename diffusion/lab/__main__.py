@@ -1,0 +1,72 @@
+"""The laboratory: where the error of a sampler comes from, and what noise does to data, where the exact score is known.
+
+    python -m diffusion.lab task=errors                        on a Gaussian: each error exactly, and their sum
+    python -m diffusion.lab task=errors toy=modes              on a mixture
+    python -m diffusion.lab task=errors checkpoint=runs/gmm    of a network trained on one
+    python -m diffusion.lab task=errors checkpoint=runs/digits  of a model of images, as far as it can be known
+    python -m diffusion.lab task=forward, task=reverse         modes that merge in noise and part again; an animation
+    python -m diffusion.lab task=modes                         how much of each mode every sampler makes
+    python -m diffusion.lab task=equivalence                   DDPM's loss is score matching; VP's samples are VE's
+
+Each writes tables, pictures and its page of report.html below out (lab, or the folder lab of the checkpoint's run).
+"""
+
+import importlib
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from diffusion.app.check import check, check_guidance, check_steps
+from diffusion.app.compose import Refusal, command, refusing
+from diffusion.files import obstacle
+
+TASKS = {  # each has main(lab)
+    "errors": "diffusion.app.lab_errors",
+    "forward": "diffusion.app.lab_plane",
+    "reverse": "diffusion.app.lab_plane",
+    "modes": "diffusion.app.lab_modes",
+    "equivalence": "diffusion.app.lab_equivalence",
+}
+TRAINED = ("errors", "equivalence")  # that a checkpoint may be given to
+
+
+@command("lab")
+def main(cfg: DictConfig) -> None:
+    with refusing(cfg.debug):
+        check(cfg)
+        check_task(cfg)
+        from diffusion.app.laboratory import Laboratory
+
+        task = importlib.import_module(TASKS[cfg.task])
+        task.main(Laboratory(cfg, lambda message: print(message, flush=True)))
+
+
+def check_task(cfg: DictConfig) -> None:
+    """Refuse an unknown task, and settings that do not go with it."""
+    if cfg.task not in TASKS:
+        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
+    if cfg.checkpoint is not None and cfg.task not in TRAINED:
+        raise Refusal(
+            f"checkpoint={cfg.checkpoint} is for {' and '.join(f'task={t}' for t in TRAINED)}: task={cfg.task} "
+            f"is of exact scores."
+        )
+    if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
+        raise Refusal(f"checkpoint={cfg.checkpoint}: there is no such file or run folder.")
+    if cfg.checkpoint is not None and cfg.toy is not None:
+        raise Refusal(f"toy={cfg.toy}: with checkpoint={cfg.checkpoint} the data are the model's own.")
+    if len(cfg.gaussian.mean) != len(cfg.gaussian.stds) or not cfg.gaussian.mean:
+        raise Refusal(
+            f"gaussian.mean={list(cfg.gaussian.mean)} and gaussian.stds={list(cfg.gaussian.stds)} must be as many "
+            f"numbers."
+        )
+    if cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1:
+        raise Refusal("trainer.devices, trainer.num_nodes: the laboratory works in one process.")
+    if why := obstacle(Path(cfg.out or ".")):
+        raise Refusal(f"out={cfg.out}: {why}, so nothing can be kept there.")
+    if cfg.checkpoint is None:
+        check_steps(cfg.sampler, cfg.schedule.num_timesteps)
+        check_guidance(cfg.guidance.scale, 0, 0)
+
+
+if __name__ == "__main__":
+    main()

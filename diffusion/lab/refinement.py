@@ -1,0 +1,165 @@
+"""Where a walk of fewer steps ends, against one of more steps on the same noise.
+
+Given x_0 the reverse kernels of DDPM compose: q(x_s | x_t, x_0) is q(x_u | x_t, x_0) followed by q(x_s | x_u, x_0). So
+the noise of a long step is a sum of those of the short ones it stands for,
+
+    z = sum over the short steps, v -> u, of  c(u, s) std(v, u) z_u  /  std(t, s)
+
+with c(u, s) the factor of x_u in q(x_s | x_u, x_0) and std the kernels' own: standard normal, and where x_0 is the same
+for all short steps they end where the long one does. Two walks then differ by their discretisation and not by chance.
+The distance of two points that share their noise, root mean square over points, is at least the W2 of their laws.
+Knows samplers and denoisers as callables, and no truth.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.noise import Stream, keys, normal
+from diffusion.process.grids import refined
+from diffusion.process.kernels import posterior
+from diffusion.process.schedule import Denoiser, Schedule
+from diffusion.samplers.base import Sampler
+
+
+class SharedNoise:
+    """Noise of a walk along some of the times of a finer grid: a function of (seed, image number, short step).
+
+    To be called once a step, in the order of the walk, as samplers do that draw once a step.
+
+    Args:
+        schedule: noise levels.
+        fine: falling times, all of those of `times` among them.
+        times: of the walk.
+        seed: of the noise. numbers: of the images, int64 (B,).
+    """
+
+    def __init__(
+        self, schedule: Schedule, fine: Sequence[float], times: Sequence[float], seed: int, numbers: Tensor
+    ) -> None:
+        self._schedule, self._fine, self._seed, self._numbers = schedule, list(fine), seed, numbers
+        place = {t: k for k, t in enumerate(self._fine)}
+        assert all(t in place for t in times), "a time of the walk is not on the finer grid"
+        self._ends, self._step = [place[t] for t in times], 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        start, stop = self._ends[self._step : self._step + 2]
+        self._step += 1
+        if stop - start == 1:
+            return self._drawn(stop, x)
+        s = self._fine[stop]
+        whole = float(posterior(self._schedule, self._fine[start], s).std)
+        if whole == 0:  # to clean data, where no noise is added
+            return torch.zeros_like(x)
+        z = torch.zeros_like(x)
+        for k in range(start + 1, stop + 1):
+            short, carried = (
+                posterior(self._schedule, *ends) for ends in (self._fine[k - 1 : k + 1], (self._fine[k], s))
+            )
+            z += float(carried.x_t * short.std) / whole * self._drawn(k, x)
+        return z
+
+    def _drawn(self, k: int, x: Tensor) -> Tensor:
+        return normal(keys(self._numbers.to(x.device), self._seed, Stream.STEP, k), x.shape[1:], x.dtype)
+
+
+def rms(gap: Tensor) -> float:
+    """Root mean square over points of the length of a difference (B, ...)."""
+    return float(gap.double().flatten(1).square().sum(1).mean()) ** 0.5
+
+
+class Refinement(NamedTuple):
+    """Ends of walks on the same noise, by rising number of steps: (B, ...) each; the last is the finest."""
+
+    num_steps: list[int]
+    ends: list[Tensor]
+
+    def gaps(self) -> list[float]:
+        """Distance of the ends of each walk from those of the finest, which is left out."""
+        return [rms(end - self.ends[-1]) for end in self.ends[:-1]]
+
+
+def refine(
+    sampler: Sampler,
+    denoise: Denoiser,
+    x: Tensor,
+    grids: Sequence[Sequence[float]],
+    seed: int,
+    numbers: Tensor,
+    fine: Sequence[float] | None = None,
+) -> Refinement:
+    """Walks from x along each of these grids, every one of whose times is a time of the last.
+
+    Args:
+        sampler: draws at most once a step.
+        x: (B, ...), at the first time of all grids.
+        seed, numbers: of the noise of the walks.
+        fine: the grid that the noise belongs to, where it is a finer one than the last.
+    """
+    fine, ends = grids[-1] if fine is None else fine, []
+    for grid in grids:
+        noise = SharedNoise(sampler.schedule, fine, grid, seed, numbers)
+        ends.append(sampler.sample(denoise, x, grid, noise))
+    return Refinement([len(grid) - 1 for grid in grids], ends)
+
+
+def local_errors(
+    sampler: Sampler, denoise: Denoiser, points: Sequence[Tensor], times: Sequence[float], parts: int, seed: int
+) -> list[float]:
+    """Of each step of the grid, from points of the law at its beginning: how far one step ends from so many short ones
+    on the same noise, root mean square.
+
+    Args:
+        points: (B, ...) of noised data at each of the times but the last.
+        parts: short steps in each step.
+    """
+    found = []
+    for x, t, s in zip(points, times, times[1:], strict=False):
+        short = refined([t, s], parts)
+        found.append(refine(sampler, denoise, x, [[t, s], short], seed, torch.arange(len(x))).gaps()[0])
+    return found
+
+
+class Order(NamedTuple):
+    """error = constant * num_steps^-order, fitted to the logarithms."""
+
+    order: float
+    constant: float
+
+    def at(self, num_steps: float) -> float:
+        return self.constant * num_steps**-self.order
+
+
+def fitted_order(num_steps: Sequence[int], errors: Sequence[float], onset: int = 0) -> Order | None:
+    """By least squares, of the numbers of steps from `onset` on; None where fewer than two of these have an error above
+    rounding."""
+    known = [(n, e) for n, e in zip(num_steps, errors, strict=True) if n >= onset and math.isfinite(e) and e > 1e-13]
+    if len(known) < 2:
+        return None
+    steps, found = np.log(np.array(known)).T
+    slope, height = np.polyfit(steps, found, 1)
+    return Order(float(-slope), float(np.exp(height)))
+
+
+def order_of_gaps(num_steps: Sequence[int], gaps: Sequence[float]) -> Order | None:
+    """The same of distances from the finest walk, num_steps one longer than gaps, which is itself off by its own error:
+    of num_steps^-p the distances are n^-p - finest^-p. p is found between 0.2 and 4.
+
+    Where errors of many steps add up to no more than rounding, or do not fall, None.
+    """
+    finest, steps = num_steps[-1], np.array(num_steps[:-1], dtype=float)
+    known = np.array(gaps)
+    if len(known) < 2 or not (known > 1e-13).all() or not known[-1] < known[0]:
+        return None
+    best, order, constant = math.inf, 0.0, 0.0
+    for p in np.linspace(0.2, 4, 381):
+        shape = steps**-p - float(finest) ** -p
+        shift = np.log(known) - np.log(shape)
+        miss = float(((shift - shift.mean()) ** 2).sum())
+        if miss < best:
+            best, order, constant = miss, float(p), float(np.exp(shift.mean()))
+    return Order(order, constant)
