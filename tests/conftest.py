@@ -12,6 +12,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.path.insert(0, str(ROOT))
 
 
+LONGEST = ("slurm", "resume", "wandb", "evaluation", "failure", "fingerprint", "lab")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file is one process's, and all are to end together."""
+    place = {f"test_{name}": k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The root of a data set of digits with its classifier, made once a session."""

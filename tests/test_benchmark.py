@@ -65,6 +65,7 @@ def test_what_is_no_number_does_not_hold():
     assert "DOES NOT HOLD" in Comparison("digits", "GPU", "loss", 2.0, 1.0).line()
 
 
+@pytest.mark.slow
 def test_training_is_timed_as_a_user_runs_it():
     words = ["trainer=cpu", "trainer.threads=1", "log_every=2", "data.batch_size=8"]
     figures = timed_training("digits", 6, *words)
@@ -132,6 +133,7 @@ def test_without_a_gpu_the_command_says_so_and_exits_3(command, tmp_path):
     assert done.stdout == NO_GPU and not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script_takes_the_interpreter_it_is_given():
     environment = os.environ | {"DIFFUSION_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     script = ["bash", str(ROOT / "launch" / "gpu_check.sh")]

@@ -367,6 +367,7 @@ def test_object_stores_are_read_by_their_own_tools(folder, tmp_path, monkeypatch
         read_index(f"{scheme}://bucket/sets/elsewhere", access=Access(1, 5.0))
 
 
+@pytest.mark.slow
 def test_training_from_a_server_and_with_the_server_gone(digits, serve, command, tmp_path):
     server = serve(folder=digits, fails=0.2, truncates=0.1)
     words = [

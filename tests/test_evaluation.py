@@ -233,6 +233,7 @@ def test_the_reference_is_kept_beside_the_shards_and_used_again(run, call, tmp_p
 # ---- likelihood, sweeps ----
 
 
+@pytest.mark.slow
 def test_bits_per_dim_is_measured_with_its_terms(run, call, tmp_path):
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     words = ["checkpoint=run", "metrics=[bits_per_dim]", "likelihood.num_images=3"]

@@ -242,6 +242,7 @@ def test_a_run_made_before_there_was_activation_checkpointing_goes_on_with_it_to
     assert compare(folder / "whole", run) == (list(range(1, STEPS + 1)), [])
 
 
+@pytest.mark.slow
 def test_every_rank_has_a_log_and_they_agree_but_in_their_batches(trained, command, tmp_path, digits):
     folder, _ = trained
     words = [*WORDS, f"data.root={digits}", "fingerprint_every=1", "trainer.devices=2", "trainer.max_steps=3"]

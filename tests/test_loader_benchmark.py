@@ -45,6 +45,7 @@ def of_file(status, output, path):
     return found
 
 
+@pytest.mark.slow
 def test_the_whole_task_on_made_images(call, tmp_path):
     status, output = call("benchmark", "task=loader", "out=figures.json", *TINY, "loader.rounds=4")
     found = of_file(status, output, tmp_path / "figures.json")

@@ -61,8 +61,12 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 LAYOUTS = [
-    pytest.param([], id="plain", marks=pytest.mark.slow),
-    pytest.param(["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"], id="workers, dropout, twice"),
+    pytest.param([], id="plain"),
+    pytest.param(
+        ["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"],
+        id="workers, dropout, twice",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -120,6 +124,7 @@ def test_a_start_that_gets_further_says_so_to_its_job_and_one_that_does_not_says
         assert mark.exists() == vain
 
 
+@pytest.mark.slow
 def test_accumulation_may_change_on_resume(digits, tmp_path):
     words = [*PLAIN, "model.dropout=0", f"data.root={digits}"]
     whole(words, tmp_path)
@@ -142,6 +147,7 @@ def test_two_processes_never_share_a_run_folder(digits, tmp_path):
     first.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(digits, tmp_path):
     words = [*PLAIN, "model.dropout=0", "trainer=cpu", "log_every=1", "trainer.max_steps=20", f"data.root={digits}"]
     whole(words, tmp_path, "one")

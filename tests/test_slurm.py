@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT, inside
 from test_wandb import Files
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 TESTBED = Path(__file__).with_name("slurm-testbed")
 STEPS = 80

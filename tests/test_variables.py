@@ -66,6 +66,7 @@ def test_the_large_variance_is_not_the_same_in_both_variables(schedule):
     assert here / float(schedule(s).alpha) == pytest.approx(kept * there, rel=1e-12) and kept < 0.95
 
 
+@pytest.mark.slow
 def test_ddpms_own_chain_is_ncsns_to_rounding_in_float32_too():
     """All 1,000 steps, fixed-small, of exact scores: to 1e-9 in float64, to 1e-6 in float32."""
     schedule = SCHEDULES["linear"]

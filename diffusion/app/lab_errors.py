@@ -26,6 +26,7 @@ def main(lab: Laboratory) -> None:
     if lab.toy is None:
         lab_images.main(lab)
         return
+    check_settings(lab)
     denoise, name = denoiser_of(lab)
     steps, walker = len(lab.times) - 1, type(lab.sampler).__name__
     lab.say(f"Errors of {walker}, {steps} steps, on {lab.toy_name} by {name or 'the exact denoiser'}")
@@ -43,6 +44,13 @@ def main(lab: Laboratory) -> None:
     of_training(lab, page, denoise, trained=name is not None)
     page.add(*ideas("sum", "initialisation", "irreducible", "gaussian" if exactly(lab) else "noise"))
     lab.finish(page)
+
+
+def check_settings(lab: Laboratory) -> None:
+    """Refuse what cannot be measured, before anything is."""
+    if not exactly(lab):
+        refuse_stays(lab.times)
+        nested_grids([1.0, 0.0], sorted(set(lab.cfg.errors.num_steps)))
 
 
 def exactly(lab: Laboratory) -> bool:
@@ -95,7 +103,6 @@ def ends_of_walks(lab: Laboratory, denoise: Denoiser, name: str | None) -> list[
 def parts_of(lab: Laboratory, denoise: Denoiser) -> errors.Parts:
     if exactly(lab):
         return errors.of_gaussian(lab.toy, lab.sampler, denoise, lab.times)
-    refuse_stays(lab.times)
     x0 = lab.points(lab.cfg.errors.num_points)
     return errors.of_mixture(lab.toy, lab.sampler, denoise, lab.times, x0, lab.cfg.seed, parts(lab))
 

@@ -139,5 +139,5 @@ def described(name: str) -> Function:
     value: Any = import_module(f"diffusion.{module}")
     for part in attribute.split("."):
         value = getattr(value, part)
-    code = Path(inspect.getsourcefile(value) or "").relative_to(PACKAGE.parent)
+    code = Path(inspect.getsourcefile(inspect.unwrap(value)) or "").relative_to(PACKAGE.parent)
     return Function(attribute, code.as_posix(), inspect.getdoc(value) or "")

@@ -71,8 +71,6 @@ def check_settings(lab: Laboratory) -> None:
     run, cfg = lab.model.config, lab.cfg
     check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
     check_variance(cfg.sampler, learns_variance(run.objective))
-    if cfg.errors.num_images < 4:
-        raise Refusal(f"errors.num_images={cfg.errors.num_images}: bounds need at least 4 images.")
     refuse_stays(lab.times)
 
 

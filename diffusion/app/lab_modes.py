@@ -90,9 +90,9 @@ def grid(lab: Laboratory, found: Sequence[Counted], weights: Sequence[float]) ->
             continue
         cells = (f"{interval.share:.4f}" for interval in counted.intervals)
         rows.append((counted.words, *cells, f"{counted.shares.p:.2g}", "yes" if counted.right else "no"))
-    columns = ("sampler", *(f"class {k}" for k in range(len(weights))), "p", "the weights?")
+    columns = ("sampler", *map(str, range(len(weights))), "p", "the weights?")
     note = f"Intervals of {lab.cfg.modes.confidence:.0%} (Wilson) are in modes.csv. No: p is below {UNLIKELY:g}."
-    return Grid("Shares", columns, rows, note)
+    return Grid("Shares by class", columns, rows, note)
 
 
 def charts(lab: Laboratory, found: Sequence[Counted], weights: Sequence[float]) -> list[Charts]:

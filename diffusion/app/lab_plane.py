@@ -1,5 +1,6 @@
 """lab task=forward and task=reverse: how modes merge in noise and part again, as pictures, tables and an animation."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SHOWN_WALKS = 12  # of each sampler
 COLUMNS = 160  # of the picture of space and time
 EVERY = 4  # of these, that a density is looked for its peaks at
 KNOWN = 2000  # points of the data that information is estimated from
+WIDTHS = (1 / 3, 2 / 3, 4 / 3, 3)  # of the noise over the data's, at times that are shown
 A_ROW = 3  # frames beside each other
 
 
@@ -43,7 +45,7 @@ def forward(lab: Laboratory) -> None:
         "one; the score, which points to where the density rises, turns from many pits to a single one. Everything is "
         "drawn at the width that data and noise have together, x_t / std_t.",
     )
-    times = checked(cfg.times, schedule.num_timesteps)
+    times = telling(lab) if cfg.times is None else checked(cfg.times, schedule.num_timesteps)
     lab.say(f"{lab.toy_name} on {lab.schedule_name} at t = {', '.join(f'{t:g}' for t in times)}")
     x0 = lab.points(cfg.num_points)
     walk = plane.noising(toy, schedule, times, x0, lab.cfg.seed)
@@ -158,6 +160,15 @@ def when_decided(lab: Laboratory, walks: dict[str, plane.Paths]) -> Charts:
 
 
 # ---- both ----
+
+
+def telling(lab: Laboratory) -> list[float]:
+    """0, T, and the times between them at which noise is as wide as the data, and somewhat less and more."""
+    width, top = float(lab.toy.spread(lab.schedule(0)).max()), lab.schedule.num_timesteps
+    least = float(lab.schedule.log_ratio(top))
+    ratios = [share * width for share in WIDTHS if -math.log(share * width) > least]
+    found = [lab.schedule.time_of(-math.log(ratio)) for ratio in ratios]
+    return [0.0, *(float(round(t)) if t > 10 else t for t in found), float(top)]
 
 
 def checked(times: Sequence[float], top: int) -> list[float]:

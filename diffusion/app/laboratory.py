@@ -35,7 +35,7 @@ from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.process.toy import SETS, Gaussian, Mixture
 from diffusion.samplers.base import Sampler
 
-SHADES = ("q3", "q1", "q4", "q2", "paper", "ink")  # of the samplers that are held against each other
+SHADES = ("q3", "q1", "q4", "q2", "paper", "ink", "q5")  # of the samplers that are held against each other
 LOWEST = 1.0  # time at which walks end whose law is compared: below it a table's noise falls to nothing in one step
 
 

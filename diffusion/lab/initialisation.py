@@ -45,8 +45,9 @@ def of_mixture(toy: Mixture, schedule: Schedule, t: float) -> Bounds:
     """Of the noised data of a mixture at time t; both bounds are the same for a single Gaussian."""
     weights, means, covariances = toy.components(schedule(t))
     prior = prior_at(schedule, t, means.shape[1])
-    one_by_one = [w2(Law(m, c), prior) ** 2 for m, c in zip(means, covariances, strict=True)]
-    return Bounds(w2(law_at(toy, schedule(t)), prior), float(weights @ torch.tensor(one_by_one).double()) ** 0.5)
+    each = [w2(Law(m, c), prior) ** 2 for m, c in zip(means, covariances, strict=True)]
+    one_by_one = float(weights @ torch.tensor(each, dtype=torch.float64)) ** 0.5
+    return Bounds(w2(law_at(toy, schedule(t)), prior), one_by_one)
 
 
 def spectrum(points: Tensor) -> Spectrum:

@@ -5,10 +5,10 @@ the noise of a long step is a sum of those of the short ones it stands for,
 
     z = sum over the short steps, v -> u, of  c(u, s) std(v, u) z_u  /  std(t, s)
 
-with c(u, s) the factor of x_u in q(x_s | x_u, x_0) and std the kernels' own: standard normal, and where x_0 is the same
-for all short steps they end where the long one does. Two walks then differ by their discretisation and not by chance.
-The distance of two points that share their noise, root mean square over points, is at least the W2 of their laws.
-Knows samplers and denoisers as callables, and no truth.
+with c(u, s) the factor of x_u in q(x_s | x_u, x_0) and std the kernels' own, whose squares add up: standard normal, and
+where x_0 is the same for all short steps they end where the long one does. Two walks then differ by their
+discretisation and not by chance. The distance of two points that share their noise, root mean square over points, is at
+least the W2 of their laws. Knows samplers and denoisers as callables, and no truth.
 """
 
 import math
@@ -41,8 +41,10 @@ class SharedNoise:
     def __init__(
         self, schedule: Schedule, fine: Sequence[float], times: Sequence[float], seed: int, numbers: Tensor
     ) -> None:
-        self._schedule, self._fine, self._seed, self._numbers = schedule, list(fine), seed, numbers
-        place = {t: k for k, t in enumerate(self._fine)}
+        self._schedule, self._seed, self._numbers = schedule, seed, numbers
+        self._fine = torch.tensor(fine, dtype=torch.float64)
+        self._short = posterior(schedule, self._fine[:-1], self._fine[1:]).std
+        place = {t: k for k, t in enumerate(fine)}
         assert all(t in place for t in times), "a time of the walk is not on the finer grid"
         self._ends, self._step = [place[t] for t in times], 0
 
@@ -52,15 +54,13 @@ class SharedNoise:
         if stop - start == 1:
             return self._drawn(stop, x)
         s = self._fine[stop]
-        whole = float(posterior(self._schedule, self._fine[start], s).std)
-        if whole == 0:  # to clean data, where no noise is added
+        if s == 0:  # where no noise is added
             return torch.zeros_like(x)
+        passed = self._fine[start + 1 : stop + 1]
+        weights = posterior(self._schedule, passed, s.expand(len(passed))).x_t * self._short[start:stop]
         z = torch.zeros_like(x)
-        for k in range(start + 1, stop + 1):
-            short, carried = (
-                posterior(self._schedule, *ends) for ends in (self._fine[k - 1 : k + 1], (self._fine[k], s))
-            )
-            z += float(carried.x_t * short.std) / whole * self._drawn(k, x)
+        for k, weight in enumerate((weights / weights.square().sum().sqrt()).tolist(), start + 1):
+            z += weight * self._drawn(k, x)
         return z
 
     def _drawn(self, k: int, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ COLOURS = {
     "q2": ("#010212", "var(--q2)", "#0f8fa6"),
     "q3": ("#010213", "var(--q3)", "#2f62c4"),
     "q4": ("#010214", "var(--q4)", "#8c3fa8"),
+    "q5": ("#010216", "var(--q5)", "#c2337a"),
     "paper": ("#010215", "var(--warn)", "#8a5a00"),
 }
 TINTED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
