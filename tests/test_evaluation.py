@@ -58,7 +58,8 @@ def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
 # ---- any number of processes, any batch ----
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_more_processes_make_the_same_bytes_and_figures(run, ranks, tmp_path):
     words = [f"checkpoint={run}", *WORDS, METRICS, "num_images=75", "batch_size=10", "per_class=true"]
     processes = [
@@ -88,7 +89,7 @@ def test_another_batch_size_changes_rounding_at_most(run, call, tmp_path):
     assert np.abs(a - b).max() <= 1 and (a != b).mean() <= 1e-4
 
 
-@pytest.mark.parametrize("which", ["evaluate", "sample"])
+@pytest.mark.parametrize("which", ["evaluate", pytest.param("sample", marks=pytest.mark.slow)])
 def test_one_that_was_stopped_goes_on_and_ends_the_same(run, which, call, tmp_path):
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     words = ["checkpoint=run", *WORDS, "num_images=60", "batch_size=10", "sampler.num_steps=10"]

@@ -162,6 +162,7 @@ def test_a_rank_that_raises_is_named_by_all(three):
         assert re.search(rf"error: {cause}\. Rank {rank} ends at step \d+\.\nlast words {rank}", output)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_by_the_others(three):
     results = three("works", "works", "dies")
     assert [status for status, _ in results] == [1, 1, -9]

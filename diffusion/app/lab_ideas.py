@@ -52,6 +52,15 @@ IDEAS = {
         "noisiest level down, chains choose while they still can.",
         ("samplers.langevin:LangevinDynamics", "samplers.annealed:AnnealedLangevin"),
     ),
+    "ladder": Told(
+        "How many levels, how far apart, how long a step",
+        "C(gamma) = Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma);\n"
+        "s_T^2 / sigma^2 = (1 - h)^(2 T) (gamma^2 - b) + b,   b = 2 / (2 - h)",
+        "In many dimensions noise lies in a shell. Neighbouring levels must overlap for a chain to find its way from "
+        "one to "
+        "the next, and a few updates at each must bring it to rest there: NCSNv2's rules, from the data's size alone.",
+        ("process.ladder:overlap", "process.ladder:settled", "process.ladder:ladder"),
+    ),
     "corrector": Told(
         "Predictor and corrector",
         "down by any sampler, then x + h score + sqrt(2 h) z at the level it has come to",

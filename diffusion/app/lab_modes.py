@@ -49,7 +49,7 @@ def main(lab: Laboratory) -> None:
         lab.say(text)
     table(lab, found, weights)
     page.add(*(Words(text, "verdict") for text in said), *charts(lab, found, weights))
-    page.add(grid(lab, found, weights), *ideas("langevin", "corrector", "shares"))
+    page.add(grid(lab, found, weights), *ideas("langevin", "ladder", "corrector", "shares"))
     lab.finish(page)
 
 
