@@ -21,6 +21,7 @@ from diffusion.files import write_atomically
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 SHADES = "Greys"
+DARKEST = 1.7  # of the densest place, were it black
 ARROW = 1.5  # of the distance between places, at most
 Array = NDArray[np.float64]
 
@@ -68,7 +69,7 @@ def draw(axes: Any, frame: Frame) -> None:
     half = frame.half
     if frame.density is not None:
         shaded = np.sqrt(frame.density / max(frame.density.max(), 1e-300))
-        axes.imshow(shaded, origin="lower", extent=(-half, half, -half, half), cmap=SHADES, vmin=0, vmax=1.25)
+        axes.imshow(shaded, origin="lower", extent=(-half, half, -half, half), cmap=SHADES, vmin=0, vmax=DARKEST)
     if frame.places is not None and frame.arrows is not None:
         far = np.linalg.norm(frame.arrows, axis=1, keepdims=True)
         apart = 2 * half / (len(frame.places) ** 0.5 + 1)
@@ -105,7 +106,7 @@ def space_time(
     axes, columns = figure.add_subplot(), density.shape[1]
     shaded = np.sqrt(density / density.max(axis=0, keepdims=True))
     axes.imshow(
-        shaded, origin="lower", extent=(0, columns - 1, -half, half), cmap=SHADES, vmin=0, vmax=1.25, aspect="auto"
+        shaded, origin="lower", extent=(0, columns - 1, -half, half), cmap=SHADES, vmin=0, vmax=DARKEST, aspect="auto"
     )
     for k in range(paths.shape[1]):
         axes.plot(np.arange(columns), paths[:, k], color=COLOURS[classes[k] % len(COLOURS)], linewidth=0.8, alpha=0.8)
@@ -128,7 +129,7 @@ def animation(frames: Sequence[Frame], path: Path, seconds: float = 6.0, pixels:
         draw(figure.add_subplot(), frame)
         canvas.draw()
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-        pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
+        pictures.append(picture.quantize(palette=palette(), dither=Image.Dither.NONE))
     each = round(1000 * seconds / len(frames))
     buffer, durations = io.BytesIO(), [each] * (len(frames) - 1) + [each + 1500]
     pictures[0].save(
@@ -136,6 +137,23 @@ def animation(frames: Sequence[Frame], path: Path, seconds: float = 6.0, pixels:
     )
     write_atomically(path, buffer.getvalue())
     return path
+
+
+def palette() -> Any:
+    """The colours of an animation: greys, and those of the classes, pure and on their way to paper and to shade."""
+    from PIL import Image
+
+    greys = [(round(255 * k / 63),) * 3 for k in range(64)]
+    pure = [tuple(bytes.fromhex(colour[1:])) for colour in COLOURS]
+    mixed = [
+        tuple(round(share * a + (1 - share) * paper) for a in colour)
+        for colour in pure
+        for paper in (255, 170)
+        for share in (0.25, 0.5, 0.75)
+    ]
+    image = Image.new("P", (1, 1))
+    image.putpalette([value for colour in (*greys, *pure, *mixed) for value in colour])
+    return image
 
 
 def written(figure: Any, canvas: Any, path: Path) -> Path:
