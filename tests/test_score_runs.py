@@ -8,12 +8,9 @@ import torch
 from conftest import inside
 
 from diffusion.app import build
-from diffusion.objective import Simple
-from diffusion.process.kernels import noised
-from diffusion.process.prediction import PREDICTIONS
+from diffusion.lab.training_error import POINTS_OF_A_QUARTER, loss_by_quarter
 
 pytestmark = pytest.mark.slow
-QUARTER = 250  # of the 1,000 times
 
 
 @pytest.fixture
@@ -42,18 +39,10 @@ def test_annealed_langevin_makes_digits(digits_run, tmp_path):
 def test_a_trained_network_is_near_the_exact_score_in_every_quarter_of_time(toy, tmp_path):
     """Excess of v's loss over that of the exact denoiser: at most 5 %."""
     assert inside("train", ["+experiment=gmm", f"data.toy={toy}"], tmp_path) == 0
-    place = build.Place(torch.device("cpu"), "32", torch.contiguous_format)
-    model = build.trained(str(tmp_path / "runs" / "gmm"), place)
-    schedule, mixture = model.denoiser.schedule, build.data(model.config).mixture
-    objective, to_v, generator = Simple(schedule, "v"), PREDICTIONS["v"].from_pair, torch.Generator().manual_seed(0)
-    for quarter in range(4):
-        t = torch.randint(QUARTER * quarter + 1, QUARTER * (quarter + 1) + 1, (50_000,), generator=generator)
-        x0 = mixture.sample(len(t), generator).float()[..., None, None]
-        epsilon = torch.randn(x0.shape, generator=generator)
-        x_t = noised(schedule, x0, t, epsilon)
-        exact = mixture.denoiser(schedule)(x_t[..., 0, 0], t)
-        best = to_v(schedule, x_t, t, exact.x0[..., None, None], exact.epsilon[..., None, None])
-        irreducible = objective(best, x_t, x0, epsilon, t).mean()
-        excess = ((model.denoiser.output(x_t, t) - best) ** 2).mean()
-        print(f"{toy}, quarter {quarter + 1}: excess {float(excess / irreducible):.2%} of the irreducible loss")
+    model = build.trained(str(tmp_path / "runs" / "gmm"))
+    mixture = build.data(model.config).mixture
+    points = mixture.sample(POINTS_OF_A_QUARTER, torch.Generator().manual_seed(0))
+    found = loss_by_quarter(model.denoiser, mixture, model.denoiser.schedule, "v", points, 0)
+    for quarter, (irreducible, excess) in enumerate(found, 1):
+        print(f"{toy}, quarter {quarter}: excess {excess / irreducible:.2%} of the irreducible loss")
         assert excess <= 0.05 * irreducible
