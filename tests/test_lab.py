@@ -158,7 +158,7 @@ def test_pages_of_all_tasks_stand_in_one_report(lab, tmp_path):
 
 def test_plain_langevin_is_told_from_the_others(lab, tmp_path):
     status, out = lab("modes", "modes.num_points=2000", "samplers=[ddim,'langevin step_size=1e-3']")
-    assert status == 0 and "These make each class as often as its weight says: ddim." in out
+    assert status == 0 and "these give each class its weight: ddim." in out
     assert "These do not: langevin step_size=1e-3." in out
 
 
@@ -226,6 +226,16 @@ def test_every_idea_names_functions_that_say_what_they_do():
         (["task=modes", "samplers=[dim]"], "samplers: there is no sampler=dim. Did you mean ddim?"),
         (["task=modes", "samplers=['ddim et=0.5']"], "samplers: 'ddim et=0.5': et is no setting"),
         (["task=modes", "samplers=['ddim eta']"], "settings are key=value"),
+        (["task=modes", "samplers=['ddim eta=']"], "settings are key=value"),
+        (["task=modes", "samplers=['ddim eta=x']"], "samplers: 'ddim eta=x': eta=x is not a number."),
+        (["task=modes", "samplers=['annealed_langevin visits=1.5']"], "visits=1.5 is not an integer."),
+        (["task=modes", "samplers=['']"], "samplers: there is no sampler=."),
+        (["task=modes", "samplers=['annealed_langevin visits=60']", "modes.num_steps=50"], "takes 60 steps at a level"),
+        (["task=modes", "modes.num_points=100"], "modes.num_points=100: of the rarest class 5 samples or more"),
+        (["task=modes", "toy=gaussian"], "task=modes: toy=gaussian has a single class"),
+        (["task=errors", "samplers=[ddim,predictor_corrector]"], "give corrector.norms=expected"),
+        (["task=errors", "sampler=predictor_corrector"], "give corrector.norms=expected"),
+        (["task=errors", "toy=modes", "errors.num_steps=[20]"], "errors.num_steps=[20]: give two or more"),
         (["task=modes", "samplers=['ddim eta=2']"], "sampler.eta=2 is outside [0, 1]"),
         (["task=modes", "samplers=[]"], "samplers=[] names none"),
         (["task=reverse", "samplers=[langevin]"], "samplers: none of them goes from noise to data"),
@@ -249,6 +259,21 @@ def test_a_checkpoint_and_a_toy_do_not_go_together(points_run, images_run, call,
         status, out = call("lab.__main__", "task=errors", *words)
         assert status == 2 and message in out, out
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task=errors", "schedule.num_timesteps=1", "sampler.num_steps=1"],
+        ["task=errors", "toy=modes", "sampler.num_steps=1"],
+        ["task=errors", "toy=gaussian", "gaussian.mean=[0.1]", "gaussian.stds=[0.5]", "schedule=sub_vp"],
+        ["task=errors", "gaussian.mean=[0.1,0,0]", "gaussian.stds=[0.5,1,2]", "samplers=[ancestral]"],
+        ["task=equivalence", "equivalence.num_steps=1"],
+    ],
+)
+def test_what_is_small_or_odd_is_measured_all_the_same(words, lab):
+    status, out = lab(words[0].partition("=")[2], *words[1:], "errors.num_steps=[2,4]")
+    assert status == 0 and "Report: lab/report.html" in out, out
 
 
 def test_help_says_what_it_does(command):

@@ -104,13 +104,17 @@ def images(init, disc, low, high, quarter=(0.1, 0.2, 0.3, 0.1)):
 @pytest.mark.parametrize(
     "errors, dominant, words",
     [
-        ((0.01, 0.02, 0.1, 0.2), "training", ["even by what is certain", "third quarter of the noise levels"]),
+        ((0.01, 0.02, 0.1, 0.2), "training", ["even by the lower estimate", "third quarter of the noise levels"]),
         (
             (0.01, 0.5, 0.1, 0.2),
             "discretisation",
-            ["whatever is true of training", "change: more, at 2 times the work"],
+            ["also by the upper estimate of training", "change: more, at 2 times the work"],
         ),
-        ((0.6, 0.5, 0.1, 0.2), "initialisation", ["whatever is true of training", "sampler.spacing=trailing"]),
+        (
+            (0.6, 0.5, 0.1, 0.2),
+            "initialisation",
+            ["also by the upper estimate of training", "sampler.spacing=trailing"],
+        ),
         ((0.01, 0.02, 0.01, 0.9), "open", ["Training dominates, most likely", "then discretisation", "train longer"]),
         ((0.01, 0.3, 0.01, 0.9), "open", ["Training and discretisation cannot be told apart", "change: more"]),
     ],

@@ -11,7 +11,7 @@ from diffusion.lab import plane
 from diffusion.lab.modes import class_weights, judged, shares, wilson
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_linear
 from diffusion.process.times import times
-from diffusion.process.toy import Gaussian, checkerboard, modes, rings
+from diffusion.process.toy import Gaussian, checkerboard, modes, moons, rings
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.ddim import DDIM
 
@@ -68,8 +68,12 @@ def test_a_field_is_a_density_of_mass_one_and_its_score_points_uphill(schedule, 
 
 
 def test_modes_merge_to_one_and_are_counted():
-    counted = [plane.peaks(plane.field(TOY, SCHEDULES["vp"], t).density) for t in (0, 20, 1000)]
-    assert counted == [8, 8, 1] and plane.peaks(plane.field(checkerboard(2), SCHEDULES["vp"], 1).density) >= 2
+    def counted(toy, *times):
+        return [plane.peaks(plane.field(toy, SCHEDULES["vp"], t, points=81).density) for t in times]
+
+    assert counted(TOY, 0, 20, 1000) == [8, 8, 1]
+    assert counted(rings(), 1, 1000) == [2, 1], "ripples along a ring are none"
+    assert counted(moons(), 1, 300) == [2, 1] and counted(checkerboard(), 1, 600) == [8, 1]
 
 
 @on_all

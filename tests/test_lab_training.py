@@ -107,6 +107,10 @@ def test_the_exact_denoiser_has_an_excess_of_nothing_at_least(schedule, t):
     low, high = found.excess
     assert low <= 0.02 * irreducible and low <= high <= found.loss
     assert found.linear == pytest.approx(irreducible, rel=0.1), "of Gaussian data the best denoiser is linear"
+    few = of_images(
+        as_images(TOY.denoiser(schedule)), schedule, t, x0[:20], None, Known(x0[:20], None, known.spectrum), 0
+    )
+    assert math.isnan(few.linear), "20 images have no covariance to speak of"
 
 
 @on_all
@@ -155,6 +159,14 @@ def test_errors_that_pull_one_way_are_carried_exactly_on_gaussian_data(schedule,
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-8, atol=0)
     apart = carried_to_the_end(sampler, schedule, grid, [0.03] * 20, 0.16, together=False)
     assert 0.03 * 0.5 < apart < expected
+
+
+def test_a_learned_variance_counts_as_the_small_one():
+    grid, errors = times(1000, 10), [0.1] * 10
+    learned, small = (
+        carried_to_the_end(Ancestral(VP, variance), VP, grid, errors, 0.16) for variance in ("learned", "small")
+    )
+    assert learned == pytest.approx(small, rel=1e-9)
 
 
 def test_values_between_times_are_those_of_lambda():

@@ -13,7 +13,7 @@ from diffusion.denoiser import NetworkDenoiser
 from diffusion.lab.equivalence import losses, walk_both
 from diffusion.models.mlp import MLP
 from diffusion.noise import Stream, keys, normal, seed63, uniform_int
-from diffusion.page.chart import Chart, Series, save
+from diffusion.page.chart import Chart, Series
 from diffusion.page.laboratory import Charts, Grid, Words
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.process.times import times
@@ -30,6 +30,7 @@ SAMPLERS = {
 }
 """Functions of x0, epsilon and lambda alone; with the large variance VP and VE take different steps."""
 COLOURS = {"float64": ("q3", "q1", "q4"), "float32": ("q2", "paper", "ink")}
+ROUNDING = 1e-9
 WALKS = 16  # images that are sampled, at most
 
 
@@ -78,7 +79,8 @@ def same_losses(lab: Laboratory, subject: Subject) -> list[Words | Grid]:
     worst = max(max(row["loss_gap"], row["gradient_gap"]) for row in rows if row["dtype"] == "float64")
     columns = ("schedule", "dtype", "L_simple", "DSM, weight sigma²", "difference", "of gradients")
     cells = [(*list(row.values())[:4], f"{row['loss_gap']:.1e}", f"{row['gradient_gap']:.1e}") for row in rows]
-    said = f"In float64 the losses and their gradients differ by at most {worst:.1e}: they are one loss."
+    said = f"In float64 the losses and their gradients differ by at most {worst:.1e}"
+    said += ": they are one loss." if worst < ROUNDING else ", which is more than rounding."
     return [Words(said, "verdict"), Grid("Losses on the same draws", columns, cells, "Differences are relative.")]
 
 
@@ -103,9 +105,8 @@ def same_walks(lab: Laboratory, subject: Subject) -> list[Words | Charts]:
     lab.table("walks.csv", rows)
     title, label = "VP and VE walks of one model", "largest difference, relative"
     chart = Chart(title, label, series, x_label="t", log=True, wide=True)
-    save(chart, lab.path("walks.png"))
     said = f"In float64 the samples of both are the same to {worst:.1e}; float32 adds its rounding."
-    return [Words(said, "verdict"), Charts([chart])]
+    return [Words(said, "verdict"), lab.drawn(walks=chart)]
 
 
 def of_these(subject: Subject, denoiser: Denoiser) -> Denoiser:

@@ -9,13 +9,14 @@ from diffusion.app.compose import Refusal
 from diffusion.app.lab_ideas import ideas
 from diffusion.app.laboratory import LOWEST, SHADES, Laboratory, Named, refuse_stays
 from diffusion.lab import errors, initialisation, refinement, training_error, verdict
-from diffusion.lab.gaussian import denoising_error, fitted
+from diffusion.lab.gaussian import denoising_error, fitted, step_of
 from diffusion.noise import Stream, seed63
-from diffusion.page.chart import Chart, Series, save
-from diffusion.page.laboratory import Charts, Grid, Page, Words
+from diffusion.page.chart import Chart, Series
+from diffusion.page.laboratory import Grid, Page, Words
 from diffusion.process.grids import refined
 from diffusion.process.schedule import Denoiser
 from diffusion.process.toy import Gaussian
+from diffusion.samplers.base import Sampler
 
 SHORT_STEPS = 4000  # of walks that stand for exact ones, at most, unless they have only two in a step
 FEWER = 1000  # points of a mixture where many walks are compared
@@ -48,9 +49,28 @@ def main(lab: Laboratory) -> None:
 
 def check_settings(lab: Laboratory) -> None:
     """Refuse what cannot be measured, before anything is."""
-    if not exactly(lab):
+    if exactly(lab):
+        compared = {named.words: named.make(lab.schedule) for named in lab.samplers if not named.plain}
+        for words, sampler in {"sampler": lab.sampler, **compared}.items():
+            refuse_curved(words, sampler, lab)
+        for named in lab.samplers:
+            named.times(lab.schedule, min(lab.cfg.errors.num_steps), LOWEST)
+    else:
         refuse_stays(lab.times)
         nested_grids([1.0, 0.0], sorted(set(lab.cfg.errors.num_steps)))
+
+
+def refuse_curved(words: str, sampler: Sampler, lab: Laboratory) -> None:
+    """Refuse a sampler whose steps are not affine on Gaussian data."""
+    top = lab.schedule.num_timesteps
+    try:
+        for s in (top, top / 2):
+            step_of(sampler, lab.toy.denoiser(lab.schedule), top, s, lab.dim)
+    except ValueError as error:
+        raise Refusal(
+            f"samplers: {words!r}: its step depends on x by more than the denoiser does, so that the law of Gaussian "
+            f"data is not known after it. Of a corrector give corrector.norms=expected."
+        ) from error
 
 
 def exactly(lab: Laboratory) -> bool:
@@ -121,20 +141,21 @@ def at_the_start(lab: Laboratory, page: Page) -> None:
     begun, std = lab.times[0], float(lab.schedule.std(lab.times[0]))
     low, high = initialisation.of_mixture(lab.toy, lab.schedule, begun)
     known = high - low < 1e-9 * max(high, 1e-12)
-    value = f"{low:.4g}" if known else f"between {low:.4g} and {high:.4g}, and all but the lower of the two"
+    value = f"{low:.4g}" if known else f"between {low:.4g} and {high:.4g}"
+    if not known and lab.wide(begun):
+        value += ", and in so much noise all but the lower of the two"
     at = [row["t"] for row in rows]
     series = [Series("q3", "" if known else "at least", at, [row["w2_low"] for row in rows], tag="low")]
     if not known:
         series.append(Series("q4", "at most", at, [row["w2_high"] for row in rows], tag="high"))
     chart = Chart("Initialisation error", "W2(law of x_t, prior)", series, x_label="t", log=True)
-    save(chart, lab.path("initialisation.png"))
     page.add(
         Words(
             f"Initialisation. The walk starts from N(0, {std:.4g}² I) at t = {begun:g}, the law of noised data of "
             f"mean 0 "
             f"and variance 1: N(0, I) under VP, N(0, (sigma² + 1) I) under VE. W2 from the law of x_t is {value}."
         ),
-        Charts([chart]),
+        lab.drawn(initialisation=chart),
     )
 
 
@@ -170,11 +191,10 @@ def step_by_step(lab: Laboratory, page: Page) -> None:
         Series("q4", "local error / std_s", [k.t for k in steps], relative, tag="error"),
     ]
     chart = Chart("Discretisation, step by step", "of a step from t", series, x_label="t", log=True)
-    save(chart, lab.path("steps.png"))
     text = (
         "Discretisation. 1 − r_s²/r_t², with r = sigma / alpha (under VE 1 − sigma_s²/sigma_t²), is the share of the "
     )
-    page.add(Words(f"{text}noise's variance that a step takes away. {how}"), Charts([chart]))
+    page.add(Words(f"{text}noise's variance that a step takes away. {how}"), lab.drawn(steps=chart))
 
 
 def against_steps(lab: Laboratory, page: Page) -> None:
@@ -192,15 +212,15 @@ def against_steps(lab: Laboratory, page: Page) -> None:
         return
     title, label = "Distance against steps", "distance at t = 1"
     chart = Chart(title, label, series, x_label="steps", log=True, x_log=True, wide=True)
-    save(chart, lab.path("orders.png"))
-    columns = ("sampler", *(f"{n:,} steps" for n in sorted({row["num_steps"] for row in rows})), "order")
+    shown = wanted if exactly(lab) else wanted[:-1]
+    columns = ("sampler", *(f"{n:,} steps" for n in shown), "order")
     note = "By the exact denoiser, from the exact law at T to t = 1. "
     note += (
         f"The order is that from {onset(wanted)} steps on."
         if exactly(lab)
         else "From the finest walk on the same noise."
     )
-    page.add(Charts([chart]), Grid("", columns, table, note))
+    page.add(lab.drawn(orders=chart), Grid("", columns, table, note))
 
 
 def onset(wanted: Sequence[int]) -> int:
@@ -217,7 +237,8 @@ def distances(
     if exactly(lab):
         grids = [named.times(lab.schedule, n, LOWEST) for n in wanted]
         found = [errors.distance_of_gaussian(lab.toy, built, grid) for grid in grids]
-        return list(wanted), found, refinement.fitted_order(wanted, found, onset(wanted))
+        taken = [len(grid) - 1 for grid in grids]
+        return taken, found, refinement.fitted_order(taken, found, onset(taken))
     nested = nested_grids(named.times(lab.schedule, wanted[0], LOWEST), wanted)
     x0 = lab.points(min(lab.cfg.errors.num_points, FEWER))
     x = errors.starts(lab.schedule, nested[0][0], x0, lab.cfg.seed).data
@@ -227,6 +248,10 @@ def distances(
 
 def nested_grids(coarse: list[float], wanted: Sequence[int]) -> list[list[float]]:
     """Grids of so many steps, each of whose times is one of the last."""
+    if len(wanted) < 2:
+        raise Refusal(
+            f"errors.num_steps={list(wanted)}: give two or more, the last of which the others are held against."
+        )
     for n in wanted:
         if wanted[-1] % n or n % wanted[0]:
             raise Refusal(
@@ -255,14 +280,13 @@ def of_training(lab: Laboratory, page: Page, denoise: Denoiser, trained: bool) -
     if trained:
         series.insert(0, Series("q4", "excess", times, excess, tag="excess"))
     chart = Chart("Error of the denoiser", "E|D(x_t) − x_0|²", series, x_label="t", log=True)
-    save(chart, lab.path("training.png"))
     avoided, above = (top / len(times) * sum(part) for part in (irreducible, excess))
     total = (
         f"The sum over all t of E|D(x_t) − x_0|² is {avoided + above:.4g}: {avoided:.4g} that no denoiser avoids, and "
     )
     total += f"{above:.4g} in excess of it." if trained else "nothing else of the exact one."
     lab.say(total)
-    page.add(Words(f"Training. {total}"), Charts([chart]))
+    page.add(Words(f"Training. {total}"), lab.drawn(training=chart))
     if lab.model is not None:
         page.add(in_units_of_the_loss(lab))
 

@@ -21,8 +21,8 @@ from diffusion.lab import images, verdict
 from diffusion.lab.initialisation import spectrum
 from diffusion.lab.training_error import Known, quarters, some_times
 from diffusion.noise import Stream, keys, normal, permutation
-from diffusion.page.chart import Chart, Series, save
-from diffusion.page.laboratory import Charts, Grid, Words
+from diffusion.page.chart import Chart, Series
+from diffusion.page.laboratory import Grid, Words
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.process.times import SPACINGS, times
 from diffusion.training.sampling import Counted, counting
@@ -203,7 +203,7 @@ def effects(lab: Laboratory, found: Found) -> Grid:
         (
             "training, at least",
             grey(low),
-            "what an affine change or a linear denoiser gains; errors that pull each its own way",
+            "what an affine change of the output gains; errors that pull each its own way",
         ),
         ("training, at most", grey(high), "all above the bound of the best denoiser; errors that all pull one way"),
     ]
@@ -216,8 +216,8 @@ def at_the_start(lab: Laboratory, begun: images.Initialisation) -> Words:
     low, high = begun.distance
     std = float(lab.schedule.std(begun.t))
     return Words(
-        f"Initialisation. At t = {begun.t:g} the law of noised data is between {low:.3g} and {high:.3g} a pixel (W2 "
-        f"over "
+        f"Initialisation. At t = {begun.t:g} the law of these images, noised, is between {low:.3g} and {high:.3g} a "
+        f"pixel (W2 over "
         f"the root of their number, in units of [-1, 1]) from N(0, {std:.4g}² I), the noise that walks start from."
     )
 
@@ -237,10 +237,9 @@ def discretisation(lab: Laboratory, found: Found) -> list[Any]:
         x_log=True,
         note=f"The finest has {found.short.num_steps[-1]:,} steps.",
     )
-    save(chart, lab.path("refinement.png"))
     columns = ("setting", "steps", "grey levels")
     note = "From the images of the finest walk that begins at the highest of their first times."
-    return [Charts([chart]), Grid("Other settings of the sampler", columns, rows, note)]
+    return [lab.drawn(refinement=chart), Grid("Other settings of the sampler", columns, rows, note)]
 
 
 def training(lab: Laboratory, learned: images.Training) -> list[Any]:
@@ -254,7 +253,6 @@ def training(lab: Laboratory, learned: images.Training) -> list[Any]:
         series.append(Series(colour, name, [t for t, _ in kept], [v for _, v in kept], tag=field))
     title, label = "Error of x_0 by noise level", "mean squared error a pixel"
     chart = Chart(title, label, series, x_label="t", log=True, wide=True)
-    save(chart, lab.path("training.png"))
     by_quarter = lambda values: quarters(lab.schedule.num_timesteps, at, [v / dim for v in values])  # noqa: E731
     cells = zip(
         verdict.QUARTERS,
@@ -266,7 +264,7 @@ def training(lab: Laboratory, learned: images.Training) -> list[Any]:
     )
     columns = ("quarter", "error of x_0", "excess, at least", "excess, at most", "grey levels, at most")
     note = "Squared errors a pixel; the last column is what they can move the end of a walk by."
-    return [Charts([chart]), Grid("Training error by quarter of t", columns, list(cells), note)]
+    return [lab.drawn(training=chart), Grid("Training error by quarter of t", columns, list(cells), note)]
 
 
 def grey(value: float) -> float:

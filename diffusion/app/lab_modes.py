@@ -1,18 +1,21 @@
 """lab task=modes: how much of each mode every sampler makes of exact scores, against the modes' weights."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from diffusion.app.compose import Refusal
 from diffusion.app.lab_ideas import ideas
 from diffusion.app.laboratory import SHADES, Laboratory
 from diffusion.lab.modes import Interval, Shares, class_weights, shares
 from diffusion.noise import ImageNoise
-from diffusion.page.chart import Chart, Level, Series, save
+from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.laboratory import Charts, Grid, Words
 from diffusion.samplers.base import Sampler
 
+LEAST = 5  # expected of the rarest class
 CHUNK = 5000  # points whose walks are taken together
 UNLIKELY = 1e-3  # p below which shares are not those of the data
 
@@ -31,6 +34,13 @@ class Counted(NamedTuple):
 
 def main(lab: Laboratory) -> None:
     cfg, weights = lab.cfg.modes, class_weights(lab.toy).tolist()
+    if len(weights) < 2:
+        raise Refusal(f"task=modes: toy={lab.toy_name} has a single class, of which there is nothing to count.")
+    if cfg.num_points * min(weights) < LEAST:
+        raise Refusal(
+            f"modes.num_points={cfg.num_points}: of the rarest class {LEAST} samples or more must be expected, for a "
+            f"test to mean anything: give at least {math.ceil(LEAST / min(weights))}."
+        )
     page = lab.page(
         f"Shares of modes: {lab.toy_name} on {lab.schedule_name}",
         f"{cfg.num_points:,} samples of each sampler in {cfg.num_steps:,} steps by exact scores, counted by the class "
@@ -67,7 +77,7 @@ def sampled_shares(lab: Laboratory, sampler: Sampler, times: Sequence[float]) ->
 def verdict(found: Sequence[Counted]) -> list[str]:
     """Who samples the data's shares, in a sentence or two."""
     right, wrong = ([c.words for c in found if c.right == wanted] for wanted in (True, False))
-    text = [f"These make each class as often as its weight says: {', '.join(right)}."] if right else []
+    text = [f"As far as so many samples tell, these give each class its weight: {', '.join(right)}."] if right else []
     return text + ([f"These do not: {', '.join(wrong)}."] if wrong else [])
 
 
@@ -117,6 +127,4 @@ def charts(lab: Laboratory, found: Sequence[Counted], weights: Sequence[float]) 
     note = "; ".join(f"{k}: {counted.words}" for k, counted in enumerate(shown))
     level, title = Level("paper", "its weight", weights[rare], tag="weight"), f"The rarest class, {rare}"
     rarest = Chart(title, "share", series, [level], x_label="sampler", log=True, note=note, wide=True)
-    save(ratio, lab.path("modes.png"))
-    save(rarest, lab.path("rarest.png"))
-    return [Charts([ratio]), Charts([rarest])]
+    return [lab.drawn(modes=ratio), lab.drawn(rarest=rarest)]

@@ -10,7 +10,7 @@ from diffusion.app.compose import Refusal
 from diffusion.app.lab_ideas import ideas
 from diffusion.app.laboratory import SHADES, Laboratory
 from diffusion.lab import plane
-from diffusion.page.chart import Chart, Series, save
+from diffusion.page.chart import Chart, Series
 from diffusion.page.laboratory import Charts, Picture
 from diffusion.page.plane import Frame, animation, panels, space_time
 from diffusion.process.grids import geometric
@@ -77,19 +77,16 @@ def known_of_the_class(lab: Laboratory) -> Charts:
     for t in down(schedule)[::-1][::EVERY]:
         alpha, sigma = (float(value) for value in schedule(t))
         bits = plane.class_bits(toy, schedule, t, x0, lab.cfg.seed)
-        peaks = plane.peaks(plane.field(toy, schedule, t).density)
+        peaks = plane.peaks(plane.field(toy, schedule, t, points=81).density)
         rows.append({"t": t, "alpha": alpha, "sigma": sigma, "class_bits": bits, "peaks": peaks})
     lab.table("forward.csv", rows)
     at, over = [row["t"] for row in rows], {"x_label": "t", "x_log": True, "zero": True}
     bits = Series("q4", "", at, [row["class_bits"] for row in rows], tag="bits")
     peaks = Series("q3", "", at, [float(row["peaks"]) for row in rows], tag="peaks")
-    drawn = [
-        Chart("What a noised point tells of its class", "bits", [bits], **over),
-        Chart("Peaks of the density", "peaks", [peaks], **over),
-    ]
-    for chart, name in zip(drawn, ("class_bits.png", "peaks.png"), strict=True):
-        save(chart, lab.path(name))
-    return Charts(drawn)
+    return lab.drawn(
+        class_bits=Chart("What a noised point tells of its class", "bits", [bits], **over),
+        peaks=Chart("Peaks of the density", "peaks", [peaks], **over),
+    )
 
 
 # ---- noise goes ----
@@ -130,7 +127,7 @@ def walks_of_all(lab: Laboratory) -> dict[str, plane.Paths]:
     """By the words of each sampler that goes from noise to data."""
     cfg, exact, found = lab.cfg.reverse, lab.toy.denoiser(lab.schedule), {}
     for named in lab.samplers:
-        if named.plain or cfg.num_steps < named.visits:
+        if named.plain:
             continue
         lab.say(f"{named.words}: {cfg.num_points} walks")
         times = named.times(lab.schedule, cfg.num_steps, widest=lab.widest)
@@ -155,8 +152,7 @@ def when_decided(lab: Laboratory, walks: dict[str, plane.Paths]) -> Charts:
     lab.table("reverse.csv", rows)
     title, label = "When a walk is decided", "share of walks already in their class"
     chart = Chart(title, label, series, x_label="t", x_log=True, wide=True, zero=True)
-    save(chart, lab.path("decided.png"))
-    return Charts([chart])
+    return lab.drawn(decided=chart)
 
 
 # ---- both ----

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from diffusion.app import build
 from diffusion.app.check import check
-from diffusion.app.compose import Refusal, conf_dir, groups, lookup, nearest, unknown
+from diffusion.app.compose import Refusal, conf_dir, groups, kind, lookup, nearest, unknown
 from diffusion.data.mixture import MixtureDataModule
 from diffusion.files import csv_text, write_atomically
 from diffusion.lab.verdict import Walk
 from diffusion.noise import Stream, seed63
-from diffusion.page.laboratory import Page, write_page
+from diffusion.page.chart import Chart, save
+from diffusion.page.laboratory import Charts, Page, write_page
 from diffusion.process.grids import even, geometric
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.process.toy import SETS, Gaussian, Mixture
@@ -56,6 +57,10 @@ class Named(NamedTuple):
         ladder, which begins at sigma / alpha = widest if T is noisier."""
         if self.plain:
             return [LOWEST] * num_steps + [stop]
+        if num_steps < self.visits:
+            raise Refusal(
+                f"samplers: {self.words!r} takes {self.visits} steps at a level, here are {num_steps} in all."
+            )
         levels, last = max(num_steps // self.visits, 1), [] if stop else [0.0]
         levels, stop = (levels, stop) if stop else (levels - 1, LOWEST)
         top = float(schedule.num_timesteps)
@@ -123,12 +128,16 @@ class Laboratory:
     @property
     def walk(self) -> Walk:
         """What there is to be said of the walk of `sampler`."""
-        return Walk(self.times[0], len(self.times) - 1, self.schedule.num_timesteps, self.model is not None)
+        return Walk(self.times[0], len(set(self.times)) - 1, self.schedule.num_timesteps, self.model is not None)
 
     @property
     def dim(self) -> int:
         """Numbers in a point of the toy."""
         return len(self.toy.moments(self.schedule(0))[0])
+
+    def wide(self, t: float) -> bool:
+        """Whether the noise at time t is wider than the data by far."""
+        return -float(self.schedule.log_ratio(t)) > math.log(self.widest / 2)
 
     @property
     def widest(self) -> float:
@@ -165,6 +174,13 @@ class Laboratory:
         """A CSV file of this task; its path."""
         write_atomically(self.path(name), csv_text(rows, first))
         return self.path(name)
+
+    def drawn(self, **charts: Chart) -> Charts:
+        """Charts by the names of their PNG files, which are written; those without a point are left out."""
+        shown = {name: chart for name, chart in charts.items() if chart.drawn}
+        for name, chart in shown.items():
+            save(chart, self.path(f"{name}.png"))
+        return Charts(list(shown.values()))
 
     def finish(self, page: Page) -> None:
         """Write the page, say where things are."""
@@ -204,19 +220,22 @@ def named(words: str) -> Named:
     Raises:
         Refusal: no such option, or no such setting of it.
     """
-    name, *settings = words.split()
+    name, *settings = words.split() or [""]
     known = groups()["sampler"]
     if name not in known:
         raise Refusal(f"samplers: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
     cfg = group("sampler", name)
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not (equals and value):
             raise Refusal(f"samplers: {words!r}: settings are key=value, as in 'ddim eta=0.5'.")
         parent, last, there = lookup(cfg, key)
         if not there:
             raise Refusal(f"samplers: {words!r}: {unknown(key, parent, last)}")
-        OmegaConf.update(cfg, key, OmegaConf.create(f"v: {value}").v)
+        given = OmegaConf.create(f"v: {value}").v
+        if type(given) is not type(parent[last]) and not (type(parent[last]) is float and type(given) is int):
+            raise Refusal(f"samplers: {words!r}: {key}={value} is not {kind(parent[last])}.")
+        OmegaConf.update(cfg, key, given)
     check(OmegaConf.create({"sampler": cfg}))
     taken = build.without(cfg, "num_steps", "spacing", "visits", "clip_x0")
     make = lambda schedule: build.make(taken, "samplers", schedule=schedule)  # noqa: E731

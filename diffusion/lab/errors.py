@@ -5,7 +5,7 @@ The end of a walk is off for three reasons, and a walk can be had in which one o
     from pure noise, by this denoiser, in these steps           what one gets
     from noised data, by this denoiser, in these steps          without the error of initialisation
     from noised data, by the exact denoiser, in these steps     without that of training either
-    the data                                                    without that of discretisation either
+    the data, or what far more steps make of noised data        without that of discretisation either
 
 The distance of each line from the next is the part of one error. By the triangle inequality the distance of the first
 from the last is at most their sum. Of Gaussian data all of it is known exactly (`of_gaussian`). Of a mixture the lines

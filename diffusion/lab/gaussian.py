@@ -49,8 +49,8 @@ def law_at(toy: Mixture, level: Level) -> Law:
 def prior_at(schedule: Schedule, t: float, dim: int) -> Law:
     """What sampling starts from at time t: N(0, std_t^2 I), with std_t^2 = alpha_t^2 + sigma_t^2.
 
-    1 under VP, 1 + sigma_t^2 under VE: the law of noised data of mean 0 and variance 1. Song & Ermon's code starts from
-    sigma_t^2 alone.
+    1 under VP, 1 + sigma_t^2 under VE: the law of noised data of mean 0 and variance 1. The code of Song et al. 2021
+    (score SDE) starts VE from sigma_t^2 alone.
     """
     return Law(torch.zeros(dim, dtype=torch.float64), schedule.std(t) ** 2 * torch.eye(dim, dtype=torch.float64))
 

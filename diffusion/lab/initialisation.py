@@ -61,7 +61,7 @@ def spectrum(points: Tensor) -> Spectrum:
 
 
 def of_points(found: Spectrum, schedule: Schedule, t: float) -> Bounds:
-    """Of noised points at time t, from their spectrum."""
+    """Of a set of points, noised, at time t, from its spectrum: of the set, not of the law that it is drawn from."""
     (alpha, sigma), std = schedule(t), schedule.std(t)
     spread = ((alpha**2 * found.variances + sigma**2).sqrt() - std).square().sum()
     spread = spread + (found.dim - len(found.variances)) * (sigma - std) ** 2

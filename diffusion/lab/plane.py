@@ -44,11 +44,30 @@ def field(toy: Mixture, schedule: Schedule, t: float, points: int = 160, arrows:
     return Field(density.reshape(points, points).numpy(), places.numpy(), scores.numpy())
 
 
-def peaks(density: NDArray[np.float64], least: float = 1e-3) -> int:
-    """Places of the grid whose density is above that of all eight neighbours, and above a share of the highest."""
-    inner = density[1:-1, 1:-1]
-    around = [np.roll(density, (i, j), (0, 1))[1:-1, 1:-1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
-    return int(((inner > np.max(around, axis=0)) & (inner > least * density.max())).sum())
+def peaks(density: NDArray[np.float64], rise: float = 0.1, least: float = 1e-3) -> int:
+    """Peaks of a density on a grid that stand out: from each, the way to any higher one leads down by at least `rise`
+    in the logarithm. What is below a share of the highest place counts for nothing. By flooding from above."""
+    columns, height = density.shape[1] + 2, np.pad(np.log(np.maximum(density, 1e-300)), 1, constant_values=-np.inf)
+    height, top = height.ravel(), {}
+    floor, owner = height.max() + math.log(least), {}
+
+    def root(place: int) -> int:
+        while owner[place] != place:
+            owner[place] = place = owner[owner[place]]
+        return place
+
+    found = 0
+    for place in np.argsort(-height, kind="stable").tolist():
+        if height[place] < floor:
+            break
+        owner[place], top[place] = place, height[place]
+        around = (-columns - 1, -columns, -columns + 1, -1, 1, columns - 1, columns, columns + 1)
+        for other in {root(place + step) for step in around if place + step in owner}:
+            high, low = sorted((root(place), other), key=lambda r: -top[r])
+            if high != low:
+                found += top[low] - height[place] >= rise
+                owner[low] = high
+    return found + 1
 
 
 def marginal(toy: Mixture, schedule: Schedule, times: Sequence[float], points: int = 220) -> NDArray[np.float64]:

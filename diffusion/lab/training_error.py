@@ -6,8 +6,7 @@
 Where the score is known so is D*, and both parts are. Of images only the left side is known, and bounds of the rest:
 
     at least   what a change of D to a D + b x_t + c would gain, fitted to one half of the images and tried on the
-               other: D* cannot be bettered, on new images, by any function of x_t. Nor is D* worse than the best
-               linear denoiser, whose loss is known from mean and covariance
+               other: D* cannot be bettered, on new images, by any function of x_t.
     at most    the left side less the loss of the best denoiser of a set of images that has these in it, the posterior
                mean among them: on its own set no loss is lower, so its expectation is at most the irreducible one
 
@@ -15,6 +14,7 @@ The second is near the truth where the noise is wider than the gaps between imag
 saying nothing, below. Norms are over all numbers of a point. Knows denoisers as callables.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from diffusion.process.schedule import Denoiser, Level, Prediction, Schedule
 from diffusion.process.toy import Gaussian, Mixture
 from diffusion.samplers.base import Sampler
 
+ENOUGH = 4  # images for each number in one, for a covariance
 POINTS_OF_A_QUARTER = 50_000  # for 5 % of a hundredth
 
 
@@ -53,7 +54,7 @@ class Held(NamedTuple):
 
     loss: E|D - x_0|^2, and its standard error. floor: that of the posterior mean among the known images. gain: what
     the affine change gains, less two of its standard errors, at least 0. linear: the loss of the best denoiser that is
-    linear, in closed form from the spectrum.
+    linear, in closed form from the spectrum, which of few images says too little of it; then nan.
     """
 
     loss: float
@@ -66,8 +67,7 @@ class Held(NamedTuple):
     def excess(self) -> Bounds:
         """What of the loss could be trained away, at least and at most."""
         most = max(self.loss - self.floor, 0.0)
-        least = max(self.gain, self.loss - self.linear - 2 * self.standard_error)
-        return Bounds(min(least, most), most)
+        return Bounds(min(self.gain, most), most)
 
 
 def quarter_of(num_timesteps: int, t: float) -> int:
@@ -162,7 +162,7 @@ def of_images(
         standard_error=float(losses.std() / len(losses) ** 0.5),
         floor=float((clean - own).square().sum(1).mean()),
         gain=max(0.0, float(gains.mean() - 2 * gains.std() / len(gains) ** 0.5)),
-        linear=linear_loss(known.spectrum, schedule(t)),
+        linear=linear_loss(known.spectrum, schedule(t)) if len(known.images) >= ENOUGH * x0[0].numel() else math.nan,
     )
 
 
@@ -215,18 +215,22 @@ def carried_to_the_end(
     """How far errors of x_0, one a step, move the end of a walk.
 
     A step turns an error of x_0 into one of x_s, and later steps carry that on as they would for Gaussian data of this
-    variance: both factors are read off the sampler. An estimate: data in far modes have flows that part.
+    variance: both factors are read off the sampler. An estimate: data in far modes have flows that part. A variance
+    that is learned counts as the small one.
 
     Args:
         errors: root mean square of the error of x_0 at each of the times but the last.
         variance: of each number of the data.
         together: all of them pull the same way, and add up; else each its own, and their squares do.
     """
-    exact, power = Gaussian([0.0], std=variance**0.5).denoiser(schedule), 1 if together else 2
+    gaussian, power = Gaussian([0.0], std=variance**0.5).denoiser(schedule), 1 if together else 2
+
+    def exact(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        return gaussian(x_t, t)._replace(variance=torch.zeros_like(x_t))
 
     def pulled(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        (alpha, sigma), (x0, epsilon, _) = schedule(t), exact(x_t, t)
-        return Prediction(x0 + 1, epsilon - alpha / sigma)
+        (alpha, sigma), (x0, epsilon, variance) = schedule(t), exact(x_t, t)
+        return Prediction(x0 + 1, epsilon - alpha / sigma, variance)
 
     moved = 0.0
     for t, s, error in zip(times, times[1:], errors, strict=False):

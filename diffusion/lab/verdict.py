@@ -36,8 +36,8 @@ def of_parts(parts: Parts, walk: Walk) -> Verdict:
     dominant = max(named, key=named.get)
     others = ", ".join(f"{name} {value:.3g}" for name, value in named.items() if name != dominant)
     words = [
-        f"{dominant.capitalize()} dominates: {named[dominant]:.3g} of a sum of {parts.sum:.3g} ({others}); what is "
-        f"sampled is {parts.total:.3g} from the data."
+        f"{dominant.capitalize()} dominates: {named[dominant]:.3g} of a sum of {parts.sum:.3g} ({others}); in all the "
+        f"end of the walk is off by {parts.total:.3g}."
     ]
     cure = {
         "initialisation": begin_later(walk),
@@ -77,10 +77,10 @@ def of_images(
     ]
     if at_least > max(init, disc):
         dominant = "training"
-        words.append("Training dominates, even by what is certain of it.")
+        words.append("Training dominates, even by the lower estimate of it.")
     elif max(init, disc) > at_most:
         dominant = "initialisation" if init > disc else "discretisation"
-        words.append(f"{dominant.capitalize()} dominates, whatever is true of training.")
+        words.append(f"{dominant.capitalize()} dominates, also by the upper estimate of training.")
     else:
         dominant = "open"
         larger = "initialisation" if init > disc else "discretisation"
