@@ -12,7 +12,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.path.insert(0, str(ROOT))
 
 
-LONGEST = ("slurm", "resume", "wandb", "evaluation", "failure", "fingerprint", "lab")
+LONGEST = (
+    "slurm",
+    "score_runs",
+    "resume",
+    "prepare_set",
+    "ranks",
+    "wandb",
+    "evaluation",
+    "failure",
+    "fingerprint",
+    "lab",
+)
 
 
 def pytest_collection_modifyitems(items):

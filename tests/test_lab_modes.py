@@ -69,7 +69,7 @@ def test_a_field_is_a_density_of_mass_one_and_its_score_points_uphill(schedule, 
 
 def test_modes_merge_to_one_and_are_counted():
     def counted(toy, *times):
-        return [plane.peaks(plane.field(toy, SCHEDULES["vp"], t, points=81).density) for t in times]
+        return [plane.peaks_at(toy, SCHEDULES["vp"], t) for t in times]
 
     assert counted(TOY, 0, 20, 1000) == [8, 8, 1]
     assert counted(rings(), 1, 1000) == [2, 1], "ripples along a ring are none"

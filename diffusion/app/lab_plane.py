@@ -77,7 +77,7 @@ def known_of_the_class(lab: Laboratory) -> Charts:
     for t in down(schedule)[::-1][::EVERY]:
         alpha, sigma = (float(value) for value in schedule(t))
         bits = plane.class_bits(toy, schedule, t, x0, lab.cfg.seed)
-        peaks = plane.peaks(plane.field(toy, schedule, t, points=81).density)
+        peaks = plane.peaks_at(toy, schedule, t)
         rows.append({"t": t, "alpha": alpha, "sigma": sigma, "class_bits": bits, "peaks": peaks})
     lab.table("forward.csv", rows)
     at, over = [row["t"] for row in rows], {"x_label": "t", "x_log": True, "zero": True}

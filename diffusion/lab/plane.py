@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.lab.modes import class_weights, judged
 from diffusion.noise import ImageNoise
-from diffusion.process.schedule import Denoiser, Schedule
+from diffusion.process.schedule import Denoiser, Level, Schedule
 from diffusion.process.toy import Mixture
 from diffusion.samplers.base import Sampler
 
@@ -46,7 +46,7 @@ def field(toy: Mixture, schedule: Schedule, t: float, points: int = 160, arrows:
 
 def peaks(density: NDArray[np.float64], rise: float = 0.1, least: float = 1e-3) -> int:
     """Peaks of a density on a grid that stand out: from each, the way to any higher one leads down by at least `rise`
-    in the logarithm. What is below a share of the highest place counts for nothing. By flooding from above."""
+    in the logarithm. What is below a share of the highest place is no way and no peak. By flooding from above."""
     columns, height = density.shape[1] + 2, np.pad(np.log(np.maximum(density, 1e-300)), 1, constant_values=-np.inf)
     height, top = height.ravel(), {}
     floor, owner = height.max() + math.log(least), {}
@@ -67,7 +67,17 @@ def peaks(density: NDArray[np.float64], rise: float = 0.1, least: float = 1e-3) 
             if high != low:
                 found += top[low] - height[place] >= rise
                 owner[low] = high
-    return found + 1
+    apart = [place for place in owner if owner[place] == place and top[place] - floor >= rise]
+    return int(found) + len(apart)
+
+
+def peaks_at(toy: Mixture, schedule: Schedule, t: float, points: int = 81) -> int:
+    """Peaks of the law of u at a time, as a grid of so many points a side sees it: blurred by one of its cells."""
+    (alpha, sigma), std = schedule(t), schedule.std(t)
+    line = torch.linspace(-HALF, HALF, points, dtype=torch.float64)
+    blurred = Level(alpha, (sigma**2 + (std * 2 * HALF / (points - 1)) ** 2).sqrt())
+    density = toy.log_density(std * torch.cartesian_prod(line, line), blurred).exp()
+    return peaks(density.reshape(points, points).numpy())
 
 
 def marginal(toy: Mixture, schedule: Schedule, times: Sequence[float], points: int = 220) -> NDArray[np.float64]:
