@@ -116,8 +116,9 @@ def block_of(block: Any) -> dict[str, Any]:
         return {"kind": kind, "picture": found, "words": block.words, "name": block.path.name}
     if isinstance(block, Grid):
         numbers = [all(isinstance(row[k], int | float) for row in block.rows) for k in range(len(block.columns))]
-        rows = [[shown(cell) for cell in row] for row in block.rows]
-        return {"kind": kind, "grid": block, "columns": list(zip(block.columns, numbers, strict=True)), "rows": rows}
+        rows = [[{"text": shown(cell), "sort": None, "link": None} for cell in row] for row in block.rows]
+        table = {"columns": list(zip(block.columns, numbers, strict=True)), "rows": rows}
+        return {"kind": kind, "grid": block, "table": table}
     return {"kind": kind, "block": block}
 
 
