@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from numbered import damaged
+from reporting import SIZE, reporting
 from test_resume import finish, start, wait_for
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from diffusion.data.index import read_index
 from diffusion.data.order import Plan
 from diffusion.training.checkpoint import load
 from diffusion.training.module import DiffusionModule
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.watchdog import Watchdog, connect
 
 RANKS = ["trainer=cpu", "trainer.devices=4", "trainer.threads=1", "callbacks=none", "data.batch_size=16", "log_every=2"]
 RANKS += ["save.every_steps=4", "data.lanes=8", "trainer.max_steps=100000"]
@@ -106,50 +105,32 @@ def test_a_rank_that_raises_ends_all_of_them_and_is_named(digits, tmp_path):
 # ---- the watchdog alone: processes that do nothing but report ----
 
 
-def reporting(rank: int, does: str, port: int, output: Path) -> None:
-    """A rank that does nothing but report, as it `works`, `ends`, `raises`, `waits` or `hangs`."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    last_words = lambda: print("last words", rank, flush=True)  # noqa: E731
-    dog = Watchdog(rank, 3, connect(), silence=4, timeout=6, last_words=last_words)
-    dog.start()
-    for step in range(1, 1000):
-        if does == "hangs" and step > 5:
-            time.sleep(1000)
-        if does == "raises" and step == 5:
-            print("cause:", dog.failed(ValueError("no more")), flush=True)
-            os._exit(1)
-        if does == "ends" and step == 20 + 10 * rank:
-            break
-        if does != "waits":
-            dog.step(step)
-        time.sleep(0.1)
-    dog.stop()
-    print("over", rank, flush=True)
-    os._exit(0)
-
-
 @pytest.fixture
 def three(tmp_path):
-    """`three("works", "raises", "works")`: (exit status, output) of three processes with a watchdog each."""
+    """`three("works", "raises", "works")`: (exit status, output) of three processes with a watchdog each.
+
+    They are no forks of this process: its store looks up the names of those who connect, in a thread, and a fork made
+    at that moment waits for ever for glibc's lock of it.
+    """
 
     def run(*does: str) -> list[tuple[int, str]]:
-        store, fork = TCPStore("127.0.0.1", 0, is_master=True), multiprocessing.get_context("fork")
-        ranks = [
-            fork.Process(target=reporting, args=(rank, do, store.port, tmp_path / f"{rank}"))
-            for rank, do in enumerate(does)
-        ]
-        for process in ranks:
-            process.start()
-        if "dies" in does:
-            time.sleep(3)
-            ranks[does.index("dies")].kill()
-        for process in ranks:
-            process.join(60)
-        return [(process.exitcode, (tmp_path / f"{rank}").read_text()) for rank, process in enumerate(ranks)]
+        store, server = TCPStore("127.0.0.1", 0, is_master=True), multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["torch.distributed"])
+        outputs = [tmp_path / f"{rank}" for rank in range(SIZE)]
+        ranks = [server.Process(target=reporting, args=(k, does[k], store.port, outputs[k])) for k in range(SIZE)]
+        try:
+            for process in ranks:
+                process.start()
+            if "dies" in does:
+                PrefixStore("diffusion", store).wait([f"beat/{does.index('dies')}"])
+                ranks[does.index("dies")].kill()
+            for process in ranks:
+                process.join(60)
+            return [(process.exitcode, output.read_text()) for process, output in zip(ranks, outputs, strict=True)]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
     return run
 

@@ -105,18 +105,17 @@ class Stopwatch:
     """
 
     def __init__(self, batches: Iterable[dict[str, Any]], ahead: int) -> None:
+        others = {process.pid for process in multiprocessing.active_children()}  # none of the loader's
         self.ahead, self._iterator = ahead, iter(batches)
         first = next(self._iterator)["image"]
         self.shape, self.dtype = tuple(first.shape), str(first.dtype)
         for _ in range(ahead):  # every worker has handed out a batch, and opened its files
             next(self._iterator)
+        self._workers = [p.pid for p in multiprocessing.active_children() if p.pid not in others]
         self.rest()
 
-    def _workers(self) -> list[int]:
-        return [process.pid for process in multiprocessing.active_children()]
-
     def _cpu(self) -> float:
-        return time.process_time() + sum(map(cpu_seconds, self._workers()))
+        return time.process_time() + sum(map(cpu_seconds, self._workers))
 
     def rest(self) -> None:
         """Wait until the workers have nothing left to do: until all of them take next to no CPU time.
@@ -124,7 +123,7 @@ class Stopwatch:
         Raises:
             RuntimeError: they do not come to rest.
         """
-        workers, give_up = self._workers(), time.monotonic() + REST_SECONDS
+        workers, give_up = self._workers, time.monotonic() + REST_SECONDS
         before, busy = {w: cpu_seconds(w) for w in workers}, bool(workers)
         while busy:
             if time.monotonic() > give_up:
@@ -162,7 +161,7 @@ class Stopwatch:
     def memory(self) -> list[dict[str, float]]:
         """Of each worker, at rest."""
         self.rest()
-        return [memory_mb(worker) for worker in self._workers()]
+        return [memory_mb(worker) for worker in self._workers]
 
 
 def serve(make: Callable[[], tuple[Stopwatch, str]]) -> None:
