@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def root(tmp_path_factory):
     from numbered import write_numbered
 
     return write_numbered(tmp_path_factory.mktemp("numbered"))
+
+
+def rows(path: Path) -> dict[str, dict]:
+    """The rows of a results.jsonl by the names of the scores, the last of each."""
+    return {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+OWN = ["extractor=custom", "extractor.name=own", "extractor.target=inceptions.small"]  # words of a command
+
 
 def write_random_inception(path: Path, seed: int = 0) -> Path:
     """Random weights under the names of the real ones, of a spread that lets images differ in their features."""

@@ -5,123 +5,29 @@ The packages are installed only with SLURM_TESTBED_INSTALL=1; without them, or w
 
 import csv
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT, inside
+from slurm_cluster import Cluster, assert_same, newest, running, text
 from test_wandb import Files
 
 pytestmark = pytest.mark.slow
 
-TESTBED = Path(__file__).with_name("slurm-testbed")
 STEPS = 80
 PLAIN = ["callbacks=none", f"trainer.max_steps={STEPS}", "save.every_steps=6", "log_every=2", "data.batch_size=16"]
 PLAIN += ["trainer.threads=1"]
-LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
-class Cluster:
-    """What a user does with a cluster: submit from the checkout, look, signal, wait."""
-
-    def __init__(self, directory: Path, env: dict[str, str]) -> None:
-        self.directory, self.env = directory, env
-
-    def run(self, *words: object) -> str:
-        done = subprocess.run(list(map(str, words)), cwd=ROOT, env=self.env, text=True, capture_output=True)
-        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        return done.stdout.strip()
-
-    def submit(self, output: Path, *words: object) -> str:
-        """The job's id; `output` takes what it prints."""
-        return self.run("sbatch", "--parsable", f"--output={output}", *words)
-
-    def info(self, job: str, key: str) -> str:
-        """JobState, Restarts, ExitCode, ... of a job or of one task of an array, JOB_TASK."""
-        return re.search(rf"\b{key}=(\S+)", self.run("scontrol", "-o", "show", "job", job))[1]
-
-    def signal(self, job: str) -> bool:
-        """USR1 to the processes of a job or of one task of an array, as before its time limit; False before it has any.
-
-        To the step: `scancel ARRAY_TASK` tries again and again while other tasks of the array are pending.
-        """
-        words = ["scancel", "--signal=USR1", self.info(job, "JobId") + ".0"]
-        return subprocess.run(words, env=self.env, capture_output=True).returncode == 0
-
-    def until(self, what, job: str, output: Path, seconds: float = 240) -> None:
-        """Wait for what() while the job is not over. A requeued job is pending for 6 s."""
-        end = time.monotonic() + seconds
-        while not what():
-            state = self.info(job, "JobState")
-            assert state in LIVING, f"job {job} is {state}\n{text(output)}"
-            assert time.monotonic() < end, f"job {job} is {state} after {seconds} s\n{text(output)}"
-            time.sleep(0.1)
-
-    def finish(self, job: str, output: Path, state: str = "COMPLETED", seconds: float = 240) -> None:
-        """Wait for the job's end, which has to be this one."""
-        end = time.monotonic() + seconds
-        while (found := self.info(job, "JobState")) in LIVING:
-            assert time.monotonic() < end, f"job {job} is {found} after {seconds} s\n{text(output)}"
-            time.sleep(0.2)
-        assert found == state, f"job {job} is {found}\n{text(output)}"
-
-    def testbed(self, *words: str) -> None:
-        subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if os.geteuid() != 0:
-        pytest.skip("a SLURM of our own can be started by root only")
-    directory = tmp_path_factory.mktemp("slurm")
-    # KillWait: as on most clusters, so that a busy machine has time to save. GPUs: names that no device stands behind.
-    words = ["--nodes", "2", "--gpus", "2", "--set", "KillWait=30"]
-    if os.environ.get("SLURM_TESTBED_INSTALL") != "1":
-        words.append("--no-install")
-    up = subprocess.run([TESTBED, "up", directory, *words], text=True, capture_output=True)
-    if up.returncode == 4:
-        pytest.skip(f"{up.stderr.strip()}; with SLURM_TESTBED_INSTALL=1 the packages are installed")
-    assert up.returncode == 0, up.stderr
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "WANDB_", "PYTEST_"))}
-    env |= {"DIFFUSION_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    env.update(word.split("=", 1) for word in shlex.split(up.stdout) if "=" in word)
-    try:
-        yield Cluster(directory, env)
-    finally:
-        subprocess.run([TESTBED, "down", directory], capture_output=True)
-
-
-def text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
-
-
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    return max((int(p.stem.removeprefix("step_")) for p in folder.glob("checkpoints/step_*.ckpt")), default=0)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Network, EMA and optimizer of a finished run."""
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    found = {"step": torch.tensor(checkpoint["global_step"])}
-    found |= {f"weights {k}": v for k, v in checkpoint["state_dict"].items()}
-    found |= {f"ema {k}": v for k, v in checkpoint["ema"].items()}
-    for i, state in checkpoint["optimizer_states"][0]["state"].items():
-        found |= {f"optimizer {i} {k}": torch.as_tensor(v) for k, v in state.items()}
-    return found
-
-
-def assert_same(folder: Path, other: Path) -> None:
-    ours, theirs = weights(folder), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 # ---- several nodes ----
