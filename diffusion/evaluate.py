@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
             rows = evaluation.rows(ranks, where)
             if ranks.main:
                 tell(cfg, rows, evaluation)
-                evaluation.forget()
+                evaluation.kept()
 
         share(cfg, evaluation.place, work, signals)
 

@@ -137,11 +137,14 @@ def test_the_variance_follows_the_run_unless_it_is_chosen(bits, model):
 
 def test_the_papers_figure_stands_beside_the_bound_of_the_test_split_alone(bits, model):
     config = OmegaConf.merge(model.config, {"paper": {"bits_per_dim": 3.75}})
-    for split, by, figure in (("test", "bound", 3.75), ("train", "bound", None), ("test", "ode", None)):
+    for split, by, data, figure in (
+        ("test", "bound", "digits", 3.75), ("train", "bound", "digits", None), ("test", "ode", "digits", None),
+        ("test", "bound", "data/others", None),
+    ):  # fmt: skip
         it = bits(by=by, num_images=2, tolerance=0.1)
         parts = measured(it)
-        it.model, it.module.split = model._replace(config=config), split
-        assert it.rows(parts)[0]["reference"] == figure
+        it.model, it.module.split, it.data = model._replace(config=config), split, data
+        assert (it.rows(parts)[0]["reference"], it.rows(parts)[0]["data"]) == (figure, data)
 
 
 def test_bf16_is_for_the_bound_alone(model):

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside
-from inceptions import small, write_random_inception
+from conftest import ROOT, inside, rows
+from inceptions import OWN, write_random_inception
 from PIL import Image
 
 from diffusion import evaluate
-from diffusion.app import build
+from diffusion.app.bits import Bits
 from diffusion.training.pieces import Pieces
 from diffusion.training.ranks import Ranks
 
@@ -36,10 +36,6 @@ def run(tmp_path_factory, digits):
     words = ["trainer.max_steps=30", "data.batch_size=16", "callbacks=none", f"data.root={digits}", "run_dir=run"]
     assert inside("train", words, folder) == 0
     return folder / "run"
-
-
-def rows(path: Path) -> dict[str, dict]:
-    return {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
 def begun(words: list[str], cwd: Path) -> subprocess.Popen:
@@ -159,54 +155,7 @@ def test_training_on_two_processes_looks_as_on_one(digits, tmp_path):
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
 
 
-# ---- what is scored against what ----
-
-
-def colours(count: int, seed: int, size: int = 16) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-
-
-def as_folder(images: np.ndarray, folder: Path, extension: str = "png") -> Path:
-    folder.mkdir()
-    for k, image in enumerate(images):
-        Image.fromarray(image.squeeze()).save(folder / f"{k:04d}.{extension}")
-    return folder
-
-
-OWN = ["extractor=custom", "extractor.name=own", "extractor.target=inceptions.small"]
-
-
-def test_a_folder_a_zip_and_an_npz_of_the_same_images_score_the_same(call, tmp_path):
-    a, b = colours(40, 0), colours(30, 1)
-    as_folder(a, tmp_path / "a")
-    shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
-    np.savez(tmp_path / "a.npz", arr_0=a)
-    np.savez(tmp_path / "b.npz", arr_0=b)
-    found = []
-    for name in ("a", "a.zip", "a.npz"):
-        words = [f"images={name}", "reference=b.npz", *OWN, METRICS, f"out={len(found)}.jsonl"]
-        status, output = call("evaluate", *words)
-        assert status == 0, output
-        found.append({k: r["value"] for k, r in rows(tmp_path / f"{len(found)}.jsonl").items()})
-    assert found[0] == found[1] == found[2]
-    row = rows(tmp_path / "0.jsonl")["fid"]
-    assert row["metric"] == "own-FID" and row["extractor"] == "own" and len(row["extractor_sha256"]) == 64
-    assert (tmp_path / "0_neighbours.png").is_file()
-
-
-def test_the_picture_shows_the_nearest_real_images(call, tmp_path):
-    real = colours(50, 0)
-    np.savez(tmp_path / "a.npz", arr_0=real[[7, 20, 31]])
-    np.savez(tmp_path / "b.npz", arr_0=real)
-    words = ["images=a.npz", "reference=b.npz", *OWN, "metrics=[fid,nearest]", "neighbours=3", "out=r.jsonl"]
-    assert call("evaluate", *words)[0] == 0
-    assert rows(tmp_path / "r.jsonl")["nearest"]["value"] == 0
-    picture = np.asarray(Image.open(tmp_path / "r_neighbours.png"))
-    side = 34  # images of 16 pixels, doubled, and the lines between them
-    for row, number in enumerate((7, 20, 31)):
-        tile = lambda column, y=2 + row * side: picture[y : y + 32 : 2, 2 + column * side :][:, :32:2]  # noqa: E731
-        assert (tile(0) == real[number]).all() and (tile(2) == real[number]).all()
-        assert (tile(1) == 24).all() and (tile(3) != real[number]).any()
+# ---- by class, and against what ----
 
 
 def test_a_model_is_scored_by_class(run, call, tmp_path):
@@ -290,18 +239,47 @@ def test_a_point_of_a_sweep_is_of_one_reference_and_one_number_of_images(run, ca
 def test_an_end_before_the_ranks_have_met_is_the_end_of_all(run, whom, number, tmp_path):
     process = begun(["diffusion.sample", f"checkpoint={run}", "out=s", "trainer.devices=2"], tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    ours = lambda pid: b"diffusion.sample" in Path(f"/proc/{pid}/cmdline").read_bytes()  # noqa: E731
+
+    def ranks() -> list[int]:
+        with contextlib.suppress(OSError):
+            ours = lambda pid: b"diffusion.sample" in Path(f"/proc/{pid}/cmdline").read_bytes()  # noqa: E731
+            return [int(pid) for pid in children.read_text().split() if ours(pid)]
+        return []
+
     started: list[int] = []
-    while not started:  # others come and go while torch is imported
-        with contextlib.suppress(FileNotFoundError):
-            started = [int(pid) for pid in children.read_text().split() if ours(pid)]
-        time.sleep(0.01)
-    time.sleep(1)  # rank 0 waits for the other, in torch
+    while not (started and started == ranks()):  # others come and go while torch is imported
+        started = ranks()
+        time.sleep(1)  # and then rank 0 waits for the other, in torch
     os.kill([process.pid, *started][whom], number)
     status, output = ended(process, 40)
     assert status == (1 if whom else 143), output
     assert not whom or "before the ranks had met there ended rank 1 with signal 9" in output
     assert not Path(f"/proc/{started[0]}/exe").exists()
+
+
+def test_what_was_measured_of_other_images_is_not_gone_on_with(run, call, tmp_path, monkeypatch):
+    """The first two of six images are others than the first two of four."""
+    quick = ["trainer.accelerator=cpu", "metrics=[bits_per_dim]", "likelihood.by=ode", "likelihood.tolerance=0.1"]
+    quick += ["likelihood.batch_size=2"]
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / name, symlinks=True)
+    measure, left = Bits.measure, [1]
+
+    def once(bits, numbers):
+        if not left.pop():
+            raise ValueError("stopped here")
+        left.append(0)
+        return measure(bits, numbers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bits, "measure", once)
+        assert call("evaluate", *quick, "checkpoint=a", "likelihood.num_images=4")[0] == 2
+    assert list((tmp_path / "a" / "evaluations").glob("likelihood_*/000000_2*"))
+    for name in ("a", "b"):
+        status, output = call("evaluate", *quick, f"checkpoint={name}", "likelihood.num_images=6")
+        assert status == 0, output
+    a, b = (rows(tmp_path / name / "results.jsonl")["bits_per_dim"] for name in ("a", "b"))
+    assert a["num_images"] == 6 and a["value"] == b["value"]
 
 
 def test_a_damaged_piece_is_made_again(tmp_path):
@@ -328,20 +306,22 @@ def test_a_damaged_piece_is_made_again(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_samples_stay_until_the_results_are_kept(run, call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wanted", [[], ["samples=s"]])
+def test_samples_stay_until_the_results_are_kept(run, wanted, call, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    words = [f"checkpoint={run}", "num_images=20", "sampler.num_steps=2", "neighbours=0", "out=r.jsonl"]
+    words = ["checkpoint=run", "num_images=20", "sampler.num_steps=2", "neighbours=0", "out=r.jsonl", *wanted]
     shutil.copytree(run, tmp_path / "run", symlinks=True)
-    words[0] = "checkpoint=run"
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "write_atomically", full)
         status, output = call("evaluate", *words)
     assert status == 2 and "No space left" in output
+    assert not (tmp_path / "s" / "samples.npz").exists()  # else the same command would be refused
     status, output = call("evaluate", *words)
     assert status == 0 and "20 of them were there" in output
-    assert not list((tmp_path / "run").glob("evaluations/samples_*"))
+    assert not list((tmp_path / "run").glob("evaluations/samples_*")) and not (tmp_path / "s" / ".batches").exists()
+    assert (tmp_path / "s" / "samples.npz").exists() == bool(wanted)
 
 
 # ---- the paper's protocol, in small ----
@@ -381,66 +361,7 @@ def test_a_run_of_the_shape_of_cifar10_is_scored_by_inception_beside_the_paper(t
 # ---- what cannot be scored ----
 
 
-def grey(folder: Path) -> Path:
-    return as_folder(colours(5, 0)[..., 0], folder)
-
-
-def several_sizes(folder: Path) -> Path:
-    as_folder(colours(5, 0), folder)
-    Image.fromarray(colours(1, 0, 20)[0]).save(folder / "zz.png")
-    return folder
-
-
-def with_nan(path: Path) -> Path:
-    images = colours(5, 0).astype(np.float32)
-    images[0, 0, 0, 0] = np.nan
-    np.savez(path, arr_0=images)
-    return path
-
-
-def damaged(folder: Path) -> Path:
-    as_folder(colours(5, 0), folder)
-    path = folder / "0003.png"
-    path.write_bytes(path.read_bytes()[:60])
-    return folder
-
-
-def empty(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def of_objects(path: Path) -> Path:
-    np.savez(path, arr_0=np.array([{"a": 1}], dtype=object))
-    return path
-
-
 WRONG = {
-    "another size": (
-        lambda f: as_folder(colours(5, 0, 20), f),
-        "The images have 20x20 pixels, the reference has 16x16",
-    ),
-    "grey for colours": (grey, "holds grey images"),
-    "several sizes": (several_sizes, "several sizes: zz.png has 20x20"),
-    "NaN": (lambda f: with_nan(f.with_suffix(".npz")), "float32"),
-    "an empty folder": (empty, "no image"),
-    "one image": (lambda f: as_folder(colours(1, 0), f), "fid needs at least 2 images, here are 1"),
-    "pickles": (lambda f: of_objects(f.with_suffix(".npz")), "Python objects"),
-    "a damaged picture": (damaged, "0003.png cannot be used"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_scored_is_refused_by_name(case, call, tmp_path):
-    make, words = WRONG[case]
-    np.savez(tmp_path / "real.npz", arr_0=colours(20, 1))
-    path = make(tmp_path / "given")
-    status, output = call("evaluate", f"images={path}", "reference=real.npz", *OWN, "metrics=[fid]", "out=r.jsonl")
-    assert status == 2 and words in output, output
-    assert len(output.strip().splitlines()) <= 2 and not (tmp_path / "r.jsonl").exists()
-
-
-WRONG_WORDS = {
     "one real image for FID": (
         ["reference=one.npz", "metrics=[fid]"],
         "reference=one.npz: fid needs at least 2 images",
@@ -472,9 +393,9 @@ WRONG_WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_WORDS)
+@pytest.mark.parametrize("case", WRONG)
 def test_settings_that_cannot_be_are_refused(case, run, call, tmp_path):
-    words, expected = WRONG_WORDS[case]
+    words, expected = WRONG[case]
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((20, 20, 20, 1), np.uint8))
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 1), np.uint8))
     (tmp_path / "png").mkdir()
@@ -495,29 +416,6 @@ def test_a_network_that_gives_nan_is_refused(run, call, tmp_path):
     status, output = call("sample", f"checkpoint={path}", "num_images=4", "sampler.num_steps=2", "out=s")
     assert status == 2 and "Sampling gave values that are not finite, in images 0 to 3" in output
     assert not (tmp_path / "s" / "samples.npz").exists()
-
-
-def test_a_users_own_module_is_an_extractor(call, tmp_path):
-    """With a file of weights, whose digest is checked before it is read."""
-    weights = tmp_path / "w.bin"
-    weights.write_bytes(b"weights")
-    cfg = build.OmegaConf.create(
-        {
-            "name": "own",
-            "target": "inceptions.small",
-            "weights": None,
-            "sha256": None,
-            "channels": 3,
-            "image_size": None,
-        }
-    )
-    one, two = (build.custom_extractor(cfg) for _ in range(2))
-    assert one.digest == two.digest and one.title("fid") == "own-FID"
-    other = build.custom_extractor(build.OmegaConf.merge(cfg, {"target": "inceptions.Small"}))
-    assert other.digest != one.digest  # the same weights, perhaps not the same features
-    assert torch.equal(one.network.head.weight, small().head.weight)
-    with pytest.raises(ValueError, match="extractor.weights=.*has sha256"):
-        build.custom_extractor(build.OmegaConf.merge(cfg, {"weights": str(weights), "sha256": "0" * 64}))
 
 
 def test_results_have_to_go_somewhere(run, call, tmp_path):

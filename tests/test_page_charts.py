@@ -159,12 +159,15 @@ def test_scores_stand_inside_the_papers_tables(tmp_path):
     assert "Not as in the papers: 2,000 images where" in page.text and "Raw weights where" in page.text
 
 
-def test_what_the_configuration_says_counts_for_its_own_data_alone(tmp_path):
+def test_what_the_configuration_says_counts_for_all_samples_of_the_model_and_for_no_images_of_files(tmp_path):
     conditional = CIFAR10 | {"model": {"_target_": "UNet", "num_classes": 10}}
     page = read(write_report(run(tmp_path / "a", conditional, results=[cifar10()])))
     assert "A model that is told the class" in page.text and "(+0.14)" not in page.text
-    page = read(write_report(run(tmp_path / "b", CONFIG, results=[cifar10()])))  # a model of rings, scored on CIFAR-10
-    assert "told the class" not in page.text and "Table 2" not in page.text
+    of_path = cifar10(data="data/cifar10")  # `evaluate reference=data/cifar10`
+    page = read(write_report(run(tmp_path / "b", conditional, results=[of_path])))
+    assert "A model that is told the class" in page.text and "(+0.14)" not in page.text
+    page = read(write_report(run(tmp_path / "c", conditional, results=[cifar10(images="others.zip")])))
+    assert "told the class" not in page.text and "(+0.14)" in page.text
 
 
 def test_scores_without_a_place_are_given_a_reason(tmp_path):

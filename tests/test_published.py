@@ -135,7 +135,10 @@ def test_experiments_carry_the_figures_of_the_tables():
         (FID, DDPM_OBJECTIVES, "3.17"),
         (FID | {"prediction": "mu", "objective": "bound"}, DDPM_OBJECTIVES, "13.22"),
         (FID | {"prediction": "mu", "objective": "bound", "variance": "learned"}, DDPM_OBJECTIVES, "23.69"),
+        (FID | {"prediction": "mu", "objective": "bound", "learned_variance": True}, DDPM_OBJECTIVES, "23.69"),
         (FID | {"prediction": "mu"}, DDPM_OBJECTIVES, "unstable"),
+        (BITS | {"likelihood": "ode", "schedule": "sub_vp"}, FLOW_CIFAR10, "3.05"),
+        (BITS | {"likelihood": "ode", "schedule": "vp_continuous"}, FLOW_CIFAR10, "3.21"),
         (FID | {"data": "lsun_cat", "variance": "small"}, DDPM_LSUN, "19.75"),
         (FID | {"data": "lsun_bedroom", "parameters": 256_000_000}, DDPM_LSUN, "4.90"),
         (FID | {"data": "data/lsun_church/"}, DDPM_LSUN, "7.89"),
@@ -188,6 +191,9 @@ def test_what_no_line_repeats_has_a_place_and_no_difference():
         DDIM | {"num_steps": 37},
         FID | {"objective": "hybrid"},
         FID | {"num_classes": 10},
+        FID | {"schedule": "vp_cosine"},
+        DDIM | {"schedule": "vp_linear of 4,000 levels"},
+        BITS | {"schedule": "ve_geometric"},
     ):
         found = places(row)
         assert found and {place.figure for place in found} == {None} == {place.difference for place in found}
@@ -198,6 +204,16 @@ def test_a_fid_to_the_test_split_is_held_against_one_to_the_test_split_where_the
     assert [p.figure.text for p in places(FID | {"split": "validation"}) if p.table is DDPM_CIFAR10] == ["3.17"]
     found = places(DDIM | {"data": "celeba_64", "split": "test"})
     assert [(place.table, place.figure.text) for place in found] == [(DDIM_CELEBA, "9.17")]
+    assert counterpart(FID | {"split": "test"}).value == 5.24 and counterpart(DDIM | {"split": "test"}) is None
+
+
+def test_the_line_of_the_bound_is_of_epsilon_without_a_learned_variance():
+    """DDPM's Table 1; the other models of the bound are told apart in Table 2."""
+    bound = FID | {"objective": "bound"}
+    for row in (bound | {"prediction": "mu"}, bound | {"learned_variance": True}, bound | {"prediction": "v"}):
+        assert [place.figure for place in places(row) if place.table is DDPM_CIFAR10] == [None]
+    assert counterpart(bound | {"prediction": "mu"}).value == 13.22
+    assert counterpart(bound).value == 13.51
 
 
 def test_of_a_bound_the_two_parts_are_compared_as_well():
@@ -293,6 +309,8 @@ def test_nothing_is_said_of_a_result_that_was_made_as_published(row):
         (FID, {"extractor_sha256": "0" * 64}, "Inception weights with sha256 00000000…"),
         (FID, {"rounding": "floor"}, "Pixels rounded by floor"),
         (FID, {"reference_format": "jpg"}, "stored as JPEG"),
+        (FID, {"schedule": "vp_cosine"}, "A model of schedule=vp_cosine where those of DDPM and DDIM have vp_linear"),
+        (FID, {"learned_variance": True}, "learned how wide a step is, by the large variance in place of its own"),
         (FID, {"image_size": 64}, "64x64 pixels where the table is about 32x32"),
         (FID, {"sampler": "heun"}, "Table 1: sampled by ancestral, this by heun"),
         (FID, {"clip_x0": False}, "Table 1 and Table 2: sampler.clip_x0=true, here false"),

@@ -28,6 +28,7 @@ from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped
 from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, summarise
 from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, flow_bits, summarise_flow
+from diffusion.metrics.extractors import full_precision
 from diffusion.noise import Stream, permutation
 from diffusion.process.kernels import VARIANCES
 from diffusion.process.schedule import Denoiser, Prediction
@@ -83,6 +84,7 @@ class Bits:
     Args:
         model: out of a checkpoint. where: it runs. module: of the split that is measured.
         attend: called at every evaluation of the network; may raise to end the measurement.
+        data: name of the data set; None: the model's own.
 
     Raises:
         Refusal: the images are not the model's, or the variance is not there.
@@ -95,8 +97,10 @@ class Bits:
         module: ImageShardsDataModule,
         settings: Settings,
         attend: Callable[[], None] = lambda: None,
+        data: str | None = None,
     ) -> None:
         self.model, self.where, self.module, self.settings, self.attend = model, where, module, settings, attend
+        self.data = data or model.config.data.name
         self.variance = settings.variance or variance_of(model.config)
         if settings.by == "bound" and self.variance == "learned" and not learns_variance(model.config.objective):
             raise Refusal("likelihood.variance=learned: this network predicts no variance; give small or large.")
@@ -132,10 +136,11 @@ class Bits:
         if settings.by == "bound":
             denoise = Clipped(self._denoiser(labels), schedule)
             return bound_terms(denoise, schedule, images, at, settings.seed, self.variance)._asdict()
-        return flow_bits(
-            self._denoiser(labels), schedule, images, at, settings.seed, settings.probes, settings.probe,
-            settings.start, settings.tolerance,
-        )._asdict()  # fmt: skip
+        with full_precision():
+            return flow_bits(
+                self._denoiser(labels), schedule, images, at, settings.seed, settings.probes, settings.probe,
+                settings.start, settings.tolerance,
+            )._asdict()  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What, beside the model and the data, decides the arrays of an image, as JSON."""
@@ -166,7 +171,7 @@ class Bits:
             "metric": "bits/dim", "name": "bits_per_dim", "likelihood": self.settings.by,
             "value": whole.bits_per_dim, "standard_error": whole.standard_error, **of_it,
             "reference": self._published(), "num_images": whole.num_images, "split": self.module.split,
-            "data": self.model.config.data.name, "data_digest": self.module.index.digest,
+            "data": self.data, "data_digest": self.module.index.digest,
             "given_labels": self.conditional, "seed": self.settings.seed, "step": self.model.step,
             "weights": self.model.weights, "parameters": sum(p.numel() for p in network.parameters()),
             "precision": self._precision, "commit": commit(), "versions": {p: version(p) for p in VERSIONED},
@@ -186,7 +191,7 @@ class Bits:
         )
         write_terms(whole, table)
         about = f"{self.model.config.name}, step {self.model.step}, {self.model.weights} weights: "
-        about += f"{whole.num_images} images of {self.model.config.data.name}, split {self.module.split}"
+        about += f"{whole.num_images} images of {self.data}, split {self.module.split}"
         plot_terms(whole, about, plot)
         images, predicted = self.progressive(self.numbers()[:SHOWN], stages(len(whole.curve["t"])))
         save_progressive(images, predicted, progressive)
@@ -204,7 +209,7 @@ class Bits:
 
     @property
     def _precision(self) -> str:
-        """A flow is solved in float32: the noise of bf16 would look like stiffness to its solver."""
+        """A flow is solved in float32: the noise of bf16, or TF32, would look like stiffness to its solver."""
         return self.where.precision if self.settings.by == "bound" else "32"
 
     def _images(self, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
@@ -227,8 +232,8 @@ class Bits:
         return denoise
 
     def _published(self) -> float | None:
-        """The paper's figure, which is the bound on the test split."""
-        if (self.settings.by, self.module.split) != ("bound", "test"):
+        """The paper's figure, which is the bound on the test split of the data that the model was trained on."""
+        if (self.settings.by, self.module.split, self.data) != ("bound", "test", self.model.config.data.name):
             return None
         return self.model.config.paper.get("bits_per_dim")
 

@@ -221,12 +221,9 @@ def custom_extractor(cfg: DictConfig) -> Extractor:
         )
     if digest is None:
         digest = hashlib.sha256(save({k: v.contiguous() for k, v in made.state_dict().items()})).hexdigest()
-    code = inspect.getsourcefile(type(made))
-    known = [
-        cfg.target,
-        digest,
-        sha256_of(code) if code else None,
-    ]  # other code makes other features of the same weights
+    # Other code makes other features of the same weights: that of the module, and of the function that makes it.
+    files = [inspect.getsourcefile(inspect.unwrap(made_by)) for made_by in (type(made), get_object(cfg.target))]
+    known = [cfg.target, digest, *(sha256_of(code) if code else None for code in files)]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     return Extractor(cfg.name, made, cfg.channels, cfg.image_size, digest)
 

@@ -20,7 +20,7 @@ from diffusion.data.index import INDEX_NAME
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import is_remote
 from diffusion.metrics.extractors import Features
-from diffusion.metrics.published import counterpart
+from diffusion.metrics.published import counterpart, places
 from diffusion.metrics.reference import Reference
 from diffusion.page import sweep_figure, sweep_table_text, told
 from diffusion.page.sweep import read_sweep, write_sweep
@@ -41,6 +41,7 @@ class Evaluation:
         self.place = build.place(cfg.trainer)
         self.paper: dict[str, float | None] = {}
         self._pieces: list[Pieces] = []  # what the rows are made from
+        self._galleries: list[Gallery] = []  # whose samples are to be written
         if cfg.checkpoint is not None:
             self._load()
         self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
@@ -158,7 +159,7 @@ class Evaluation:
         if "bits_per_dim" in cfg.metrics and cfg.task == "score":
             bits = self.bits(self.place, Ranks())
             lines.append(
-                f"Bits per dimension of {len(bits.numbers())} images of {self.model.config.data.name}, split "
+                f"Bits per dimension of {len(bits.numbers())} images of {bits.data}, split "
                 f"{bits.module.split}, by {'the bound' if cfg.likelihood.by == 'bound' else 'the flow'} of {model}"
             )
         return "\n".join(lines)
@@ -199,12 +200,15 @@ class Evaluation:
         images = gallery.images(cfg.neighbours) if cfg.neighbours else None
         rows = self._scored(metrics, reference, features, gallery.labels(), images, about, ranks)
         if cfg.samples is not None:
-            gallery.write(Path(cfg.samples))
+            self._galleries.append(gallery)
         self._pieces.append(gallery.pieces)
         return rows
 
-    def forget(self) -> None:
-        """Remove what rows are made from: they are kept now."""
+    def kept(self) -> None:
+        """The rows are: write the samples that are wanted, and remove what all was made from. Not before, as what is
+        interrupted goes on with those pieces."""
+        while self._galleries:
+            self._galleries.pop().write(Path(self.cfg.samples))
         while self._pieces:
             self._pieces.pop().remove()
 
@@ -235,7 +239,7 @@ class Evaluation:
             flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)} | {"fid": row["value"]}
             done[key] = flat | {"samples": key}
             write_sweep(path, list(done.values()))
-            self.forget()
+            self.kept()
             print(describe(row), flush=True)
         if ranks.main:
             write_sweep(path, [done[key] for key in [*(k for k in done if k not in mine), *mine]])  # the later count
@@ -251,7 +255,8 @@ class Evaluation:
         model.denoiser.network.to(where.device, memory_format=where.memory_format)
         bits = self.bits(where, ranks)
         batches = bits.batches()
-        identity = [model.identity(), bits.identity(), self.likelihood_data.index.digest, given.batch_size]
+        of_images = [self.likelihood_data.index.digest, len(bits.numbers()), given.batch_size]
+        identity = [model.identity(), bits.identity(), *of_images]
         pieces = Pieces(self._folder("likelihood_" + digest_of(identity)), identity, ranks)
 
         def make(number: int) -> bool:
@@ -277,7 +282,8 @@ class Evaluation:
         given = self.cfg.likelihood
         chosen = {key: given[key] for key in ("by", "num_images", "batch_size", "variance", "probes", "probe")}
         settings = BitsSettings(**chosen, tolerance=given.tolerance, seed=self.cfg.seed)
-        return Bits(self.model, where, self.likelihood_data, settings, ranks.attend)
+        data = None if self.cfg.reference is None else str(self.cfg.reference)
+        return Bits(self.model, where, self.likelihood_data, settings, ranks.attend, data)
 
     # ---- parts ----
 
@@ -330,11 +336,13 @@ class Evaluation:
             features, self.extractor, reference, metrics, about, self.paper,
             labels if cfg.per_class else None, ranks.working,
         )  # fmt: skip
-        if self.model is not None and cfg.split != "train":  # published beside, but not under `paper`
+        if self.model is not None:  # the figure of the same thing; the run's own `paper` where no table is about it
             config = OmegaConf.to_container(self.model.config)
             for row in rows:
-                figure = counterpart(told({**row, "reference": None}, config))
-                row["reference"] = None if figure is None else figure.value
+                known = told(row, config)
+                figure = counterpart(known)
+                if figure is not None or places(known) or (cfg.split, cfg.reference) != ("train", None):
+                    row["reference"] = None if figure is None else figure.value
         path = self._neighbours_path()
         if images is not None and path is not None:
             save_neighbours(path, images, features.pooled[: len(images)], reference, image_set(self.real))

@@ -106,7 +106,9 @@ def log_likelihood(
         return torch.cat([moving, std * traces.flatten()]).cpu().numpy()
 
     begun = torch.cat([(x.double() / schedule.std(start)).flatten(), x.new_zeros(columns * len(x)).double()])
-    solved = solve_ivp(slope, (low, high), begun.cpu().numpy(), method="RK45", rtol=tolerance, atol=tolerance)
+    solved = solve_ivp(
+        slope, (low, high), begun.cpu().numpy(), method="RK45", t_eval=[high], rtol=tolerance, atol=tolerance
+    )
     if not solved.success:
         raise ValueError(f"likelihood.tolerance={tolerance}: the flow could not be solved ({solved.message})")
     end = torch.from_numpy(solved.y[:, -1])

@@ -78,7 +78,7 @@ class Extractor:
         self.check(images.shape[1], images.shape[-1])
         device = next(self.network.parameters()).device
         parts, done = [], 0
-        with _full_precision():
+        with full_precision():
             while done < len(images):
                 row = (first + done) % CHUNK
                 part = images[done : done + CHUNK - row]
@@ -115,7 +115,7 @@ class Extractor:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Convolutions in float32 also where the GPU would round their inputs to TF32."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:

@@ -112,11 +112,17 @@ def scores(names: Sequence[str], features: Features, reference: Reference) -> di
     return {name: {key: made[METRICS[name]][key] for key in (name, *BESIDE.get(name, ()))} for name in names}
 
 
-def fid_by_class(features: Features, labels: Tensor, reference: Reference) -> list[float | None]:
-    """FID of the images of each class against the (kept) real ones of that class; None for a class with too few."""
+def fid_by_class(
+    features: Features, labels: Tensor, reference: Reference, working: Callable[[], None] = lambda: None
+) -> list[float | None]:
+    """FID of the images of each class against the (kept) real ones of that class; None for a class with too few.
+
+    working: called for each class, which takes seconds.
+    """
     assert reference.labels is not None
     found: list[float | None] = []
     for label in range(int(max(labels.max(), reference.labels.max())) + 1):
+        working()
         ours, theirs = features.pooled[labels == label], reference.features[reference.labels == label]
         enough = min(len(ours), len(theirs)) >= MIN_IMAGES
         found.append(frechet(Moments.of(ours), Moments.of(theirs)) if enough else None)

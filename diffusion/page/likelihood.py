@@ -90,7 +90,8 @@ def progress_rows(bound: Bound | None, config: Mapping[str, Any], results: Seque
     if bound is None or bound.terms[-1]["t"] != PUBLISHED_T:
         return []
     at = {PUBLISHED_T + 1 - int(term["t"]): term for term in bound.terms}
-    row = next((r for r in results if r.get("name") == "bits_per_dim" and r.get("step") == bound.step), {})
+    of_it = [r for r in results if r.get("name") == "bits_per_dim" and r.get("step") == bound.step]
+    row = next((r for r in reversed(of_it) if r.get("likelihood") in (None, "bound")), {})  # the terms are of the last
     known = {"metric": "bits/dim", "data": get(config, "data.name"), "weights": "ema", "step": bound.step} | dict(row)
     known = {k: v for k, v in known.items() if k not in ("value", "rate", "distortion", "sampler")}
     return [

@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.metrics.published import common, deviations, filled, not_recorded, places, unplaced
+from diffusion.metrics.published import TIMESTEPS, common, deviations, filled, not_recorded, places, unplaced
 from diffusion.page.words import get
 
 Row = Mapping[str, Any]
 
 
 def told(row: Row, config: Mapping[str, Any]) -> Row:
-    """The row with what the run's configuration says of the model and the row does not: objective, classes, size."""
-    if row.get("data") not in (None, get(config, "data.name")):
+    """The row with what the run's configuration says of the model and the row does not: objective, learned variance,
+    schedule, classes, size. A row about images of files is not about the model."""
+    if "images" in row or not config:
         return row
-    objective = (get(config, "objective._target_") or "").rpartition(".")[2].lower()
+    last = lambda key: (get(config, key) or "").rpartition(".")[2]  # noqa: E731
+    levels = get(config, "schedule.num_timesteps")
     known = {
-        "objective": objective or None,
+        "objective": last("objective._target_").lower() or None,
         "prediction": get(config, "objective.prediction"),
+        "learned_variance": get(config, "objective.variance") == "learned",
+        "schedule": last("schedule._target_") + ("" if levels in (None, TIMESTEPS) else f" of {levels:,} levels")
+        or None,
         "num_classes": get(config, "model.num_classes"),
         "image_size": get(config, "data.image_size"),
     }

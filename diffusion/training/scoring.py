@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,28 +28,36 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, Any]:
-        """uint8 (b, C, H, W), labels int64 (b,) or None, and what else the set has to say."""
+        """uint8 (b, C, H, W), labels int64 (b,) or None, and, if the set skips what is damaged, bool (b,): another
+        image stands in."""
 
 
 # ---- features of a set, by all ranks ----
 
 
-def blocks(
-    images: ImageSet, extractor: Extractor, ranks: Ranks, title: str
-) -> Iterator[tuple[Features, Tensor | None]]:
-    """Features and labels of BLOCK images after the other, in order, on rank 0; other ranks help and get none."""
+class Block(NamedTuple):
+    """Features and labels of BLOCK images, and whether another image stood in for one of them."""
+
+    features: Features
+    labels: Tensor | None
+    damaged: bool
+
+
+def blocks(images: ImageSet, extractor: Extractor, ranks: Ranks, title: str) -> Iterator[Block]:
+    """One after the other, in order, on rank 0; other ranks help and get none."""
     count = len(images)
     firsts = range(0, count, BLOCK)
 
-    def one(first: int) -> tuple[Features, Tensor | None]:
-        parts, labels = [], []
+    def one(first: int) -> Block:
+        parts, labels, damaged = [], [], False
         for start in range(first, min(first + BLOCK, count), READ):
             ranks.attend()
             numbers = np.arange(start, min(start + READ, first + BLOCK, count))
-            pixels, given, *_ = images.batch(numbers)
+            pixels, given, stand_ins = images.batch(numbers)
             parts.append(extractor.rows(pixels, start))
             labels.append(given)
-        return Features.joined(parts), None if labels[0] is None else torch.cat(labels)
+            damaged |= stand_ins is not None and bool(stand_ins.any())
+        return Block(Features.joined(parts), None if labels[0] is None else torch.cat(labels), damaged)
 
     def rounds() -> Iterator[int]:
         for turn in range(0, len(firsts), ranks.size):
@@ -59,9 +67,9 @@ def blocks(
                 found = [one(firsts[mine])] if mine < len(firsts) else []
             for part in ranks.collected(found):
                 collected.extend(part)
-            yield len(found[0][0].pooled) if found else 0
+            yield len(found[0].features.pooled) if found else 0
 
-    collected: list[tuple[Features, Tensor | None]] = []
+    collected: list[Block] = []
     for _ in watched(title, count, rounds(), ranks):
         yield from collected
         collected.clear()
@@ -72,8 +80,8 @@ def features_of(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[F
     found = list(blocks(images, extractor, ranks, "features"))
     if not ranks.main:
         return None
-    labels = None if not found or found[0][1] is None else torch.cat([given for _, given in found])
-    return Features.joined(features for features, _ in found), labels
+    labels = None if not found or found[0].labels is None else torch.cat([block.labels for block in found])
+    return Features.joined(block.features for block in found), labels
 
 
 def reference_of(
@@ -86,7 +94,8 @@ def reference_of(
     """What images are held against, on rank 0; None on the others, which help.
 
     Args:
-        about: what decides it beside the extractor, as JSON; with it, it is read from a file or kept in one.
+        about: what decides it beside the extractor, as JSON; with it, it is read from a file or kept in one, unless
+            other images stand in for damaged ones.
         folders: where such a file may be; the first that can be written to gets it.
     """
     known = None
@@ -97,20 +106,21 @@ def reference_of(
             known = next((found for f in folders if (found := stored(path_of(f, about), about)) is not None), None)
     if ranks.from_main(known is not None):
         return known
-    wanted, sums, features, labels, first = kept_numbers(len(images)), [], [], [], 0
-    for block, given in blocks(images, extractor, ranks, "reference"):
-        sums = [Moments.joined([*sums, Moments.of_block(block.pooled)])]
-        here = wanted[(wanted >= first) & (wanted < first + len(block.pooled))] - first
-        features.append(block.pooled[here])
-        labels.append(None if given is None else given[here])
-        first += len(block.pooled)
+    wanted, sums, features, labels, first, damaged = kept_numbers(len(images)), [], [], [], 0, False
+    for block in blocks(images, extractor, ranks, "reference"):
+        pooled = block.features.pooled
+        sums = [Moments.joined([*sums, Moments.of_block(pooled)])]
+        here = wanted[(wanted >= first) & (wanted < first + len(pooled))] - first
+        features.append(pooled[here])
+        labels.append(None if block.labels is None else block.labels[here])
+        first, damaged = first + len(pooled), damaged or block.damaged
     if not ranks.main:
         return None
     if not sums:
         raise ValueError("There are no real images to score against.")
     all_labels = None if labels[0] is None else torch.cat(labels)
     made = Reference(sums[0], torch.cat(features), wanted, all_labels)
-    for folder in folders if about is not None else ():
+    for folder in folders if about is not None and not damaged else ():
         try:
             store(path_of(folder, about), about, made)
             break
@@ -151,7 +161,7 @@ def score(
             if floor is not None:
                 values |= {"real_value": floor.value, "real_std": floor.std, "real_images": floor.images}
             if labels is not None and reference.labels is not None:
-                values["per_class"] = fid_by_class(features, labels, reference)
+                values["per_class"] = fid_by_class(features, labels, reference, working)
         rows.append(
             {
                 "metric": extractor.title(name), "name": name, "value": values.pop(name), **values,

@@ -13,10 +13,17 @@ DDIM = "Song et al. 2021 (DDIM, arXiv:2010.02502)"
 NCSNV2 = "Song & Ermon 2020 (NCSNv2, arXiv:2006.09011)"
 SCORE_SDE = "Song et al. 2021 (score SDE, arXiv:2011.13456)"
 SIGMA_HAT = "σ̂"  # DDIM's name for ancestral sampling with the large variance
+SCHEDULE, TIMESTEPS = "vp_linear", 1000  # of the models of DDPM and DDIM
 LARGE_PARAMETERS = 200_000_000  # between the 114 and the 256 million of the two networks for LSUN
 
 
 # ---- DDPM ----
+
+
+def ours(title: str, figures: str, section: str = "", **of: Any) -> Line:
+    """The line of a model as DDPM's are: unconditional, of the linear schedule, without a learned variance."""
+    return line(title, figures, section, **{"conditional": False, "learned": False, "schedule": SCHEDULE} | of)
+
 
 DDPM_CIFAR10 = Table(
     "CIFAR-10", DDPM, "Table 1", 32,
@@ -42,8 +49,8 @@ DDPM_CIFAR10 = Table(
         line("SNGAN", "8.22±0.05 21.7 - - -", "Unconditional"),
         line("SNGAN-DDLS", "9.09±0.10 15.42 - - -", "Unconditional"),
         line("StyleGAN2 + ADA (v1)", "9.74±0.05 3.26 - - -", "Unconditional"),
-        line("DDPM, L", "7.67±0.13 13.51 - ≤3.70 3.69", "Unconditional", loss="bound", conditional=False),
-        line("DDPM, L_simple", "9.46±0.11 3.17 5.24 ≤3.75 3.72", "Unconditional", loss="simple", conditional=False),
+        ours("DDPM, L", "7.67±0.13 13.51 - ≤3.70 3.69", "Unconditional", prediction="epsilon", loss="bound"),
+        ours("DDPM, L_simple", "9.46±0.11 3.17 5.24 ≤3.75 3.72", "Unconditional", loss="simple"),
     ),
     Sampling(("ancestral",), num_steps=1000, variance="large", clip_x0=True),
     any_sampler=True,
@@ -55,7 +62,7 @@ BOUND, SIMPLE = (found.figures for found in DDPM_CIFAR10.lines[-2:])
 
 def ablation(title: str, figures: str | tuple[Figure | None, ...], **of: Any) -> Line:
     found = line(title, figures).figures if isinstance(figures, str) else figures
-    return Line(title, found, {**of, "conditional": False})
+    return Line(title, found, ours(title, "", **of).of)
 
 
 DDPM_OBJECTIVES = Table(
@@ -82,8 +89,8 @@ DDPM_LSUN = Table(
         line("ProgressiveGAN", "8.34 6.42 37.52"),
         line("StyleGAN", "2.65 4.21 8.53"),
         line("StyleGAN2", "- 3.86 6.93"),
-        line("DDPM, L_simple", "6.36 7.89 19.75", loss="simple", large=False, conditional=False),
-        line("DDPM, L_simple, large", "4.90 - -", loss="simple", large=True, conditional=False),
+        ours("DDPM, L_simple", "6.36 7.89 19.75", loss="simple", large=False),
+        ours("DDPM, L_simple, large", "4.90 - -", loss="simple", large=True),
     ),
     Sampling(("ancestral",), num_steps=1000, variance="small", clip_x0=True),
     any_sampler=True,
@@ -96,7 +103,7 @@ DDPM_RATE = Table(
         Column("rate, bits/dim", "bits_per_dim", "cifar10", split="test", value="rate"),
         Column("distortion, bits/dim", "bits_per_dim", "cifar10", split="test", value="distortion"),
     ),
-    (line("DDPM, L_simple", "1.78 1.97", loss="simple", conditional=False, reverse_steps=None),),
+    (ours("DDPM, L_simple", "1.78 1.97", loss="simple", reverse_steps=None),),
     only_alike=True,
 )  # fmt: skip
 
@@ -124,7 +131,7 @@ def of_eta(eta: float | str, *figures: str | Figure | None) -> Line:
     """The line of one eta; sigma hat for ancestral sampling with the large variance. All are of models of L_simple."""
     title = eta if isinstance(eta, str) else f"η = {eta:g}"
     found = tuple(printed(f) if isinstance(f, str) else f for f in figures)
-    return Line(title, found, {"eta": eta, "loss": "simple", "large": False, "conditional": False})
+    return Line(title, found, ours(title, "", eta=eta, loss="simple", large=False).of)
 
 
 def over_steps(title: str, place: str, data: str, image_size: int, spacing: str, *lines: Line) -> Table:
@@ -198,9 +205,9 @@ FLOW_CIFAR10 = Table(
     "CIFAR-10, likelihood by the probability flow", SCORE_SDE, "Table 2", 32,
     (Column("bits/dim, test", "bits_per_dim", "cifar10", split="test", likelihood="ode"),),
     (
-        line("DDPM", "3.28", loss="simple", conditional=False),
-        line("DDPM continuous, VP", "3.21"),
-        line("DDPM continuous, sub-VP", "3.05"),
+        ours("DDPM", "3.28", loss="simple"),
+        ours("DDPM continuous, VP", "3.21", loss="simple", schedule="vp_continuous"),
+        ours("DDPM continuous, sub-VP", "3.05", loss="simple", schedule="sub_vp"),
         line("DDPM++ continuous, VP", "3.16"),
         line("DDPM++ continuous, sub-VP", "3.02"),
         line("DDPM++ continuous, deep, VP", "3.13"),

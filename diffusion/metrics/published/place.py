@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from diffusion.metrics.published.papers import LARGE_PARAMETERS, SIGMA_HAT, TABLES
+from diffusion.metrics.published.papers import LARGE_PARAMETERS, SCHEDULE, SIGMA_HAT, TABLES
 from diffusion.metrics.published.table import Column, Figure, Line, Table
 
 Row = Mapping[str, Any]
@@ -61,13 +61,19 @@ def loss_of(row: Row) -> str:
     return objective
 
 
+def learned(row: Row) -> bool:
+    """Whether the network predicts how wide a reverse step is; without word of it, whether it was sampled so."""
+    return row.get("learned_variance", row.get("variance") == "learned")
+
+
 def facts(row: Row) -> dict[str, Any]:
     """What a line of a table can be told by."""
     return {
         "eta": eta_of(row),
         "loss": loss_of(row),
-        "prediction": row.get("prediction"),
-        "learned": row.get("variance") == "learned",
+        "prediction": row.get("prediction") or "epsilon",
+        "learned": learned(row),
+        "schedule": row.get("schedule") or SCHEDULE,
         "large": (row.get("parameters") or 0) > LARGE_PARAMETERS,
         "conditional": conditional(row),
         "reverse_steps": row.get("reverse_steps"),
@@ -131,8 +137,9 @@ def places(row: Row) -> list[Place]:
 
 
 def counterpart(row: Row) -> Figure | None:
-    """The published figure of the same thing, by the first table that has one."""
-    return next((p.figure for p in places(row) if p.column.value == "value" and p.figure is not None), None)
+    """The published figure of the same thing, by the first table that has one of the same split."""
+    same = (p for p in places(row) if p.column.metric == "is" or p.column.split == split_of(row))
+    return next((p.figure for p in same if p.column.value == "value" and p.figure is not None), None)
 
 
 def tables_of(row: Row) -> list[Table]:

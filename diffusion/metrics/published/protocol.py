@@ -7,7 +7,7 @@ samples were made stands with the table.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from diffusion.metrics.published.papers import DDIM, DDPM_CIFAR10, SIGMA_HAT
+from diffusion.metrics.published.papers import DDIM, DDPM, DDPM_CIFAR10, SCHEDULE, SIGMA_HAT, TIMESTEPS
 from diffusion.metrics.published.place import (
     FROM_IMAGES,
     Row,
@@ -25,7 +25,6 @@ PUBLISHED_IMAGES = 50_000  # that published FID and IS are of
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # torch-fidelity's port
 CIFAR10_IMAGES = {"train": 50_000, "test": 10_000}
 AGAINST_REAL = ("fid", "kid", "precision", "recall")  # scores that need real images
-TIMESTEPS = 1000  # of all the models; with as many steps every spacing is the same
 
 
 def of_images(row: Row) -> Iterator[str]:
@@ -99,6 +98,11 @@ def of_model(row: Row) -> Iterator[str]:
     if conditional(row):
         guided = f", guided with scale {guidance:g}" if guidance not in (None, 1) else ""
         yield f"A model that is told the class{guided}, where the diffusion models of the tables are unconditional."
+    schedule = row.get("schedule")
+    if schedule not in (None, SCHEDULE) and any(table.paper in (DDPM, DDIM) for table in tables_of(row)):
+        yield f"A model of schedule={schedule} where those of DDPM and DDIM have {SCHEDULE} of {TIMESTEPS:,} levels."
+    if row.get("learned_variance") and row.get("variance") not in (None, "learned"):
+        yield f"A model that has learned how wide a step is, by the {row['variance']} variance in place of its own."
 
 
 def of_sampler(row: Row) -> Iterator[str]:
@@ -123,7 +127,8 @@ def differently(row: Row, paper: str, wanted: Sampling) -> Iterator[str]:
         yield f"{wanted.num_steps:,} steps, here {steps:,}"
     if wanted.variance is not None and row.get("variance") not in (None, wanted.variance, "learned"):
         yield f"sampler.variance={wanted.variance} on this set, here {row['variance']}"
-    if wanted.spacing is not None and row.get("spacing") not in (None, wanted.spacing) and (steps or 0) < TIMESTEPS:
+    shorter = (steps or 0) < TIMESTEPS  # with as many steps every spacing is the same
+    if wanted.spacing is not None and row.get("spacing") not in (None, wanted.spacing) and shorter:
         yield f"sampler.spacing={wanted.spacing} on this set, here {row['spacing']}"
     # Ho et al. clip the estimate of x0, and so does DDIM's code for sigma hat; its general sampler does not.
     clipped, clips = row.get("clip_x0"), eta_of(row) == SIGMA_HAT if paper == DDIM else wanted.clip_x0
