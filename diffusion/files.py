@@ -36,9 +36,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
         raise
     sync_folder(path.parent)
 
@@ -47,6 +49,28 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """`replacing` for content that is at hand."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: str | os.PathLike, text: str) -> None:
+    """Add to a file; after an error, which names it, it is as it was."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size, rest = os.fstat(descriptor).st_size, memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: Exception) -> str:
+    """An error in a sentence; of the system's, the file and what it says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> str:

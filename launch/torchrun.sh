@@ -16,5 +16,6 @@ while [[ ${1:-} == --* ]]; do
   flags+=("$1")
   shift
 done
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # to save in, after a signal
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else a machine that joins later waits in vain for the address of rank 0
 run "$PYTHON" -m torch.distributed.run "${flags[@]}" -m diffusion.train trainer=ddp "$@"

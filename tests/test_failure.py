@@ -1,28 +1,36 @@
 """Whatever fails, the run ends soon on every rank, says why, and leaves a folder that goes on."""
 
+import contextlib
+import errno
 import json
 import math
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numbered import damaged
+from omegaconf import OmegaConf
 from reporting import SIZE, reporting
 from test_resume import finish, start, wait_for
 from torch.distributed import PrefixStore, TCPStore
 
+from diffusion.app.fit import Fit
+from diffusion.app.launcher import main_rank
 from diffusion.data.index import read_index
 from diffusion.data.order import Plan
 from diffusion.training.checkpoint import load
+from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
-from diffusion.training.run_folder import RunFolder
+from diffusion.training.run_folder import OnError, RunFolder
 
 RANKS = ["trainer=cpu", "trainer.devices=4", "trainer.threads=1", "callbacks=none", "data.batch_size=16", "log_every=2"]
 RANKS += ["save.every_steps=4", "data.lanes=8", "trainer.max_steps=100000"]
@@ -113,7 +121,7 @@ def three(tmp_path):
     at that moment waits for ever for glibc's lock of it.
     """
 
-    def run(*does: str) -> list[tuple[int, str]]:
+    def run(*does: str, stopped_for: float = 0) -> list[tuple[int, str]]:
         store, server = TCPStore("127.0.0.1", 0, is_master=True), multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["torch.distributed"])
         outputs = [tmp_path / f"{rank}" for rank in range(SIZE)]
@@ -124,6 +132,12 @@ def three(tmp_path):
             if "dies" in does:
                 PrefixStore("diffusion", store).wait([f"beat/{does.index('dies')}"])
                 ranks[does.index("dies")].kill()
+            if stopped_for:
+                PrefixStore("diffusion", store).wait([f"beat/{rank}" for rank in range(SIZE)])
+                for number in (signal.SIGSTOP, signal.SIGCONT):
+                    for process in ranks:
+                        os.kill(process.pid, number)
+                    time.sleep(stopped_for if number == signal.SIGSTOP else 0)
             for process in ranks:
                 process.join(60)
             return [(process.exitcode, output.read_text()) for process, output in zip(ranks, outputs, strict=True)]
@@ -163,6 +177,12 @@ def test_ranks_that_end_at_different_times_are_no_failure(three):
     assert [(status, output) for status, output in results] == [(0, f"over {rank}\n") for rank in range(3)]
 
 
+@pytest.mark.slow
+def test_ranks_that_were_all_suspended_go_on(three):
+    results = three("ends", "ends", "ends", stopped_for=9)
+    assert [(status, output) for status, output in results] == [(0, f"over {rank}\n") for rank in range(3)]
+
+
 # ---- a gradient that is not finite ----
 
 
@@ -195,14 +215,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_draws_are_kept(digits, 
 def test_skipping_a_step_leaves_all_as_it_was_and_goes_on(digits, command_inside, tmp_path, monkeypatch, accumulate):
     broken_at(monkeypatch, 5, 7)
     words = [*ALONE, f"data.root={digits}", f"trainer.accumulate={accumulate}", "on_nonfinite=skip"]
-    words += ["save.every_steps=1", "save.keep=10", "ema.warmup=false", "ema.decay=0"]
+    words += ["save.every_steps=1", "save.keep=10", "ema.warmup=false", "ema.decay=0.5"]
     done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=run", check=0)
     assert "Not finite: 2 steps so far were skipped" in done.stdout
     at = [load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}.ckpt") for step in range(1, 9)]
     for before, after, skipped in ((4, 5, True), (5, 6, False), (6, 7, True), (7, 8, False)):
         old, new = at[before - 1], at[after - 1]
-        names = list(old["state_dict"])
-        assert all(torch.equal(old["state_dict"][n], new["state_dict"][n]) for n in names) == skipped
+        for part in ("state_dict", "ema"):
+            assert all(torch.equal(old[part][name], new[part][name]) for name in old[part]) == skipped
         moments = [[s["exp_avg"] for s in c["optimizer_states"][0]["state"].values()] for c in (old, new)]
         assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True)) == skipped
         assert all(v.isfinite().all() for v in new["state_dict"].values())
@@ -236,7 +256,111 @@ def test_a_full_disk_ends_the_run_or_not_and_leaves_the_checkpoints(digits, comm
     assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
     assert RunFolder(run).latest_valid()[0] == 4
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.endswith(".tmp")]
-    done = command_inside("train", *words, "trainer.max_steps=9", "save.on_error=warn", check=0)
+    done = command_inside("train", *words, "trainer.max_steps=9", "save.on_error=warn", check=1)
     assert len(re.findall("^warning: .*No space left on device.* as save.on_error=warn says", done.stderr, re.M)) == 3
+    assert "error: The weights of step 9 are not on disk.\n" in done.stderr  # trained, and the result is not there
     assert RunFolder(run).latest_valid()[0] == 4
+    (run / "checkpoints" / "step_00000002.ckpt").unlink()  # there is room again
     command_inside("train", *words, "trainer.max_steps=9", "save.keep=1", "save.on_error=warn", check=0)
+
+
+def fill(folder: Path) -> Path:
+    """Take all the room there is."""
+    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+    return folder / "filler"
+
+
+def test_a_row_that_has_no_room_is_not_there_in_part(small_disk, capsys):
+    path = small_disk / "metrics.csv"
+    rows = {action: MetricsCsv(path, OnError(action)) for action in ("stop", "warn")}
+    rows["stop"].log_metrics({"loss": 1.0}, 1)
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left on device: .*metrics.csv"):
+        for step in range(2, 1000):
+            rows["stop"].log_metrics({"loss": 1.0}, step)
+    kept = path.read_text()
+    assert kept.endswith("\n") and 100 < len(kept.splitlines()) < 1000
+    rows["warn"].log_metrics({"loss": 1.0}, 1000)
+    said = capsys.readouterr().err
+    assert said == f"warning: {path}: No space left on device. Training goes on, as save.on_error=warn says.\n"
+    assert path.read_text() == kept
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(digits, command_inside, small_disk):
+    run, words = small_disk / "run", [*ALONE, f"data.root={digits}"]
+    command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=2", check=0)
+    filler = fill(small_disk)
+    done = command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", check=2)
+    assert re.fullmatch(r"error: .*No space left on device: '.*/config\.yaml'\n", done.stderr)
+    filler.unlink()
+    command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", check=0)
+
+
+# ---- folders without locks ----
+
+
+def test_a_file_system_without_locks_is_named_and_nobody_is_said_to_hold_the_folder(tmp_path, monkeypatch):
+    """No such file system can be made here: lockf says what that of Lustre without `flock` does."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(ValueError, match="has no locks .Function not implemented."), RunFolder(tmp_path).locked():
+        pass
+
+
+# ---- ranks that never meet ----
+
+
+def test_ranks_that_do_not_meet_end_after_the_timeout(digits, tmp_path):
+    """One of two, as torchrun starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "alone"}
+    words = [*ALONE, f"data.root={digits}", "run_dir=run", "trainer=ddp", "trainer.accelerator=cpu"]
+    process = start([*words, "trainer.timeout=3"], tmp_path, **place)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: the ranks have not met within trainer.timeout=3 s; rank 0 on" in output
+    assert f"at 127.0.0.1:{port}, waits for the others." in output
+
+
+@pytest.mark.parametrize(
+    "environment, main",
+    [
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "1"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({}, True),
+    ],
+)
+def test_the_rank_that_writes_is_rank_0_of_whoever_has_started_the_ranks(environment, main, monkeypatch):
+    """Also with torchrun in a task of srun, whose numbers are others."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main_rank(OmegaConf.create({"trainer": {"devices": 2, "num_nodes": 1, "accelerator": "cpu"}})) == main
+
+
+# ---- how gradients are summed ----
+
+
+@pytest.mark.parametrize(
+    "device, accumulate, deterministic, static",
+    [("cuda", 1, False, True), ("cuda", 2, False, False), ("cuda", 1, True, False), ("cpu", 1, False, False)],
+)
+def test_a_static_graph_is_for_steps_of_one_backward_pass(device, accumulate, deterministic, static):
+    fit = Fit.__new__(Fit)
+    cfg = OmegaConf.create({"deterministic": deterministic, "trainer": {"accumulate": accumulate}})
+    fit.run = SimpleNamespace(cfg=cfg, place=SimpleNamespace(device=torch.device(device)))
+    assert fit._strategy()._ddp_kwargs["static_graph"] == static

@@ -56,3 +56,11 @@ def test_four_ranks_killed_and_gone_on_with_end_with_the_same_bits(digits, tmp_p
     finish(start([*words, "run_dir=killed"], tmp_path))
     assert_same(tmp_path / "whole", killed)
     assert not RunFolder(killed).latest_valid()[2]
+
+
+def test_two_ranks_that_save_by_minutes_do_not_save_twice(digits, tmp_path):
+    """They hear of each other's clocks a step late: of a clock that has run out already in every step, every second."""
+    words = ["callbacks=none", "trainer=cpu", "trainer.devices=2", "trainer.threads=1", "data.batch_size=16"]
+    words += ["save.every_steps=0", "save.every_minutes=1e-6", "save.keep=20", "trainer.max_steps=9"]
+    finish(start([*words, f"data.root={digits}", "run_dir=run"], tmp_path))
+    assert sorted(RunFolder(tmp_path / "run").steps()) == [2, 4, 6, 8, 9]

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends with the very weights of one that was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ PLAIN = ["callbacks=none", "trainer.threads=1", f"trainer.max_steps={STEPS}", "s
 PLAIN += ["data.batch_size=16"]
 
 
-def start(words, cwd) -> subprocess.Popen:
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+def start(words, cwd, **environment: str) -> subprocess.Popen:
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | environment
     return subprocess.Popen(
         [sys.executable, "-m", "diffusion.train", *words],
         cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -161,6 +162,21 @@ def test_two_processes_train_as_one(digits, tmp_path):
     one, two = losses("one"), losses("two")
     assert len(one) == len(two) == 20
     assert (one - two).abs().max() <= 1e-4
+
+
+def test_a_look_that_a_signal_has_ended_is_made_when_the_run_goes_on(digits, tmp_path):
+    words = [f"data.root={digits}", "run_dir=run", "trainer.max_steps=6", "callbacks.grid.num_images=10"]
+    words += ["sampler.num_steps=2", "trainer.threads=1", "data.batch_size=16", "callbacks.score.every_steps=4"]
+    words += ["callbacks.score.num_images=20", "callbacks.score.during.num_steps=2"]
+    process = start([*words, "callbacks.score.during.num_images=1000000"], tmp_path)
+    wait_for(tmp_path / "run" / "evaluations" / "score_00000004" / "about.json", process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 128 + signal.SIGTERM)
+    assert "Stopped by signal 15 at step 4; the same command goes on from there." in output
+    whole([*words, "callbacks.score.during.num_images=30"], tmp_path, "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["num_images"]) for r in found if r["name"] == "fid"] == [(4, 30), (6, 20)]
+    assert not (tmp_path / "run" / "evaluations").exists()
 
 
 def test_a_signal_during_the_final_scores_ends_the_run_at_once_and_they_are_made_later(digits, tmp_path):

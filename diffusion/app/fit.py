@@ -53,7 +53,7 @@ class Fit:
             cfg.save.keep,
             before=lambda step: any(look.due(step) for look in looks),
             settle=self.finite.settle,
-            on_error=cfg.save.on_error,
+            on_error=run.on_error,
         )
         self.trainer = pl.Trainer(
             accelerator=run.place.device.type,
@@ -66,7 +66,7 @@ class Fit:
             accumulate_grad_batches=cfg.trainer.accumulate,
             callbacks=[
                 run.ema,
-                Fingerprints(run.folder.path, run.ema, cfg.fingerprint_every),
+                Fingerprints(run.folder.path, run.ema, cfg.fingerprint_every, run.on_error),
                 self.meter,
                 Bar(self.meter),
                 Steps(run.ranks),
@@ -91,19 +91,21 @@ class Fit:
 
     def _strategy(self) -> DDPStrategy:
         """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an
-        uninterrupted one: where bit-exactness is promised they are not."""
-        exact = self.run.cfg.deterministic or self.run.place.device.type == "cpu"
+        uninterrupted one: where bit-exactness is promised they are not. A static graph is refused by torch where not
+        every backward pass sums gradients, as with accumulation."""
+        cfg = self.run.cfg
+        exact = cfg.deterministic or self.run.place.device.type == "cpu"
+        static = not exact and cfg.trainer.accumulate == 1
         return DDPStrategy(
-            find_unused_parameters=exact, gradient_as_bucket_view=True, static_graph=not exact, timeout=NEVER
+            find_unused_parameters=exact, gradient_as_bucket_view=True, static_graph=static, timeout=NEVER
         )
 
     def go(self, path: Any, say: Callable[[str], None]) -> int:
         """Train from this checkpoint, or from the beginning; the exit status: 0, 128 + the signal that stopped it, or 1
         after a failure."""
         try:
-            with self.signals.held():
-                self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
-                self.saver.finish()
+            self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
+            self.saver.finish()
         except Exception as error:
             return self.run.failed(error, f"Training ended at step {self.trainer.global_step}")
         if self.meter.stand_ins:

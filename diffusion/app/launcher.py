@@ -52,7 +52,10 @@ def main_rank(cfg: DictConfig) -> bool:
     mistake, meet at the lock."""
     if ranks(cfg) == 1:
         return True
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID") if under_srun() or under_torchrun() else ("LOCAL_RANK", "NODE_RANK")
+    if under_torchrun():  # also within a task of srun: in the order of processes.environment
+        names: tuple[str, ...] = ("RANK",)
+    else:
+        names = ("SLURM_PROCID",) if under_srun() else ("LOCAL_RANK", "NODE_RANK")
     return all(int(os.environ.get(name, 0)) == 0 for name in names)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from diffusion.app.build import Place
 from diffusion.app.launcher import layout, main_rank, under_srun, under_torchrun
 from diffusion.training.ranks import NEVER, Abandoned, Ranks
 from diffusion.training.signals import SIGNALS, Signals
-from diffusion.training.watchdog import Watchdog, connect, how
+from diffusion.training.watchdog import Watchdog, connect, forget, how
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
@@ -54,9 +55,10 @@ def meeting(
     started: Callable[[], Sequence[subprocess.Popen]],
     ended: Callable[[], dict[int, int]],
     told: Callable[[], int | None],
+    timeout: float,
 ) -> Iterator[None]:
-    """While the ranks look for each other, which takes as long as it takes: end this process if it gets a signal, if
-    one that it has started is over, or if the one that has started it is.
+    """While the ranks look for each other: end this process if it gets a signal, if one that it has started is over, if
+    the one that has started it is, or if they have not met after `timeout` seconds (0: as long as it takes).
 
     The main thread waits in torch and runs no handler, so signals come through a pipe.
     """
@@ -70,17 +72,26 @@ def meeting(
         return next((number for number in os.read(reading, 64) if number in SIGNALS), None) if ready else None
 
     def watch() -> None:
-        number, over = None, {}
-        while not (number or over):
+        number, over, late, begun = None, {}, False, time.monotonic()
+        while not (number or over or late):
             number, over = signal_within(0.5) or told(), ended()
             if met.is_set():
                 return
             if own and os.getppid() != parent:
                 os._exit(1)
+            late = bool(timeout) and time.monotonic() - begun > timeout
+        if late:
+            rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+            at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            where = f"rank {rank} on {os.uname().nodename}, at {at},"
+            print(
+                f"error: the ranks have not met within trainer.timeout={timeout:g} s; {where} waits for the others.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         number = number or signal_within(2.0)  # Ctrl-C goes to all, and is the cause then
         if main and number:
             print(f"Stopped by signal {number}; the same command goes on from there.", flush=True)
-        elif main:
+        elif main and over:
             ranks = ", ".join(f"rank {rank} with {how(code)}" for rank, code in over.items())
             print(f"error: before the ranks had met there ended {ranks}.", file=sys.stderr, flush=True)
         for process in started():
@@ -133,10 +144,14 @@ def together(
     def ended() -> dict[int, int]:
         return {rank: code for rank, process in enumerate(started(), 1) if (code := process.poll()) is not None}
 
-    with meeting(main_rank(cfg), started, ended, told):
+    if backend == "nccl":  # else it ends the processes that are left before the watchdog has said why
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    with meeting(main_rank(cfg), started, ended, told, cfg.trainer.timeout):
         fabric.launch()
-    rank, size = fabric.global_rank, fabric.world_size
-    dog = Watchdog(rank, size, connect(), timeout=cfg.trainer.timeout, last_words=last_words, ended=ended, told=told)
+    rank, size, store = fabric.global_rank, fabric.world_size, connect()
+    if rank == 0:
+        forget(store)
+    dog = Watchdog(rank, size, store, timeout=cfg.trainer.timeout, last_words=last_words, ended=ended, told=told)
     if where.device.type == "cuda":
         torch.cuda.set_device(fabric.device)
     return Ranks(rank, size, told, dog), where._replace(device=fabric.device)

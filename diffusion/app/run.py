@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from diffusion.app.processes import together
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
 from diffusion.denoiser import NetworkDenoiser
+from diffusion.files import reason
 from diffusion.metrics.extractors import Extractor
 from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
@@ -35,12 +37,12 @@ from diffusion.training.meter import MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.nonfinite import NotFinite
 from diffusion.training.ranks import Abandoned, Ranks, got_on
-from diffusion.training.run_folder import RECORDED, RunFolder
+from diffusion.training.run_folder import RECORDED, OnError, RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import describe, score
 from diffusion.training.signals import Signals
 
-FAILURES = (BadSample, Unreachable, WriteFailed, NotFinite, ValueError)  # what can end a run without a bug of ours
+FAILURES = (BadSample, Unreachable, OSError, NotFinite, ValueError)  # what can end a run without a bug of ours
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is the user's to choose
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
@@ -87,7 +89,8 @@ class Run:
             self.extractor = build.extractor(cfg)
         self._reference: Reference | None = None
         self.writer, self.ranks, self.has_failed = CheckpointWriter(), Ranks(), False
-        self.csv = MetricsCsv(folder.metrics_path)
+        self.on_error = OnError(cfg.save.on_error)
+        self.csv = MetricsCsv(folder.metrics_path, self.on_error)
         self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
 
     # ---- the whole ----
@@ -105,8 +108,8 @@ class Run:
         try:
             with refusing(self.cfg.debug):
                 self.folder.refuse_other(self.config)  # again, now that nobody else can write here
-            self.config["data"] |= {"lanes": self.data.lanes, "digest": self.data.index.digest}
-            self.folder.write_config(self.config)
+                self.config["data"] |= {"lanes": self.data.lanes, "digest": self.data.index.digest}
+                self.folder.write_config(self.config)
             for logger in self.loggers:
                 logger.start(say)
             status = self.work(say)
@@ -122,10 +125,11 @@ class Run:
             self.part()
 
     def work(self, say: Callable[[str], None]) -> int:
-        """What all ranks do: train, then look for a last time; the exit status."""
+        """What all ranks do: train, then look for a last time; the exit status. Signals are held: each part asks."""
         told = lambda: self.signals.number  # noqa: E731
-        self.ranks, self.place = together(self.cfg, self.place, told, self._write_to_the_end)
-        return self.train(say) or self.finish(say)
+        with self.signals.held():
+            self.ranks, self.place = together(self.cfg, self.place, told, self._write_to_the_end)
+            return self.train(say) or self.finish(say)
 
     def part(self) -> None:
         """The ranks of a run end together; one of a run that has failed ends here, as the end of its process would wait
@@ -151,7 +155,7 @@ class Run:
             where = where.replace(" ", f" of rank {self.ranks.rank} ", 1)
         saved = self.folder.steps()
         print(
-            f"error: {error if own else cause}\n{where}; the same command goes on from step "
+            f"error: {reason(error) if own else cause}\n{where}; the same command goes on from step "
             f"{saved[0] if saved else 0}.",
             file=sys.stderr,
             flush=True,
@@ -167,25 +171,38 @@ class Run:
 
     def train(self, say: Callable[[str], None]) -> int:
         """From the newest sound checkpoint to max_steps; the exit status."""
-        cfg = self.cfg
+        try:
+            step, path = self._begin(say)
+            fit = Fit(self, self.looks(), self.signals) if step < self.cfg.trainer.max_steps else None
+            number = self.ranks.signal()
+        except Exception as error:
+            return self.failed(error, "Training ended before its first step")
+        if number:
+            say(f"Stopped by signal {number} before the first step; the same command goes on from step {step}.")
+            return 128 + number
+        if fit is None:
+            return 0
+        status = fit.go(path, say)
+        if self.folder.steps()[:1] > [step]:
+            got_on()
+        return status
+
+    def _begin(self, say: Callable[[str], None]) -> tuple[int, Path | None]:
+        """The newest sound checkpoint, its step and file, and the folder without what came after it."""
         step, path, complaints = self.ranks.from_main(self.folder.latest_valid() if self.ranks.main else None)
         for complaint in complaints:
             say(complaint)
         if self.ranks.main:
             for damaged in [s for s in self.folder.steps() if s > step]:
                 self.folder.set_aside(damaged)
-        if step >= cfg.trainer.max_steps:
-            return 0
-        say(self.introduction(step))
-        if self.ranks.main:
-            self.csv.cut_after(step)
-            self.folder.cut_results_after(step)
-            self.folder.cut_evaluations_after(step)
-            cut_after(self.folder.path, step)
-        status = Fit(self, self.looks(), self.signals).go(path, say)
-        if self.folder.steps()[:1] > [step]:
-            got_on()
-        return status
+        if step < self.cfg.trainer.max_steps:
+            say(self.introduction(step))
+            if self.ranks.main:
+                self.csv.cut_after(step)
+                self.folder.cut_results_after(step)
+                self.folder.cut_evaluations_after(step)
+                cut_after(self.folder.path, step)
+        return step, path
 
     def introduction(self, step: int) -> str:
         """What is about to happen, in a few lines."""
@@ -291,8 +308,7 @@ class Run:
         """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report. The
         exit status: 0, 128 + the signal that stopped it, or 1 after a failure."""
         try:
-            with self.signals.held():
-                self._look_finally(say)
+            self._look_finally(say)
         except Abandoned:
             number = self.ranks.signal()
             say(f"Stopped by signal {number} after training; the same command goes on with what is missing.")
@@ -304,6 +320,8 @@ class Run:
     def _look_finally(self, say: Callable[[str], None]) -> None:
         cfg, main = self.cfg, self.ranks.main
         step, path, _ = self.ranks.from_main(self.folder.latest_valid() if main else None)
+        if step < cfg.trainer.max_steps:  # and training has gone on, as save.on_error=warn says
+            raise WriteFailed(f"The weights of step {cfg.trainer.max_steps} are not on disk.")
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
         with torch.no_grad():
             load_average(network, load(path)["ema"], [p.data for p in network.parameters()])

@@ -17,6 +17,7 @@ class Agreement:
 
     def __init__(self, ranks: int) -> None:
         self._group = dist.new_group(backend="gloo") if ranks > 1 else None
+        self.later = ranks > 1  # whether what comes back is of the step before
         self._sent: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, *numbers: int) -> list[int]:

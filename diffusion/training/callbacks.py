@@ -70,7 +70,7 @@ class Look(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen = trainer.global_step
         if self.due(self._seen) and self.ranks.from_main(self.ranks.main and self.missing(self._seen)):
-            self._look(module, self._seen)
+            self._look(trainer, module, self._seen)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -78,15 +78,15 @@ class Look(Callback):
             return
         self._seen = step
         if self.due(step) and step < trainer.max_steps and not trainer.should_stop:
-            self._look(module, step)
+            self._look(trainer, module, step)
 
-    def _look(self, module: LightningModule, step: int) -> None:
+    def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         network = module.network
         network.eval()
         try:
             with self.ema.swapped_in(network):
                 self.look(step)
         except Abandoned:
-            pass
+            trainer.should_stop = True  # the step is saved, and the run that goes on from it begins with the look
         finally:
             network.train()

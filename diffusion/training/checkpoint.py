@@ -5,11 +5,9 @@ The file is a Lightning checkpoint that `torch.load(weights_only=True)` reads: `
 weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's own counters.
 """
 
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from diffusion.files import replacing, sha256_of, write_atomically
 from diffusion.training.agreement import Agreement
-from diffusion.training.run_folder import RunFolder, damage
+from diffusion.training.run_folder import OnError, RunFolder, damage
 from diffusion.training.signals import Signals
 
 
@@ -120,7 +118,7 @@ class Saver(Callback):
         keep: newest checkpoints that stay, beside the best by FID.
         before: steps after which somebody looks at the run.
         settle: called before a save, with trainer and module; raises if the step is not to be kept.
-        on_error: `stop` ends the run when a checkpoint cannot be written, `warn` goes on.
+        on_error: what becomes of a checkpoint that cannot be written.
     """
 
     def __init__(
@@ -133,13 +131,13 @@ class Saver(Callback):
         keep: int,
         before: Callable[[int], bool] = lambda step: False,
         settle: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
-        on_error: str = "stop",
+        on_error: OnError | None = None,
     ) -> None:
         self.folder, self.writer, self.signals = folder, writer, signals
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
-        self.before, self.settle, self.on_error = before, settle, on_error
+        self.before, self.settle, self.on_error = before, settle, on_error or OnError()
         self.stopped_by: int | None = None
-        self._seen, self._saved_at = 0, 0.0
+        self._seen, self._saved, self._saved_at = 0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._seen, self._saved_at = trainer.global_step, time.monotonic()
@@ -150,7 +148,7 @@ class Saver(Callback):
         if step == self._seen:
             return
         self._seen = step
-        with self._failing():
+        with self.on_error:
             self.writer.check()
         due = bool(self.every_steps) and step % self.every_steps == 0 or self.before(step) or step >= trainer.max_steps
         # any rank's signal and any rank's clock decide for all
@@ -158,10 +156,13 @@ class Saver(Callback):
         if stopped_by:
             self.stopped_by = stopped_by
             trainer.should_stop = True
+        # what other ranks' clocks say is of the step before, when it had not been saved yet
+        late = late and not (self._ranks.later and self._saved == step - 1)
         if due or late or stopped_by:
             self.save(trainer, module, step)
-        if trainer.should_stop or step >= trainer.max_steps:
-            self._ranks.settle()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._ranks.settle()
 
     def _minutes_are_up(self) -> bool:
         return bool(self.every_minutes) and time.monotonic() - self._saved_at > 60 * self.every_minutes
@@ -170,29 +171,19 @@ class Saver(Callback):
         """Save this step; once that is on disk, point last.ckpt to it and remove what is older than the kept ones."""
         self.settle(trainer, module)
         path = self.folder.checkpoint_path(step)
-        with self._failing():
+        with self.on_error:
             self.writer.wait()
-        trainer.save_checkpoint(path, storage_options=lambda: self._saved(path))
-        self._saved_at = time.monotonic()
+        trainer.save_checkpoint(path, storage_options=lambda: self._in_place(path))
+        self._saved, self._saved_at = step, time.monotonic()
 
-    def _saved(self, path: Path) -> None:
+    def _in_place(self, path: Path) -> None:
         self.folder.point_last_to(path)
         best = self.folder.point_best()
         for old in self.folder.steps()[self.keep :]:
             if old != best:
                 self.writer.remove_checkpoint(self.folder.checkpoint_path(old))
 
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """What becomes of a checkpoint that cannot be written."""
-        try:
-            yield
-        except WriteFailed as error:
-            if self.on_error == "stop":
-                raise
-            print(f"warning: {error} Training goes on, as save.on_error=warn says.", file=sys.stderr, flush=True)
-
     def finish(self) -> None:
         """Wait for the last write."""
-        with self._failing():
+        with self.on_error:
             self.writer.wait()

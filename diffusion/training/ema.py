@@ -56,6 +56,8 @@ class EMA(Callback):
         if trainer.global_step == self._seen:  # inside an accumulated step
             return
         self._seen = trainer.global_step
+        if module.skipped:
+            return
         weights = [p.detach().float() for p in module.network.parameters()]
         torch._foreach_lerp_(self.average, weights, 1 - self.decay_at(self._seen))
 

@@ -16,10 +16,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from diffusion.files import write_atomically
+from diffusion.files import append, write_atomically
 from diffusion.noise import keys
 from diffusion.training.ema import EMA
 from diffusion.training.fingerprint_log import HEADER, line, log_path
+from diffusion.training.run_folder import OnError
 
 IMAGE, PLACE, LABEL = 1, 2, 3  # keys of the parts of an image's digest
 
@@ -92,11 +93,11 @@ class Fingerprints(Callback):
     Args:
         run: the run's folder. The log there ends before the step that training goes on with (`cut_after`).
         ema: the average.
-        every: optimizer steps; 0 for none.
+        every: optimizer steps; 0 for none. on_error: what becomes of a row that cannot be written.
     """
 
-    def __init__(self, run: Path, ema: EMA, every: int) -> None:
-        self.run, self.ema, self.every = run, ema, every
+    def __init__(self, run: Path, ema: EMA, every: int, on_error: OnError | None = None) -> None:
+        self.run, self.ema, self.every, self.on_error = run, ema, every, on_error or OnError()
         self._seen, self._batch = 0, 0
 
     def due(self, step: int) -> bool:
@@ -121,5 +122,5 @@ class Fingerprints(Callback):
         states = network.state_dict(), average, state_of(trainer.optimizers[0], network)
         found = torch.stack([*(digest(state, module.device) for state in states), self._batch]).tolist()
         self._batch = 0
-        with open(self._path, "a") as f:
-            f.write(line(step, trainer.world_size, found))
+        with self.on_error:
+            append(self._path, line(step, trainer.world_size, found))

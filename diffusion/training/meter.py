@@ -19,7 +19,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusion.files import write_atomically
+from diffusion.files import append, write_atomically
+from diffusion.training.run_folder import OnError
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
@@ -49,9 +50,9 @@ class RunLogger(Logger):
 class MetricsCsv(RunLogger):
     """metrics.csv: one row a step, columns as they come up. A resumed run cuts the rows beyond its checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_error: OnError | None = None) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.on_error = path, on_error or OnError()
         self._columns: list[str] | None = None  # as they stand in the file; None: not looked at yet
         self._last = -1
 
@@ -82,12 +83,17 @@ class MetricsCsv(RunLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add to the row of this step; a new column rewrites the file, once."""
+        with self.on_error:
+            self._add(metrics, step)
+
+    def _add(self, metrics: dict[str, float], step: int | None) -> None:
         row = {"step": step, **{k: f"{v:.8g}" for k, v in metrics.items()}}
         if self._columns is None:
             self._write(self.rows())
         if set(row) <= set(self._columns) and step > self._last:
-            with open(self.path, "a", newline="") as f:
-                csv.DictWriter(f, self._columns, restval="").writerow(row)
+            text = io.StringIO()
+            csv.DictWriter(text, self._columns, restval="").writerow(row)
+            append(self.path, text.getvalue())
             self._last = step
             return
         rows = self.rows()

@@ -70,6 +70,7 @@ class DiffusionModule(pl.LightningModule):
         self._norms: Tensor | None = None  # (2,): gradient norms and their count
         self._draws: list[dict[str, Tensor]] = []  # of the micro-batches since the last step
         self._norm: Tensor | None = None  # of the last step
+        self.skipped = False  # whether the last step left the weights as they were
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -133,7 +134,8 @@ class DiffusionModule(pl.LightningModule):
         limit = self.gradient_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach()
         finite = self._norm.isfinite()
-        if self.skip_not_finite and not finite:
+        self.skipped = self.skip_not_finite and not finite
+        if self.skipped:
             for p in self.network.parameters():
                 p.grad = None  # which leaves weight, average and moments as they are
         new = torch.stack([torch.where(finite, self._norm, 0).double(), finite.double()])

@@ -7,6 +7,7 @@ Knows nothing of what is in them.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import shutil
@@ -97,6 +98,8 @@ class Pieces:
             try:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, gone with it
             except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(f"{self.folder}: its file system has no locks ({error.strerror}).") from error
                 raise ValueError(f"{self.folder} is being worked on by another process: wait for it.") from error
         about = self.folder / "about.json"
         if not (about.is_file() and about.read_text() == self._about):

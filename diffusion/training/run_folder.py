@@ -7,11 +7,13 @@ The same command finds the same folder again, so nothing here carries a time. A 
 configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
 """
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from diffusion.files import remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.files import reason, remove_leftovers, sha256_of, sync_folder, write_atomically
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
@@ -28,6 +30,10 @@ MAY_DIFFER = (
     "data.max_bad_share model.activation_checkpointing on_nonfinite max_nonfinite logger save callbacks extractor "
     "metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
+ALIKE = (  # what two FIDs have in common that may be compared
+    "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",
+    "split",
+)  # fmt: skip
 RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
 
@@ -70,6 +76,24 @@ def damage(path: Path) -> str | None:
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
         return f"it is cut off or no checkpoint ({e})"
     return f"its record {broken} is damaged" if broken else None
+
+
+class OnError:
+    """Around the writing of a file of the run that training does not need to go on: `stop` lets an OSError through,
+    `warn` says so and goes on."""
+
+    def __init__(self, action: str = "stop") -> None:
+        self.action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        if not isinstance(error, OSError) or self.action == "stop":
+            return False
+        words = f"{reason(error)} Training goes on, as save.on_error=warn says."
+        print(f"warning: {words}", file=sys.stderr, flush=True)
+        return True
 
 
 class RunFolder:
@@ -131,6 +155,11 @@ class RunFolder:
             try:
                 fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"run_dir={self.path}: its file system has no locks ({e.strerror}), without which two "
+                        f"processes could train in one folder: mount it with them (Lustre: -o flock), or give another."
+                    ) from e
                 f.seek(0)
                 holder = f.read().strip() or "unknown"
                 raise ValueError(
@@ -176,12 +205,12 @@ class RunFolder:
         self._point(self.last, path)
 
     def point_best(self) -> int | None:
-        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured, among those of as many images
-        by the same sampler; its step, or None."""
+        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured, among those measured alike
+        (ALIKE); its step, or None."""
         alike: dict[tuple, list[tuple[float, int]]] = {}
         for row in self.results():
             if row.get("by") == "train" and row.get("name") == "fid":
-                how = tuple(row.get(key) for key in ("num_images", "sampler", "num_steps"))
+                how = tuple(row.get(key) for key in ALIKE)
                 alike.setdefault(how, []).append((row["value"], row["step"]))
         steps = set(self.steps())
         most = max(alike.values(), key=lambda pairs: (len(pairs), pairs[-1][1]), default=[])

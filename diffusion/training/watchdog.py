@@ -100,7 +100,11 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Report and listen, until this rank leaves. A store on a machine that hangs may never answer."""
+        turn = time.monotonic()
         while not self._leaving.wait(BEAT):
+            turn, before = time.monotonic(), turn
+            if turn - before > self.silence / 2:  # so long was this process stopped, and perhaps all of them
+                self._known, self._moved = {}, turn
             try:
                 self._report()
                 if self._store.check([ENDED]):
@@ -118,7 +122,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         """End this process when there is a judgement, or when nobody answers any more."""
+        turn = time.monotonic()
         while not self._leaving.wait(BEAT):
+            turn, before = time.monotonic(), turn
+            if turn - before > self.silence / 2:
+                self._answered = turn
             if self.cause is None and time.monotonic() - self._answered > self.silence:
                 self.cause = "the store of the run does not answer: rank 0, or its machine, is gone"
             if self.cause is not None:
@@ -203,3 +211,10 @@ def connect(timeout: float = 5.0) -> "dist.Store":
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout)
     )
     return dist.PrefixStore("diffusion", store)
+
+
+def forget(store: "dist.Store") -> None:
+    """What an earlier start of the run has left in a store that outlives it, as torchrun's may. By rank 0, before the
+    others have a watchdog."""
+    for key in (ENDED, CALLED):
+        store.delete_key(key)
