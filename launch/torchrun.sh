@@ -6,6 +6,7 @@
 # HEAD is the name of one of them, the same on all; the run folder and the data are on a disk that all see. With 1:4
 # machines may come and go, HEAD apart: all processes are started anew and go on from the last checkpoint, and what is
 # trained is the same on any number of them. When a process fails, that is done three times at most (--max-restarts).
+# After a signal the processes have 10 minutes to save in, and 30 s when a machine joins or leaves.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.lock
 

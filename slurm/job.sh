@@ -22,7 +22,8 @@ PYTHON=${DIFFUSION_VENV:-.venv}/bin/python
 
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # newer srun take it from here only
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-unset SLURM_GPUS_PER_TASK # each task sees all GPUs of the job on its node, and takes that of its local rank
+# Each task sees all GPUs of the job on its node, and takes that of its local rank; newer SLURM says it in both.
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 
 # As scontrol is to be asked for this job: the plain id of an array's task can be that of the whole array.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
