@@ -92,6 +92,16 @@ def text(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
 
 
+def training(run: Path) -> int:
+    """How many processes train in a run folder, or import what they need to; neither srun nor task.sh is one."""
+    found = 0
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = command.read_bytes().split(b"\0")
+            found += words[1:3] == [b"-m", b"diffusion.train"] and f"run_dir={run}".encode() in words
+    return found
+
+
 def newest(folder: Path) -> int:
     """The step of the newest checkpoint, 0 without one."""
     return max((int(p.stem.removeprefix("step_")) for p in folder.glob("checkpoints/step_*.ckpt")), default=0)

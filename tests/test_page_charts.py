@@ -220,6 +220,27 @@ def test_the_terms_of_the_bound_are_drawn_and_held_against_the_paper(tmp_path):
     assert page.text.count("(+0.00000)") == 20  # ten times, rate and distortion
 
 
+@pytest.mark.parametrize(
+    "last, told, departure",
+    [
+        ({"split": "train"}, False, None),
+        ({"split": "test"}, True, None),
+        ({"split": "test", "weights": "raw"}, True, "Raw weights where the papers score their moving average"),
+    ],
+)
+def test_the_terms_are_of_the_last_bound_that_was_measured(last, told, departure, tmp_path):
+    """Each measurement writes the same file; what the flow has measured writes none."""
+    bits = {"metric": "bits/dim", "name": "bits_per_dim", "likelihood": "bound", "step": 300, "data": "cifar10"}
+    bits |= {"value": 3.9, "num_images": 10_000, "split": "test", "weights": "ema"}
+    rows = [bits | {"likelihood": "ode"}, bits, bits | last, bits | {"likelihood": "ode"}]
+    folder = run(tmp_path / "a", CIFAR10, results=rows)
+    write_bound(folder, published_terms())
+    page = read(write_report(folder)).text
+    assert ("Rate and distortion beside the paper's" in page) == told
+    after = page.partition("Rate and distortion beside the paper's")[2]
+    assert ("Not as in the papers" in after) == (departure is not None) and (departure or "") in after
+
+
 def test_other_data_and_other_numbers_of_levels_have_no_published_points(tmp_path):
     folder = run(tmp_path / "rings")
     write_bound(folder, published_terms())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, inside
-from slurm_cluster import Cluster, assert_same, newest, running, text
+from slurm_cluster import Cluster, assert_same, newest, running, text, training
 from test_wandb import Files
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,11 @@ def test_a_signal_in_training_and_one_at_the_start_requeue_a_job_of_four_tasks(c
     job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
     cluster.until(lambda: newest(run) >= 6, job, output)
     assert cluster.signal(job)
-    cluster.until(lambda: text(output).count("+ srun") == 2 and cluster.signal(job), job, output)  # in the imports
+    cluster.until(lambda: text(output).count("+ srun") == 2, job, output)
+    # In the imports, of all of them: SLURM kills those that a signal has missed, again and again, and a kill that comes
+    # late meets the job's next start, which has the same number.
+    cluster.until(lambda: training(run) == 4, job, output)
+    assert cluster.signal(job)
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "2"
     assert text(output).count(f"Job {job} is requeued") == 2
