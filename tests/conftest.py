@@ -14,17 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 
 LONGEST = (
-    "slurm",
-    "score_runs",
-    "resume",
-    "prepare_set",
-    "ranks",
-    "wandb",
-    "evaluation",
-    "failure",
-    "fingerprint",
-    "lab",
-)
+    "slurm", "score_runs", "evaluation", "failure", "digits", "ranks", "resume", "prepare_set", "metrics", "modes",
+    "fuzz", "wandb", "chaos", "launch", "lab", "data_stream", "fingerprint",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,10 @@
-"""The score-based experiments at full size, as their commands run them."""
+"""The score-based experiments as their commands run them.
+
+FULL_SIZE=1 pytest -m slow tests/test_score_runs.py      the digits with all of their 1,600 steps, else 1,200
+"""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,7 +20,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def digits_run(tmp_path):
     """The run folder of `python -m diffusion.train +experiment=ncsn_digits`."""
-    assert inside("train", ["+experiment=ncsn_digits"], tmp_path) == 0
+    shorter = [] if os.environ.get("FULL_SIZE") else ["trainer.max_steps=1200", "callbacks.grid.num_images=10"]
+    assert inside("train", ["+experiment=ncsn_digits", *shorter], tmp_path) == 0
     return tmp_path / "runs" / "ncsn_digits"
 
 
