@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 TESTBED = Path(__file__).with_name("slurm-testbed")
+NODES = ("node1", "node2")
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
@@ -23,6 +24,7 @@ class Cluster:
 
     def __init__(self, directory: Path, env: dict[str, str]) -> None:
         self.directory, self.env = directory, env
+        self._looked = time.monotonic()
 
     def run(self, *words: object) -> str:
         done = subprocess.run(list(map(str, words)), cwd=ROOT, env=self.env, text=True, capture_output=True)
@@ -35,6 +37,7 @@ class Cluster:
 
     def info(self, job: str, key: str) -> str:
         """JobState, Restarts, ExitCode, ... of a job or of one task of an array, JOB_TASK."""
+        self.look_after_the_nodes()
         return re.search(rf"\b{key}=(\S+)", self.run("scontrol", "-o", "show", "job", job))[1]
 
     def signal(self, job: str) -> bool:
@@ -61,6 +64,14 @@ class Cluster:
             assert time.monotonic() < end, f"job {job} is {found} after {seconds} s\n{text(output)}"
             time.sleep(0.2)
         assert found == state, f"job {job} is {found}\n{text(output)}"
+
+    def look_after_the_nodes(self) -> None:
+        """Start a slurmd again that has died, as systemd does on a cluster: that of SLURM 22.05 may, of a double free,
+        when it launches several tasks of an array at once. Its jobs live on."""
+        if time.monotonic() - self._looked > 3:
+            self._looked = time.monotonic()
+            for node in NODES:
+                self.testbed("node", node, "start")
 
     def testbed(self, *words: str) -> None:
         subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)
