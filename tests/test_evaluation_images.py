@@ -1,6 +1,7 @@
 """Scores of images that are there: folders, zips and npz, by a network of one's own."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_a_users_own_module_is_an_extractor(call, tmp_path):
     assert one.digest == two.digest and one.title("fid") == "own-FID"
     other = build.custom_extractor(build.OmegaConf.merge(cfg, {"target": "inceptions.Small"}))
     assert other.digest != one.digest  # the same weights, perhaps not the same features
+    assert build.code_of(small) == build.code_of(type(one.network)) and len(build.code_of(small)) == 64
+    assert build.code_of(partial(small)) is None and build.code_of(dict) is None
     assert torch.equal(one.network.head.weight, small().head.weight)
     with pytest.raises(ValueError, match="extractor.weights=.*has sha256"):
         build.custom_extractor(build.OmegaConf.merge(cfg, {"weights": str(weights), "sha256": "0" * 64}))

@@ -222,10 +222,18 @@ def custom_extractor(cfg: DictConfig) -> Extractor:
     if digest is None:
         digest = hashlib.sha256(save({k: v.contiguous() for k, v in made.state_dict().items()})).hexdigest()
     # Other code makes other features of the same weights: that of the module, and of the function that makes it.
-    files = [inspect.getsourcefile(inspect.unwrap(made_by)) for made_by in (type(made), get_object(cfg.target))]
-    known = [cfg.target, digest, *(sha256_of(code) if code else None for code in files)]
+    known = [cfg.target, digest, *map(code_of, (type(made), get_object(cfg.target)))]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     return Extractor(cfg.name, made, cfg.channels, cfg.image_size, digest)
+
+
+def code_of(thing: Any) -> str | None:
+    """sha256 of the file that a class or a function is written in; None for what has none, such as a partial."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(thing))
+    except TypeError:
+        return None
+    return sha256_of(file) if file else None
 
 
 def first_line(error: Exception) -> str:
