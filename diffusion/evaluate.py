@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from diffusion.app.check import LEAST_IMAGES, check, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing
@@ -99,7 +99,7 @@ def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:
 
     for row in rows:
         print(describe(row))
-    config = {} if evaluation.model is None else OmegaConf.to_container(evaluation.model.config)
+    config = {} if evaluation.model is None else evaluation.model.config
     text = table_text([told(row, config) for row in rows])
     if text:
         print(f"\n{text}\n")

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,11 @@ def obstacle(folder: Path) -> str | None:
     return None if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
     """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -104,3 +110,35 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in a folder that nobody writes to now."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def read_csv(path: str | os.PathLike) -> tuple[list[dict[str, str]], int]:
+    """The rows of a CSV file with a line of names, and the number of lines that are no rows: with more or fewer values
+    than there are names, or with bytes that are not UTF-8. A last line that a kill has cut off does not count. Rows are
+    lines: no value holds a line break."""
+    with open(path, "rb") as file:
+        names, *lines = file.read().split(b"\n")
+    found, unread, columns = [], 0, _csv_values(names)
+    for number, line in enumerate(lines, 1):
+        values = _csv_values(line)
+        if columns and values and len(values) == len(columns):
+            found.append(dict(zip(columns, values, strict=True)))
+        elif line.strip() and number < len(lines):
+            unread += 1
+    return found, unread
+
+
+def keep_damaged(path: Path) -> None:
+    """Copy a file that will be written again without its damaged lines to `NAME.damaged`, unless that is there."""
+    copy = path.with_name(f"{path.name}.damaged")
+    if not copy.exists():
+        write_atomically(copy, path.read_bytes())
+        print(f"warning: {path} has damaged lines. They are left out; the file as it was is {copy}.", file=sys.stderr)
+
+
+def _csv_values(line: bytes) -> list[str] | None:
+    try:
+        (values,) = csv.reader([line.decode().rstrip("\r")], strict=True)
+    except (UnicodeDecodeError, csv.Error, ValueError):
+        return None
+    return values

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import quote
 
 from omegaconf import DictConfig
-from yaml import YAMLError
 
 from diffusion.app.compose import Refusal, command, refusing
 from diffusion.files import csv_text, replacing
@@ -87,10 +86,10 @@ def one_run(key: str, path: str) -> RunFolder:
     folder = RunFolder(path)
     try:
         config = folder.config()
-    except (YAMLError, UnicodeDecodeError) as e:
-        raise Refusal(f"{key}={path}: its config.yaml is damaged ({str(e).splitlines()[0]}).") from e
-    if not isinstance(config, dict):
-        raise Refusal(f"{key}={path} is no run folder: there is no config.yaml with settings in it.")
+    except ValueError as error:
+        raise Refusal(f"{key}={path}: {error}") from error
+    if config is None:
+        raise Refusal(f"{key}={path} is not a run folder: it has neither a config.yaml nor a checkpoint.")
     return folder
 
 

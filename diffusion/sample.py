@@ -26,15 +26,15 @@ def main(cfg: DictConfig) -> None:
         out = Path(cfg.out)
         check_paths(cfg, out)
         check_launcher(cfg)
-        from diffusion.app import build
+        from diffusion.app import build, door
         from diffusion.app.processes import share
         from diffusion.training.gallery import Gallery
 
         place = build.place(cfg.trainer)
-        model = build.trained(cfg.checkpoint, cfg.ema)
+        model = door.trained(cfg.checkpoint, cfg.ema)
         if model.image_shape[0] not in (1, 3):
             raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
-        check_guidance(cfg.guidance.scale, model.config.model.num_classes, model.config.objective.label_dropout)
+        check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
 
         def sampling(where, ranks=None):
             net, labels = model.denoiser, list(cfg.labels)

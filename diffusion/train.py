@@ -10,6 +10,7 @@ metrics.csv, samples/, results.jsonl, report.html.
 
 import signal
 import sys
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,8 +45,8 @@ def train(cfg: DictConfig, signals: Signals) -> int:
             folder = RunFolder(cfg.run_dir)
             config = OmegaConf.to_container(cfg)
             folder.refuse_other(config)
-        if finished(cfg, folder):
-            say(f"{folder.path} is finished: {folder.steps()[0]} steps, nothing is missing. See {folder.report_path}")
+        if step := finished(cfg, config, folder):
+            say(f"{folder.path} is finished: {step} steps, nothing is missing. See {folder.report_path}")
             return 0
         from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
 
@@ -55,17 +56,18 @@ def train(cfg: DictConfig, signals: Signals) -> int:
     return run.go(say, main_process)
 
 
-def finished(cfg: DictConfig, folder: RunFolder) -> bool:
-    """Whether training is over and none of its scores, samples or report is missing."""
+def finished(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> int:
+    """The step of the last checkpoint if training is over and none of its scores, samples or report is missing; 0 if
+    something is left to do."""
     if not folder.steps() or folder.steps()[0] < cfg.trainer.max_steps:
-        return False
-    step, _, _ = folder.latest_valid()
+        return 0
+    step, _, _ = folder.latest_valid(config)
     if step < cfg.trainer.max_steps:
-        return False
+        return 0
     scored = folder.own_scores(step)
     wanted = set(cfg.metrics) if cfg.callbacks.enabled else set()
     looked = not cfg.callbacks.enabled or (folder.samples / f"step_{step:08d}.png").is_file()
-    return looked and wanted <= scored and folder.report_path.is_file()
+    return step if looked and wanted <= scored and folder.report_path.is_file() else 0
 
 
 if __name__ == "__main__":

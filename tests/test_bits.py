@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside
-from omegaconf import OmegaConf
 from PIL import Image
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.app.bits import Bits, Settings, stages, variance_of
 from diffusion.app.compose import Refusal
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.denoiser import Clipped
+from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.likelihood.bound import COLUMNS, bound_terms
+from diffusion.models.unet import UNet
+from diffusion.training.untrusted import UntrustedConfig
 
 T = 12
 WHERE = build.Place(torch.device("cpu"), "32", torch.contiguous_format)
@@ -30,13 +31,20 @@ def model(tmp_path_factory, digits):
     words += ["model.blocks_per_level=1", "schedule.beta_end=0.6", f"schedule.num_timesteps={T}"]
     words += ["sampler.num_steps=4", "objective.label_dropout=0.2", f"data.root={digits}", "run_dir=run"]
     assert inside("train", words, folder) == 0
-    return build.trained(str(folder / "run"))
+    return door.trained(str(folder / "run"))
 
 
 @pytest.fixture
 def bits(model):
     """`bits(**settings)`: a measurement of the digits."""
-    return lambda **settings: Bits(model, WHERE, build.data(model.config), Settings(**settings))
+    return lambda **settings: Bits(model, WHERE, door.data_of(model), Settings(**settings))
+
+
+def fixed_variance(model, run):
+    """A model whose network predicts no variance, of a run with these settings."""
+    network = UNet(image_size=8, channels=1, width=32, multipliers=[1], attention_resolutions=[], num_classes=10)
+    denoiser = NetworkDenoiser(network, model.denoiser.schedule)
+    return model._replace(denoiser=denoiser, config=UntrustedConfig({"data": {"name": "digits"}, **run}, "here"))
 
 
 def measured(bits):
@@ -59,7 +67,7 @@ def test_the_row_says_what_was_measured_and_its_parts_add_up(bits, model):
     assert (row["nfe"], row["variance"], row["given_labels"]) == (T, "learned", True)
     assert row["standard_error"] > 0 and row["reference"] is None
     assert {"seed", "commit", "versions", "precision", "parameters"} <= row.keys()
-    module, schedule = build.data(model.config), model.denoiser.schedule
+    module, schedule = door.data_of(model), model.denoiser.schedule
     numbers = it.numbers()
     images, labels, *_ = module.samples.batch(numbers)
     denoise = partial(Clipped(model.denoiser, schedule), labels=labels)
@@ -129,14 +137,14 @@ def test_a_choice_of_images_belongs_to_the_seed(bits):
 
 def test_the_variance_follows_the_run_unless_it_is_chosen(bits, model):
     assert bits().variance == "learned" and bits(variance="small").variance == "small"
-    run = {"objective": {"variance": "large"}, "sampler": {"variance": "small"}}
-    assert variance_of(OmegaConf.create(run)) == "large"
-    assert variance_of(OmegaConf.create({**run, "objective": {}})) == "small"
-    assert variance_of(OmegaConf.create({"objective": {}, "sampler": {"eta": 0.0}})) == "small"
+    of = lambda run: variance_of(fixed_variance(model, run))  # noqa: E731
+    assert of({"objective": {"variance": "large"}, "sampler": {"variance": "small"}}) == "large"
+    assert of({"objective": {}, "sampler": {"variance": "small"}}) == "small"
+    assert of({"objective": {}, "sampler": {"eta": 0.0}}) == "small"
 
 
 def test_the_papers_figure_stands_beside_the_bound_of_the_test_split_alone(bits, model):
-    config = OmegaConf.merge(model.config, {"paper": {"bits_per_dim": 3.75}})
+    config = UntrustedConfig({"paper": {"bits_per_dim": 3.75}, "data": {"name": "digits"}}, "here")
     for split, by, data, figure in (
         ("test", "bound", "digits", 3.75), ("train", "bound", "digits", None), ("test", "ode", "digits", None),
         ("test", "bound", "data/others", None),
@@ -151,11 +159,11 @@ def test_bf16_is_for_the_bound_alone(model):
     where = WHERE._replace(precision="bf16-mixed")
     rows = []
     for place in (WHERE, where):
-        it = Bits(model, place, build.data(model.config), Settings(num_images=6))
+        it = Bits(model, place, door.data_of(model), Settings(num_images=6))
         rows += it.rows(measured(it))
     assert [row["precision"] for row in rows] == ["32", "bf16-mixed"]
     assert rows[0]["value"] != rows[1]["value"] == pytest.approx(rows[0]["value"], rel=0.02)
-    it = Bits(model, where, build.data(model.config), Settings(by="ode", num_images=2, tolerance=0.1))
+    it = Bits(model, where, door.data_of(model), Settings(by="ode", num_images=2, tolerance=0.1))
     assert it.rows(measured(it))[0]["precision"] == "32"
 
 
@@ -168,9 +176,8 @@ def test_what_cannot_be_measured_is_refused(bits, model, root):
     ):
         with pytest.raises(Refusal, match=mentions):
             bits(**settings)
-    fixed = model._replace(config=OmegaConf.merge(model.config, {"objective": {"variance": "small"}}))
     with pytest.raises(Refusal, match="likelihood.variance=learned"):
-        Bits(fixed, WHERE, build.data(model.config), Settings(variance="learned"))
+        Bits(fixed_variance(model, {}), WHERE, door.data_of(model), Settings(variance="learned"))
     with pytest.raises(Refusal, match="the data set has"):
         Bits(model, WHERE, ImageShardsDataModule(root, batch_size=1), Settings())
 
@@ -183,7 +190,7 @@ def test_a_measurement_can_be_ended_at_any_evaluation(model):
         if len(calls) == 5:
             raise KeyboardInterrupt
 
-    it = Bits(model, WHERE, build.data(model.config), Settings(num_images=2), attend)
+    it = Bits(model, WHERE, door.data_of(model), Settings(num_images=2), attend)
     with pytest.raises(KeyboardInterrupt):
         it.measure(it.numbers())
     assert len(calls) == 5

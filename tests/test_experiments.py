@@ -143,23 +143,3 @@ def test_what_the_score_based_family_cannot_be_is_refused_before_anything_is_bui
     with pytest.raises(Refusal) as refused:
         check(composed("+experiment=gmm", *words))
     assert all(mention in str(refused.value) for mention in mentions)
-
-
-@pytest.mark.parametrize(
-    "words, mentions",
-    [
-        ({"schedule.num_timesteps": {"_target_": "os.getpid"}}, "schedule.num_timesteps._target_=os.getpid"),
-        ({"model.multipliers": [1, {"_target_": "os.getpid"}]}, "model.multipliers.1._target_=os.getpid"),
-        ({"data.remote": {"a": {"_target_": "os.getpid"}}}, "data.remote.a._target_=os.getpid"),
-        ({"trap": {"_target_": "os.getpid"}, "schedule.beta_end": "${trap}"}, "schedule.beta_end._target_=os.getpid"),
-        ({"schedule._target_": "os.getpid"}, "schedule._target_=os.getpid, which is none of"),
-    ],
-)
-def test_a_checkpoint_has_nothing_built_but_its_own_classes(words, mentions):
-    cfg = OmegaConf.create(OmegaConf.to_container(composed("+experiment=cifar10")))
-    build.refuse_foreign_targets(cfg, "here.ckpt")
-    for key, value in words.items():
-        OmegaConf.update(cfg, key, value, merge=False)
-    with pytest.raises(Refusal, match="checkpoint=here.ckpt asks for ") as refused:
-        build.refuse_foreign_targets(cfg, "here.ckpt")
-    assert mentions in str(refused.value)

@@ -27,7 +27,7 @@ from diffusion.app.fit import Fit
 from diffusion.app.launcher import main_rank
 from diffusion.data.index import read_index
 from diffusion.data.order import Plan
-from diffusion.training.checkpoint import load
+from diffusion.training.checkpoint import contents
 from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
 from diffusion.training.run_folder import OnError, RunFolder
@@ -218,7 +218,7 @@ def test_skipping_a_step_leaves_all_as_it_was_and_goes_on(digits, command_inside
     words += ["save.every_steps=1", "save.keep=10", "ema.warmup=false", "ema.decay=0.5"]
     done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=run", check=0)
     assert "Not finite: 2 steps so far were skipped" in done.stdout
-    at = [load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}.ckpt") for step in range(1, 9)]
+    at = [contents(tmp_path / "run" / "checkpoints" / f"step_{step:08d}.ckpt") for step in range(1, 9)]
     for before, after, skipped in ((4, 5, True), (5, 6, False), (6, 7, True), (7, 8, False)):
         old, new = at[before - 1], at[after - 1]
         for part in ("state_dict", "ema"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import inside
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.files import sha256_of
 from diffusion.noise import key
 from diffusion.training.fingerprint import digest, digest_of_batch
@@ -237,7 +237,7 @@ def test_a_run_made_before_there_was_activation_checkpointing_goes_on_with_it_to
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("  activation_checkpointing: false\n", "", 1))
     assert (run / "config.yaml").read_text() != config
-    assert build.trained(str(run)).denoiser.network.activation_checkpointing is False
+    assert door.trained(str(run)).denoiser.network.activation_checkpointing is False
     train([*words, "model.activation_checkpointing=true"], tmp_path, "run")
     assert compare(folder / "whole", run) == (list(range(1, STEPS + 1)), [])
 

@@ -6,7 +6,7 @@ import torch
 from conftest import inside
 from test_experiments import composed
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.process.kernels import reverse_std
 
 SMALL = ["callbacks=none", "trainer.max_steps=20", "data.batch_size=16", "model.blocks_per_level=1", "log_every=20"]
@@ -49,7 +49,7 @@ def test_a_row_of_table_2_trains_on_digits(words, channels, said, digits, call, 
 
 
 def test_a_checkpoint_with_a_learned_variance_is_built_again_and_sampled_from(hybrid, call, tmp_path):
-    model = build.trained(str(hybrid))
+    model = door.trained(str(hybrid))
     x = torch.randn(2, *model.image_shape)
     prediction = model.denoiser(x, 500, torch.tensor([3, 4]))
     assert prediction.variance.shape == prediction.x0.shape == x.shape

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import inside
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.lab.training_error import POINTS_OF_A_QUARTER, loss_by_quarter
 
 pytestmark = pytest.mark.slow
@@ -44,8 +44,8 @@ def test_annealed_langevin_makes_digits(digits_run, tmp_path):
 def test_a_trained_network_is_near_the_exact_score_in_every_quarter_of_time(toy, tmp_path):
     """Excess of v's loss over that of the exact denoiser: at most 5 %."""
     assert inside("train", ["+experiment=gmm", f"data.toy={toy}"], tmp_path) == 0
-    model = build.trained(str(tmp_path / "runs" / "gmm"))
-    mixture = build.data(model.config).mixture
+    model = door.trained(str(tmp_path / "runs" / "gmm"))
+    mixture = door.data_of(model).mixture
     points = mixture.sample(POINTS_OF_A_QUARTER, torch.Generator().manual_seed(0))
     found = loss_by_quarter(model.denoiser, mixture, model.denoiser.schedule, "v", points, 0)
     for quarter, (irreducible, excess) in enumerate(found, 1):

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig
 from torch import Tensor
 
-from diffusion.app.build import Place, Trained
-from diffusion.app.check import learns_variance
+from diffusion.app.build import Place
 from diffusion.app.compose import Refusal
+from diffusion.app.door import Trained
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped
 from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, summarise
@@ -100,9 +99,9 @@ class Bits:
         data: str | None = None,
     ) -> None:
         self.model, self.where, self.module, self.settings, self.attend = model, where, module, settings, attend
-        self.data = data or model.config.data.name
-        self.variance = settings.variance or variance_of(model.config)
-        if settings.by == "bound" and self.variance == "learned" and not learns_variance(model.config.objective):
+        self.data = data or model.data_name
+        self.variance = settings.variance or variance_of(model)
+        if settings.by == "bound" and self.variance == "learned" and not model.learns_variance:
             raise Refusal("likelihood.variance=learned: this network predicts no variance; give small or large.")
         shape, found = model.image_shape, (module.channels, module.image_size, module.image_size)
         if shape != found:
@@ -190,7 +189,7 @@ class Bits:
             here / f"progressive_{name}.png",
         )
         write_terms(whole, table)
-        about = f"{self.model.config.name}, step {self.model.step}, {self.model.weights} weights: "
+        about = f"{self.model.name}, step {self.model.step}, {self.model.weights} weights: "
         about += f"{whole.num_images} images of {self.data}, split {self.module.split}"
         plot_terms(whole, about, plot)
         images, predicted = self.progressive(self.numbers()[:SHOWN], stages(len(whole.curve["t"])))
@@ -233,14 +232,17 @@ class Bits:
 
     def _published(self) -> float | None:
         """The paper's figure, which is the bound on the test split of the data that the model was trained on."""
-        if (self.settings.by, self.module.split, self.data) != ("bound", "test", self.model.config.data.name):
+        if (self.settings.by, self.module.split, self.data) != ("bound", "test", self.model.data_name):
             return None
-        return self.model.config.paper.get("bits_per_dim")
+        return self.model.paper.get("bits_per_dim")
 
 
-def variance_of(run: DictConfig) -> str:
-    """The width of the reverse step that a run was trained with, or else is sampled with, or else the small one."""
-    return run.objective.get("variance") or run.sampler.get("variance") or "small"
+def variance_of(model: Trained) -> str:
+    """The width of the reverse step that a model was trained with, or else is sampled with, or else the small one."""
+    if model.learns_variance:
+        return "learned"
+    found = (model.config.at(f"{group}.variance") for group in ("objective", "sampler"))
+    return next((variance for variance in found if variance in ("small", "large")), "small")
 
 
 def stages(num_timesteps: int) -> list[int]:

@@ -1,5 +1,8 @@
 """From a checked configuration to the objects it names: one function a config group.
 
+The configuration is the user's own, as composed from conf/ and the command line. Models from files come in by
+`app/door.py` alone.
+
 Keys of a group that its class does not take (num_steps of a sampler, warmup_steps of an optimizer) are read here and
 nowhere else.
 """
@@ -25,7 +28,7 @@ from diffusion.data.digits import DigitsDataModule
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import is_remote
 from diffusion.denoiser import Clipped, NetworkDenoiser
-from diffusion.files import replacing, sha256_of
+from diffusion.files import cache_folder, replacing, sha256_of
 from diffusion.metrics.extractors import Extractor, inception, verified
 from diffusion.metrics.reference import Reference
 from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
@@ -34,25 +37,11 @@ from diffusion.objective import Objective
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.process.times import times
 from diffusion.samplers.base import Sampler
-from diffusion.training.checkpoint import load
-from diffusion.training.ema import load_average
 from diffusion.training.ranks import Ranks
-from diffusion.training.run_folder import RunFolder
 from diffusion.training.sampling import Counted, Sampling
 from diffusion.training.scoring import reference_of
 
 CLASSIFIER = "classifier.safetensors"
-SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "vp_continuous", "sub_vp", "ve_geometric")
-TARGETS = {  # what a checkpoint may ask to be built
-    "model": ("diffusion.models.unet.UNet", "diffusion.models.mlp.MLP"),
-    "schedule": tuple(f"diffusion.process.schedule.{name}" for name in SCHEDULES),
-    "data": (
-        "diffusion.data.module.ImageShardsDataModule",
-        "diffusion.data.digits.DigitsDataModule",
-        "diffusion.data.mixture.MixtureDataModule",
-        *(f"diffusion.data.sets.{name}DataModule" for name in ("LSUN", "CelebAHQ", "CIFAR10")),
-    ),
-}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -75,6 +64,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
     """Instantiate a group, with these arguments beside its keys; what its class refuses is answered in the user's
     words."""
+    assert isinstance(cfg, DictConfig), f"{group}: only what was composed for this command is built"
     try:
         if not cfg.get("_partial_"):
             return instantiate(cfg, _convert_="all", **arguments)
@@ -126,18 +116,14 @@ def schedule(cfg: DictConfig) -> Schedule:
     return make(cfg.schedule, "schedule")
 
 
-def bare_network(cfg: DictConfig) -> nn.Module:
-    """The network of a whole configuration: its objective decides how many channels it answers with."""
-    channels = cfg.model.channels * (2 if learns_variance(cfg.objective) else 1)
-    return make(cfg.model, "model", out_channels=channels)
-
-
 def network(cfg: DictConfig, seed: int = 0) -> nn.Module:
-    """The network with the initial weights that belong to the seed."""
+    """The network of a whole configuration, whose objective decides how many channels it answers with; its initial
+    weights belong to the seed."""
+    channels = cfg.model.channels * (2 if learns_variance(cfg.objective) else 1)
     state = torch.get_rng_state()
     torch.manual_seed(seed63(seed, Stream.INIT))
     try:
-        return bare_network(cfg)
+        return make(cfg.model, "model", out_channels=channels)
     finally:
         torch.set_rng_state(state)
 
@@ -200,7 +186,10 @@ def extractor(
         return inception(chosen.weights, chosen.sha256)
     if chosen.name == "digits":
         folder = module.root if module is not None else beside or "data/digits"
-        return digit_extractor(Path(chosen.weights or Path(folder) / CLASSIFIER), chosen.sha256, module)
+        path = Path(chosen.weights or Path(folder) / CLASSIFIER)
+        if chosen.weights is None and module is not None and (is_remote(folder) or not module.kept_beside):
+            path = path if path.is_file() else cache_folder() / f"{module.index.digest[:16]}_{CLASSIFIER}"
+        return digit_extractor(path, chosen.sha256, module)
     return custom_extractor(chosen)
 
 
@@ -265,93 +254,7 @@ def prepare_digits(root: Path) -> tuple[Extractor, ImageShardsDataModule]:
     return digit_extractor(root / CLASSIFIER, None, module), module
 
 
-# ---- checkpoints ----
-
-
-class Trained(NamedTuple):
-    """A model out of a checkpoint: its run's configuration, its denoiser with the chosen weights, where it is from."""
-
-    config: DictConfig
-    denoiser: NetworkDenoiser
-    step: int
-    path: Path
-    weights: str
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the checkpoint's file."""
-        beside = self.path.with_suffix(".sha256")
-        return beside.read_text().strip() if beside.is_file() else sha256_of(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """Which model this is, as JSON."""
-        return {"checkpoint_sha256": self.digest, "weights": self.weights}
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        net = self.denoiser.network
-        return net.channels, net.image_size, net.image_size
-
-
-def checkpoint_path(given: str) -> Path:
-    """`checkpoint=`: a .ckpt, or a run folder, of which the newest undamaged checkpoint is taken."""
-    path = Path(given)
-    if path.is_dir():
-        folder = RunFolder(path)
-        _, found, complaints = folder.latest_valid()
-        for complaint in complaints:
-            print(complaint)
-        if found is None:
-            detail = " ".join(complaints) or f"there is none in {folder.checkpoints}."
-            raise Refusal(f"checkpoint={given} holds no usable checkpoint: {detail}")
-        return found
-    if not path.is_file():
-        raise Refusal(f"checkpoint={given}: there is no such file or run folder.")
-    return path
-
-
-def refuse_foreign_targets(config: DictConfig, path: Path) -> None:
-    """A checkpoint names the classes it is built with: only those that its groups are made for are taken, and none of
-    their arguments may be built in turn."""
-    for group, allowed in TARGETS.items():
-        named = targets(OmegaConf.to_container(config[group], resolve=True))
-        target = named.pop("_target_", None)
-        if target not in allowed:
-            raise Refusal(f"checkpoint={path} asks for {group}._target_={target}, which is none of {list(allowed)}.")
-        for key, inner in named.items():
-            raise Refusal(f"checkpoint={path} asks for {group}.{key}={inner}, where a plain value belongs.")
-
-
-def targets(content: Any) -> dict[str, str]:
-    """What Hydra would build of a container, its own `_target_` and those in it, by their keys."""
-    found = {"_target_": str(content["_target_"])} if isinstance(content, dict) and "_target_" in content else {}
-    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for name, value in inside:
-        found |= {f"{name}.{key}": target for key, target in targets(value).items()}
-    return found
-
-
-def trained(given: str, ema: bool = True) -> Trained:
-    """The model of a checkpoint, on the CPU, in evaluation mode."""
-    path = checkpoint_path(given)
-    content = load(path)
-    config = OmegaConf.create(content["config"])
-    refuse_foreign_targets(config, path)
-    with torch.device("meta"):
-        net = bare_network(config)
-    net.to_empty(device="cpu")
-    names = {f"network.{name}" for name in net.state_dict()}
-    if names != set(content["state_dict"]):
-        other = sorted(names ^ set(content["state_dict"]))[0]
-        raise Refusal(f"checkpoint={path} holds another network than its configuration says: {other}.")
-    net.load_state_dict({k.removeprefix("network."): v for k, v in content["state_dict"].items()})
-    if ema:
-        with torch.no_grad():
-            load_average(net, content["ema"], [p.data for p in net.parameters()])
-    net.eval().requires_grad_(False)
-    model = NetworkDenoiser(net, schedule(config), config.objective.prediction)
-    return Trained(config, model, content["global_step"], path, "ema" if ema else "raw")
+# ---- sampling ----
 
 
 def with_fast_sampler(cfg: DictConfig, num_steps: int) -> DictConfig:
@@ -362,12 +265,14 @@ def with_fast_sampler(cfg: DictConfig, num_steps: int) -> DictConfig:
 
 
 def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks) -> Reference | None:
-    """What images are scored against, from a split of shards, kept beside them or, where that cannot be written to, in
-    the folder for remote sets."""
+    """What images are scored against, from a split of shards, kept beside them or, where that cannot or may not be
+    written to, in the folder for remote sets."""
     about = {"data": module.index.digest, "split": module.split, "image_size": module.image_size}
-    folders = [] if is_remote(module.root) else [Path(module.root)]
-    folders.append(Path(module.remote["folder"]).expanduser() / "references")
-    return reference_of(module.samples, extractor, ranks, about, folders)
+    beside = [] if is_remote(module.root) else [Path(module.root)]
+    cache = Path(module.remote["folder"]).expanduser() / "references"
+    if module.kept_beside:
+        return reference_of(module.samples, extractor, ranks, about, [*beside, cache])
+    return reference_of(module.samples, extractor, ranks, about, [cache], read_only=beside)
 
 
 def sampling(

@@ -204,7 +204,7 @@ def check(cfg: DictConfig) -> None:
     if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large)):
         raise Refusal("The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...] or sweep.large=true.")
     check_labels(cfg)
-    if "trainer" in cfg and "data" in cfg:
+    if "objective" in cfg:
         check_training(cfg)
 
 

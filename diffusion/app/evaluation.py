@@ -9,11 +9,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.app.bits import Bits
 from diffusion.app.bits import Settings as BitsSettings
 from diffusion.app.build import Place
-from diffusion.app.check import FROM_MODEL, check_data, check_guidance, check_number
+from diffusion.app.check import FROM_MODEL, check_guidance, check_number
 from diffusion.app.compose import Refusal
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.index import INDEX_NAME
@@ -27,6 +27,7 @@ from diffusion.page.sweep import read_sweep, write_sweep
 from diffusion.training.gallery import Gallery
 from diffusion.training.pieces import Pieces
 from diffusion.training.ranks import Ranks
+from diffusion.training.run_folder import RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import ImageSet, describe, features_of, reference_of, save_neighbours, score
 
@@ -54,30 +55,28 @@ class Evaluation:
     def _load(self) -> None:
         """The model, and that what is asked of it can be done."""
         cfg = self.cfg
-        self.model = build.trained(cfg.checkpoint, cfg.ema)
-        run = self.model.config
-        check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
-        self.paper = dict(run.paper)
+        self.model = door.trained(cfg.checkpoint, cfg.ema)
+        check_guidance(cfg.guidance.scale, self.model.num_classes, self.model.label_dropout)
+        self.paper = self.model.paper
         chosen = sweep_points(cfg) if cfg.task == "sweep" else [cfg]
         for point in chosen:
             build.sampling(point, self.model.denoiser, self.place, self.model.image_shape, cfg.batch_size)
-        if self.model.path.parent.name == "checkpoints":
-            self.run_folder = self.model.path.parent.parent
+        self.run_folder = self.model.run_folder
+        if self.run_folder is not None and cfg.out is None:
+            RunFolder(self.run_folder).refuse_links()
         if "bits_per_dim" in cfg.metrics:
-            self.likelihood_data = self._likelihood_data(run)
+            self.likelihood_data = self._likelihood_data()
             self.bits(self.place, Ranks())
         given = cfg.extractor.weights is not None or "target" in cfg.extractor
-        if not given and cfg.extractor.name == "inception" and run.extractor.name == "digits":
-            self.cfg = OmegaConf.merge(cfg, {"extractor": run.extractor})
+        if not given and cfg.extractor.name == "inception" and self.model.config.at("extractor.name") == "digits":
+            own = {"name": "digits", "weights": None, "sha256": None}  # by name: its paths are the checkpoint's
+            self.cfg = OmegaConf.merge(cfg, {"extractor": own})
 
     def _prepare_scores(self) -> None:
         """The extractor, the real images and, without a model, those that are scored."""
         cfg, self.real = self.cfg, None
         if cfg.reference is None:
-            run = self.model.config
-            self._refuse_command(run)
-            check_data(run)
-            self.real = build.data(OmegaConf.merge(run, {"data": {"split": cfg.split}}))
+            self.real = door.data_of(self.model, cfg.data.root, cfg.split)
         self.extractor = build.extractor(cfg, self.real, self._beside())
         if self.real is None:
             self.real = self._given("reference", cfg.split)
@@ -92,7 +91,7 @@ class Evaluation:
         of_both = [metric for metric in cfg.metrics if metric not in ("is", *FROM_MODEL)]
         check_number(of_both, len(image_set(self.real)), f"reference={cfg.reference or self.real.root}")
         if cfg.per_class:
-            if not (self.model.config.model.num_classes if self.model is not None else labelled(self.images)):
+            if not (self.model.num_classes if self.model is not None else labelled(self.images)):
                 what = f"images={cfg.images}" if self.model is None else f"the model of checkpoint={cfg.checkpoint}"
                 raise Refusal(f"per_class=true: {what} has no classes.")
             if not labelled(self.real):
@@ -101,26 +100,16 @@ class Evaluation:
             (height, width), (h, w) = size, image_size(self.real)
             raise Refusal(f"The images have {width}x{height} pixels, the reference has {w}x{h}: scores need one size.")
 
-    def _refuse_command(self, run: DictConfig) -> None:
-        """A checkpoint may not have a command run."""
-        if str(run.data.root).startswith("pipe:"):
-            raise Refusal(
-                f"checkpoint={self.cfg.checkpoint} names the command {run.data.root} as the source of its data, and "
-                f"a file is not to say what is run here: give reference='{run.data.root}' to have it run."
-            )
-
-    def _likelihood_data(self, run: DictConfig) -> ImageShardsDataModule:
+    def _likelihood_data(self) -> ImageShardsDataModule:
         """The split that bits per dimension are of, of the model's data set or of the reference, if that is one."""
         wanted, reference = self.cfg.likelihood.split, self.cfg.reference
         if reference is None:
-            self._refuse_command(run)
-            check_data(run)
-            of = lambda split: build.data(OmegaConf.merge(run, {"data": {"split": split}}))  # noqa: E731
+            of = lambda split: door.data_of(self.model, self.cfg.data.root, split)  # noqa: E731
         elif is_remote(reference) or (Path(reference) / INDEX_NAME).is_file():
             of = lambda split: ImageShardsDataModule(reference, batch_size=1, split=split)  # noqa: E731
         else:
             raise Refusal(f"metrics=[bits_per_dim] needs a data set; reference={reference} is none.")
-        there = of("train").index.splits
+        there = of(None if reference is None else "train").index.splits
         split = wanted or ("test" if "test" in there else "train")
         if split not in there:
             raise Refusal(f"likelihood.split={split} is none of the splits of the data set, {', '.join(there)}.")
@@ -131,7 +120,7 @@ class Evaluation:
         for given in (self.cfg.reference, self.cfg.images):
             if given is not None and (Path(given) / INDEX_NAME).is_file():
                 return given
-        return None if self.model is None else self.model.config.data.root
+        return None if self.model is None else self.cfg.data.root or self.model.config.at("data.root")
 
     def _given(self, key: str, split: str) -> Given:
         """The set that a setting names: shards, or files."""
@@ -152,7 +141,7 @@ class Evaluation:
             return f"Scoring {cfg.images} against {cfg.reference} with extractor={self.extractor.name}"
         model = f"{self.model.path} (step {self.model.step}, {self.model.weights} weights)"
         if self.scored:
-            against = cfg.reference or f"{self.model.config.data.root} ({self.model.config.data.name}, {cfg.split})"
+            against = cfg.reference or f"{self.real.root} ({self.model.data_name}, {cfg.split})"
             lines.append(
                 f"Scoring {cfg.num_images} images of {model} against {against} with extractor={self.extractor.name}"
             )
@@ -195,7 +184,7 @@ class Evaluation:
         if not ranks.main:
             return []
         about = {**gallery.sampling.record(), "nfe": gallery.nfe(), **self._model_record(), "split": cfg.split}
-        about["data"] = self.model.config.data.name if cfg.reference is None else str(cfg.reference)
+        about["data"] = self.model.data_name if cfg.reference is None else str(cfg.reference)
         features = gallery.features(self.extractor)
         images = gallery.images(cfg.neighbours) if cfg.neighbours else None
         rows = self._scored(metrics, reference, features, gallery.labels(), images, about, ranks)
@@ -243,7 +232,7 @@ class Evaluation:
             print(describe(row), flush=True)
         if ranks.main:
             write_sweep(path, [done[key] for key in [*(k for k in done if k not in mine), *mine]])  # the later count
-            shown = [told(done[key], OmegaConf.to_container(self.model.config)) for key in mine]
+            shown = [told(done[key], self.model.config) for key in mine]
             print(sweep_table_text(shown))
             print(f"Sweep: {path}, {sweep_figure(shown, path.with_suffix('.png'))}")
         return path
@@ -337,7 +326,7 @@ class Evaluation:
             labels if cfg.per_class else None, ranks.working,
         )  # fmt: skip
         if self.model is not None:  # the figure of the same thing; the run's own `paper` where no table is about it
-            config = OmegaConf.to_container(self.model.config)
+            config = self.model.config
             for row in rows:
                 known = told(row, config)
                 figure = counterpart(known)

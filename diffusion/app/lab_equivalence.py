@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.app import build
+from diffusion.app import door
 from diffusion.app.lab_ideas import ideas
 from diffusion.app.lab_images import chosen_images
 from diffusion.app.laboratory import Laboratory
@@ -127,7 +127,7 @@ def subject_of(lab: Laboratory) -> Subject:
     network, who = lab.model.denoiser.network, f"the network of {lab.model.path.name}"
     if lab.toy is not None:
         return Subject(network, lab.model.denoiser.prediction, who, lab.points(number)[..., None, None], None)
-    images, labels = chosen_images(build.data(lab.model.config), number, lab.cfg.seed)
+    images, labels = chosen_images(door.data_of(lab.model, lab.cfg.data.root), number, lab.cfg.seed)
     given = labels if network.num_classes else None
     return Subject(network, lab.model.denoiser.prediction, who, images.double(), given)
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffusion.app import build
-from diffusion.app.check import check_data, check_guidance, check_variance, learns_variance
+from diffusion.app import build, door
+from diffusion.app.check import check_guidance, check_variance
 from diffusion.app.compose import Refusal
 from diffusion.app.lab_ideas import ideas
 from diffusion.app.laboratory import Laboratory, refuse_stays
@@ -44,13 +43,13 @@ def main(lab: Laboratory) -> None:
     check_settings(lab)
     found, split = measure(lab)
     model, steps = lab.model, len(lab.times) - 1
-    unseen = split != model.config.data.get("split", "train")
+    unseen = split != (model.config.at("data.split") or "train")
     said = verdict.of_images(found.begun, found.short, found.learned, found.tried, lab.walk, unseen)
     page = lab.page(
-        f"Where the error comes from: {model.config.name}, step {model.step}",
+        f"Where the error comes from: {model.name}, step {model.step}",
         f"A walk of {steps} steps by {type(lab.sampler).__name__}. The exact score is not known, so errors are "
         f"bounded by "
-        f"{lab.cfg.errors.num_images} images of {model.config.data.name}, split {split}, and by walks on shared "
+        f"{lab.cfg.errors.num_images} images of {model.data_name}, split {split}, and by walks on shared "
         f"noise. Grey "
         f"levels, of 255: root mean square over pixels of the difference that an error makes to an image.",
     )
@@ -68,9 +67,8 @@ def main(lab: Laboratory) -> None:
 
 def check_settings(lab: Laboratory) -> None:
     """Refuse what cannot be measured."""
-    run, cfg = lab.model.config, lab.cfg
-    check_guidance(cfg.guidance.scale, run.model.num_classes, run.objective.label_dropout)
-    check_variance(cfg.sampler, learns_variance(run.objective))
+    check_guidance(lab.cfg.guidance.scale, lab.model.num_classes, lab.model.label_dropout)
+    check_variance(lab.cfg.sampler, lab.model.learns_variance)
     refuse_stays(lab.times)
 
 
@@ -94,7 +92,7 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
     steps, at = len(lab.times) - 1, some_times(lab.schedule.num_timesteps, cfg.errors.times)
     lab.say(
         f"Errors of {model.path} (step {model.step}, {model.weights} weights), {type(lab.sampler).__name__}, {steps} "
-        f"steps, by {len(x0)} images of {model.config.data.name}, split {split}"
+        f"steps, by {len(x0)} images of {model.data_name}, split {split}"
     )
     settings = settings_tried(lab)
     walks = 2 * steps + steps * sum(images.LEVELS) + len(images.all_times(settings)) - 1
@@ -118,18 +116,12 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
 
 def held_out(lab: Laboratory) -> tuple[ImageShardsDataModule, str]:
     """The split of the model's data that its denoiser is measured on."""
-    run = lab.model.config
-    if str(run.data.root).startswith("pipe:"):
-        raise Refusal(
-            f"checkpoint={lab.cfg.checkpoint} names the command {run.data.root} as the source of its data, which a "
-            f"file is not to have run."
-        )
-    check_data(run)
-    there, wanted = build.data(run).index.splits, lab.cfg.errors.split
+    of = lambda split: door.data_of(lab.model, lab.cfg.data.root, split)  # noqa: E731
+    there, wanted = of(None).index.splits, lab.cfg.errors.split
     split = wanted or ("test" if "test" in there else "train")
     if split not in there:
         raise Refusal(f"errors.split={split} is none of the splits of the data set, {', '.join(there)}.")
-    return build.data(OmegaConf.merge(run, {"data": {"split": split}})), split
+    return of(split), split
 
 
 def chosen_images(module: Any, number: int, seed: int) -> tuple[Tensor, Tensor]:

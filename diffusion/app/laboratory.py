@@ -22,10 +22,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from diffusion.app import build
+from diffusion.app import build, door
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, conf_dir, groups, kind, lookup, nearest, unknown
-from diffusion.data.mixture import MixtureDataModule
 from diffusion.files import csv_text, write_atomically
 from diffusion.lab.verdict import Walk
 from diffusion.noise import Stream, seed63
@@ -35,6 +34,7 @@ from diffusion.process.grids import even, geometric
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.process.toy import SETS, Gaussian, Mixture
 from diffusion.samplers.base import Sampler
+from diffusion.training.run_folder import RunFolder
 
 SHADES = ("q3", "q1", "q4", "q2", "paper", "ink", "q5")  # of the samplers that are held against each other
 LOWEST = 1.0  # time at which walks end whose law is compared: below it a table's noise falls to nothing in one step
@@ -86,28 +86,25 @@ class Laboratory:
     def __init__(self, cfg: DictConfig, say: Callable[[str], None]) -> None:
         self.cfg, self.say, self.place, self.model = cfg, say, build.place(cfg.trainer), None
         if cfg.checkpoint is not None:
-            self.model = build.trained(cfg.checkpoint, cfg.ema)
+            self.model = door.trained(cfg.checkpoint, cfg.ema)
         self.schedule = build.schedule(cfg) if self.model is None else self.model.denoiser.schedule
         self.toy = self._toy()
         self.folder = Path(cfg.out) if cfg.out is not None else self._beside() / "lab"
+        if cfg.out is None and self.model is not None and self.model.run_folder is not None:
+            RunFolder(self.model.run_folder).refuse_links()
         self.samplers = [named(words) for words in cfg.samplers]
         for sampler in self.samplers:
             sampler.make(self.schedule)
         self.sampler, self.times = build.sampler(cfg, self.schedule)
 
     def _beside(self) -> Path:
-        if self.model is None or self.model.path.parent.name != "checkpoints":
-            return Path(".")
-        return self.model.path.parent.parent
+        return (None if self.model is None else self.model.run_folder) or Path(".")
 
     def _toy(self) -> Mixture | None:
         """The distribution whose score is known: that of the checkpoint's data, or the one that `toy` names."""
         cfg = self.cfg
         if self.model is not None:
-            data = self.model.config.data
-            if not str(data._target_).endswith(MixtureDataModule.__name__):
-                return None
-            return build.data(self.model.config).mixture
+            return door.data_of(self.model).mixture if self.model.on_points else None
         name = cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
         if name != "gaussian":
             return SETS[name]()
@@ -117,13 +114,13 @@ class Laboratory:
     @property
     def toy_name(self) -> str:
         if self.model is not None:
-            return str(self.model.config.data.get("toy", self.model.config.data.name))
+            return self.model.config.at("data.toy") or self.model.data_name
         return self.cfg.toy or ("gaussian" if self.cfg.task == "errors" else "modes")
 
     @property
     def schedule_name(self) -> str:
         cfg = self.cfg if self.model is None else self.model.config
-        return str(cfg.schedule._target_).rpartition(".")[2]
+        return str(cfg["schedule"]["_target_"]).rpartition(".")[2]
 
     @property
     def walk(self) -> Walk:

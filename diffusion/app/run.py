@@ -61,7 +61,7 @@ class Run:
     ) -> None:
         recorded = folder.config()
         if recorded is not None:  # what was left open was found out when the run began
-            known = {k: recorded["data"].get(k) for k in RECORDED if cfg.data[k] is None}
+            known = {k: recorded.at(f"data.{k}") for k in RECORDED if cfg.data[k] is None}
             cfg = OmegaConf.merge(cfg, {"data": known})
         self.cfg, self.config, self.folder, self.signals = cfg, config, folder, signals or Signals()
         self.place = build.place(cfg.trainer)
@@ -189,7 +189,7 @@ class Run:
 
     def _begin(self, say: Callable[[str], None]) -> tuple[int, Path | None]:
         """The newest sound checkpoint, its step and file, and the folder without what came after it."""
-        step, path, complaints = self.ranks.from_main(self.folder.latest_valid() if self.ranks.main else None)
+        step, path, complaints = self.ranks.from_main(self._newest() if self.ranks.main else None)
         for complaint in complaints:
             say(complaint)
         if self.ranks.main:
@@ -203,6 +203,11 @@ class Run:
                 self.folder.cut_evaluations_after(step)
                 cut_after(self.folder.path, step)
         return step, path
+
+    def _newest(self) -> tuple[int, Path | None, list[str]]:
+        """The newest checkpoint that is sound and of this run, with weights of this network."""
+        shapes = {f"network.{name}": tuple(t.shape) for name, t in self.denoiser.network.state_dict().items()}
+        return self.folder.latest_valid(self.config, shapes)
 
     def introduction(self, step: int) -> str:
         """What is about to happen, in a few lines."""
@@ -319,12 +324,12 @@ class Run:
 
     def _look_finally(self, say: Callable[[str], None]) -> None:
         cfg, main = self.cfg, self.ranks.main
-        step, path, _ = self.ranks.from_main(self.folder.latest_valid() if main else None)
+        step, path, _ = self.ranks.from_main(self._newest() if main else None)
         if step < cfg.trainer.max_steps:  # and training has gone on, as save.on_error=warn says
             raise WriteFailed(f"The weights of step {cfg.trainer.max_steps} are not on disk.")
         network = self.denoiser.network.to(self.place.device).eval().requires_grad_(False)
         with torch.no_grad():
-            load_average(network, load(path)["ema"], [p.data for p in network.parameters()])
+            load_average(network, load(path).ema, [p.data for p in network.parameters()])
         if cfg.callbacks.enabled and self.ranks.from_main(not grid_path(self.folder, step).is_file()):
             self.look(step)
             say(f"Samples: {grid_path(self.folder, step)}")

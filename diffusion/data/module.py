@@ -47,6 +47,7 @@ class ImageShardsDataModule(LightningDataModule):
     """
 
     holds: ClassVar[dict[str, int]] = {}  # what its index must say, of a class for one data set
+    kept_beside = True  # whether what is derived from the set, as features, may be kept beside its shards
 
     def __init__(
         self,

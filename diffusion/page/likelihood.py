@@ -41,8 +41,11 @@ def read_bound(folder: Path) -> Bound | None:
         (int(m[1]), p) for p in folder.glob("bound_step_*.csv") if (m := re.fullmatch(r"bound_step_(\d+)", p.stem))
     ]
     for step, path in sorted(files, reverse=True):
-        with open(path, newline="", encoding="utf-8", errors="replace") as f:
-            terms = [{name: number(row.get(name) or "") for name in COLUMNS} for row in csv.DictReader(f)]
+        try:
+            with open(path, newline="", encoding="utf-8", errors="replace") as f:
+                terms = [{name: number(row.get(name) or "") for name in COLUMNS} for row in csv.DictReader(f)]
+        except (csv.Error, OSError):  # a line longer than any number, a folder of that name
+            continue
         terms = sorted((term for term in terms if term["t"] >= 1), key=lambda term: term["t"])
         if terms:
             return Bound(step, terms)

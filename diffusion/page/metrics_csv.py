@@ -1,14 +1,16 @@
 """The columns of metrics.csv, and long curves made short enough to draw."""
 
-import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from diffusion.files import read_csv
 from diffusion.page.words import counted
 
+STEP = re.compile("[0-9]{1,18}")
 MAX_POINTS = 240  # of a curve; a longer one becomes means over stretches, with a band from the lowest to the highest
 
 
@@ -26,21 +28,23 @@ class Metrics:
         steps: list[int] = []
         columns: dict[str, tuple[list[int], list[float]]] = {}
         broken = 0
-        if path.is_file():
-            with open(path, newline="") as f:
-                for row in csv.DictReader(f):
-                    step = row.pop("step", None) or ""
-                    if not step.isdigit() or None in row.values() or None in row:
-                        continue  # cut off by a kill
-                    steps.append(int(step))
-                    values = {k: number(v) for k, v in row.items() if v}
-                    broken += any(not math.isfinite(v) for v in values.values())
-                    for name, value in values.items():
-                        if math.isfinite(value):
-                            at, found = columns.setdefault(name, ([], []))
-                            at.append(int(step))
-                            found.append(value)
+        rows, unread = read_csv(path) if path.is_file() else ([], 0)
+        for row in rows:
+            step = row.pop("step", "")
+            if not STEP.fullmatch(step):
+                unread += 1
+                continue
+            steps.append(int(step))
+            values = {k: number(v) for k, v in row.items() if v}
+            broken += any(not math.isfinite(v) for v in values.values())
+            for name, value in values.items():
+                if math.isfinite(value):
+                    at, found = columns.setdefault(name, ([], []))
+                    at.append(int(step))
+                    found.append(value)
         notes = []
+        if unread:
+            notes.append(f"Not drawn: {counted(unread, 'damaged line', 'damaged lines')} of metrics.csv.")
         if len(steps) > MAX_POINTS:
             each = round(len(steps) / MAX_POINTS, 1)
             notes.append(f"Lines are means of about {each:g} rows each, bands their lowest and highest.")

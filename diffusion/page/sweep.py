@@ -5,13 +5,12 @@ as numbers or as the words of a CSV file. Where the papers have figures for the 
 rows with the same eta and number of steps the later counts.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.files import csv_text, write_atomically
+from diffusion.files import csv_text, read_csv, write_atomically
 from diffusion.metrics.published import Column, Figure, Table, aligned, common, deviations, places
 from diffusion.metrics.published.place import data_of, eta_of, tables_about
 from diffusion.page.chart import Chart, Series, save
@@ -46,9 +45,8 @@ class Point(NamedTuple):
 
 
 def read_sweep(path: Path) -> list[dict[str, str]]:
-    """The rows of sweep.csv."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        return list(csv.DictReader(f))
+    """The rows of sweep.csv; damaged ones are left out."""
+    return read_csv(path)[0]
 
 
 def write_sweep(path: Path, rows: Sequence[Row]) -> None:

@@ -9,33 +9,69 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from diffusion.files import replacing, sha256_of, write_atomically
 from diffusion.training.agreement import Agreement
-from diffusion.training.run_folder import OnError, RunFolder, damage
+from diffusion.training.run_folder import OnError, RunFolder, fault
 from diffusion.training.signals import Signals
+from diffusion.training.untrusted import UntrustedConfig
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; nothing in it is executed. ValueError if it is missing, damaged or no checkpoint of ours."""
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds for those who do not train on from it.
+
+    step: optimizer steps trained. state_dict: raw weights, as `network.NAME`. ema: averaged ones, by NAME, float32.
+    config: of the run that wrote it.
+    """
+
+    step: int
+    state_dict: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    config: UntrustedConfig
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; nothing in it is executed.
+
+    Raises:
+        ValueError: the file is missing or damaged, is no checkpoint of this program, or names functions that would be
+            called on loading.
+    """
+    content = contents(path)
+    where = f"checkpoint={path}"
+    for key in ("state_dict", "ema"):
+        group = content[key]
+        if not isinstance(group, dict) or not all(
+            isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
+            for name, t in group.items()
+        ):
+            raise ValueError(f"{where}: its {key} holds something other than tensors by name.")
+    config = UntrustedConfig(content["config"], f"{where}: its configuration")
+    return Checkpoint(content["global_step"], content["state_dict"], content["ema"], config)
+
+
+def contents(path: str | Path) -> dict[str, Any]:
+    """All that is in a checkpoint, for the run that wrote it. Raises as `load`."""
     path = Path(path)
-    wrong = damage(path)
+    wrong = fault(path)
     if wrong is not None:
-        raise ValueError(f"checkpoint={path}: {wrong}.")
+        raise ValueError(f"checkpoint={path} is not used: {wrong}.")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # torch raises many kinds for files that are zip archives but hold something else
-        raise ValueError(f"checkpoint={path} cannot be read as a checkpoint ({str(e).splitlines()[0]}).") from e
-    missing = {"global_step", "state_dict", "ema", "config"} - set(checkpoint)
-    if missing:
-        raise ValueError(f"checkpoint={path} is no checkpoint of this program: it lacks {', '.join(sorted(missing))}.")
-    return checkpoint
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for files that are zip archives but hold something else
+        try:
+            unsafe = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # it reads the same damaged file
+            unsafe = ""
+        wrong = f"it would call {unsafe} on loading" if unsafe else f"torch cannot read it ({type(error).__name__})"
+        raise ValueError(f"checkpoint={path} is not used: {wrong}.") from error
 
 
 class WriteFailed(OSError):
@@ -88,7 +124,7 @@ class CheckpointWriter(CheckpointIO):
         self.check()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load(path)
+        return contents(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

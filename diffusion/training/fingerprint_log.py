@@ -19,7 +19,7 @@ from diffusion.files import write_atomically
 FOLDER = "fingerprints"
 PARTS = ("weights", "ema", "optimizer", "batch")
 HEADER = ",".join(("step", "ranks", *PARTS)) + "\n"
-ROW = re.compile(r"(\d+),(\d+)" + ",([0-9a-f]{16})" * len(PARTS))
+ROW = re.compile(r"([0-9]{1,18}),([0-9]{1,9})" + ",([0-9a-f]{16})" * len(PARTS))
 MASK = (1 << 64) - 1
 
 
@@ -40,8 +40,9 @@ def line(step: int, ranks: int, digests: Iterable[int]) -> str:
 
 
 def read(path: Path) -> dict[int, Row]:
-    """The rows of a file by step; one that a kill has cut off is left out."""
-    matches = map(ROW.fullmatch, path.read_text().splitlines())
+    """The rows of a file by step; damaged ones, and one that a kill has cut off, are left out."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    matches = map(ROW.fullmatch, text.splitlines())
     return {int(m[1]): Row(int(m[2]), tuple(int(digest, 16) for digest in m.groups()[2:])) for m in matches if m}
 
 

@@ -6,6 +6,7 @@ written as one row. That is the only moment at which training waits for the devi
 
 import csv
 import io
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusion.files import append, write_atomically
+from diffusion.files import append, keep_damaged, read_csv, write_atomically
 from diffusion.training.run_folder import OnError
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
+STEP = re.compile("[0-9]{1,18}")
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
 
 
@@ -60,11 +62,14 @@ class MetricsCsv(RunLogger):
     version = ""
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows of the file; one that a kill has cut off is left out."""
+        """The rows of the file, to be written again; damaged ones, and one that a kill has cut off, are left out."""
         if not self.path.is_file():
             return []
-        with open(self.path, newline="") as f:
-            return [r for r in csv.DictReader(f) if (r.get("step") or "").isdigit() and None not in r.values()]
+        rows, unread = read_csv(self.path)
+        kept = [row for row in rows if STEP.fullmatch(row.get("step", ""))]
+        if unread or len(kept) < len(rows):
+            keep_damaged(self.path)
+        return kept
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._columns = list(dict.fromkeys(["step", *(k for r in rows for k in r)]))

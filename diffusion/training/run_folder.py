@@ -7,15 +7,16 @@ The same command finds the same folder again, so nothing here carries a time. A 
 configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
 """
 
+import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from typing import Any
 import yaml
 
 from diffusion.files import reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.training.checkpoint_head import Head, read_head
+from diffusion.training.results import Results
+from diffusion.training.untrusted import UntrustedConfig
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
@@ -34,20 +38,22 @@ ALIKE = (  # what two FIDs have in common that may be compared
     "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",
     "split",
 )  # fmt: skip
+Config = Mapping[str, Any]
+MOST_BYTES = 1 << 20  # of config.yaml
 RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}; lists are values."""
-    if not isinstance(cfg, dict) or not cfg:
-        return {prefix: cfg}
+    if not isinstance(cfg, Mapping) or not cfg:
+        return {prefix: dict(cfg) if isinstance(cfg, Mapping) else cfg}
     flat: dict[str, Any] = {}
     for name, value in cfg.items():
         flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
     return flat
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
     recorded value."""
     old, new = flatten(old), flatten(new)
@@ -63,19 +69,71 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: by its digest if one stands beside it, else by its CRCs."""
-    digest = path.with_suffix(".sha256")
+    """What is wrong with the bytes of a checkpoint file, or None: by its digest if one stands beside it, else by its
+    CRCs."""
     if not path.is_file():
         return "there is no such file"
-    if digest.is_file():
-        wanted = digest.read_text().strip()
-        return None if sha256_of(path) == wanted else "its sha256 is not the one that was recorded when it was written"
+    wanted = digest_beside(path)
     try:
+        if wanted is not None:
+            if sha256_of(path) != wanted:
+                return "its sha256 is not the one that was recorded when it was written"
+            return None
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
         return f"it is cut off or no checkpoint ({e})"
     return f"its record {broken} is damaged" if broken else None
+
+
+def digest_beside(path: Path) -> str | None:
+    """The sha256 that was recorded for a checkpoint when it was written; None where there is none, or a damaged one."""
+    try:
+        text = path.with_suffix(".sha256").read_bytes()[:100].decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def fault(
+    path: Path,
+    step: int | None = None,
+    config: Config | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> str | None:
+    """Why a checkpoint file cannot be used, in a clause, or None. Nothing in it is executed.
+
+    Args:
+        step: that its name states. config: of the run it is to belong to. shapes: of that run's weights, by the names
+            of `state_dict`. None: any.
+    """
+    wrong = damage(path)
+    if wrong is not None and path.is_file() and digest_beside(path) is None:
+        with contextlib.suppress(ValueError):  # what it would call is worth more to know than that it is no archive
+            return _unsafe(read_head(path)) or wrong
+    if wrong is not None:
+        return wrong
+    try:
+        head = read_head(path)
+    except ValueError as error:
+        return str(error)
+    if head.unsafe:
+        return _unsafe(head)
+    if step is not None and head.step != step:
+        return f"it is of step {head.step}, not of step {step}"
+    if config is not None and (found := differences(head.config, config)):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"it belongs to another run ({found[0]}{more})"
+    if shapes is not None and head.shapes != shapes:
+        name = min(name for name in head.shapes.keys() | shapes.keys() if head.shapes.get(name) != shapes.get(name))
+        return f"it holds another network ({name} is {head.shapes.get(name)}, here {shapes.get(name)})"
+    return None
+
+
+def _unsafe(head: Head) -> str | None:
+    if not head.unsafe:
+        return None
+    return f"it is unsafe: loading it would call {', '.join(head.unsafe[:5])}, which no checkpoint of this program does"
 
 
 class OnError:
@@ -106,21 +164,63 @@ class RunFolder:
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.evaluations = self.path / "evaluations"  # samples that are being scored, and pictures of evaluations
         self.last = self.checkpoints / "last.ckpt"
+        self._results = Results(self.results_path, self._results_locked)
+        self._config: UntrustedConfig | None = None  # of the newest sound checkpoint, where config.yaml is no help
 
     # ---- configuration ----
 
-    def config(self) -> dict | None:
-        """The resolved configuration the run was started with, None for a new folder."""
-        if not self.config_path.is_file():
+    def config(self) -> UntrustedConfig | None:
+        """The resolved configuration the run was started with; None for a new folder.
+
+        Where config.yaml is damaged or gone it is read from the newest sound checkpoint, and a warning says so.
+
+        Raises:
+            ValueError: config.yaml is damaged, and there is no sound checkpoint.
+        """
+        wrong = None
+        if self.config_path.is_file():
+            try:
+                return self._read_config()
+            except ValueError as error:
+                wrong = str(error).removesuffix(".")
+        elif not self.steps():
             return None
-        return yaml.safe_load(self.config_path.read_text())
+        if self._config is None:
+            step, path, _ = self.latest_valid(any_run=True)
+            if path is None:
+                if wrong is None:
+                    return None
+                raise ValueError(
+                    f"{wrong}, and there is no sound checkpoint to read the settings from. Restore the file, or use "
+                    f"another folder."
+                )
+            self._config = read_head(path).config
+            what = wrong or f"{self.config_path} is missing"
+            print(f"warning: {what}. The settings are read from {path}.", file=sys.stderr, flush=True)
+        return self._config
+
+    def _read_config(self) -> UntrustedConfig:
+        """config.yaml. Raises ValueError if it is damaged."""
+        where = str(self.config_path)
+        try:
+            if self.config_path.stat().st_size > MOST_BYTES:
+                raise ValueError("it is larger than any configuration")
+            content = yaml.safe_load(self.config_path.read_bytes())
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{where} is damaged ({detail})") from error
+        return UntrustedConfig(content, where)
 
     def refuse_other(self, new: dict) -> None:
         """ValueError if the folder belongs to a run that would train something else.
 
         Compares what decides the training, key by key, and names a free run_dir.
         """
-        old = self.config()
+        try:
+            old = self.config()
+            self.refuse_links()
+        except ValueError as error:
+            raise ValueError(f"run_dir={self.path}: {error}") from error
         if old is None:
             beside = self.path.iterdir() if self.path.is_dir() else ()
             # of a sweep, whose runs lie below the folder of the single run
@@ -139,7 +239,29 @@ class RunFolder:
                 f"Start it as it was, or as a run of its own with run_dir={free}"
             )
 
+    def refuse_links(self) -> None:
+        """ValueError if a folder in the run folder, or in one of its folders, is a link that leads out of it: what is
+        written and removed there would be elsewhere."""
+        inside = self.path.resolve()
+        try:
+            first = list(os.scandir(self.path))
+            entries = [*first, *(e for f in first if f.is_dir(follow_symlinks=False) for e in os.scandir(f.path))]
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_symlink() and (goal := Path(entry.path).resolve()).is_dir() and not goal.is_relative_to(inside):
+                raise ValueError(
+                    f"{entry.path} is a link to {goal}, outside of the run folder, where nothing is written. Put a "
+                    f"folder in its place, or give another folder."
+                )
+
     def write_config(self, config: dict) -> None:
+        """Write config.yaml; one that is damaged is kept as config.yaml.damaged."""
+        if self.config_path.is_file():
+            try:
+                self._read_config()
+            except ValueError:
+                self.config_path.replace(self.config_path.with_suffix(".yaml.damaged"))
         write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     # ---- lock ----
@@ -183,12 +305,24 @@ class RunFolder:
         names = self.checkpoints.glob("step_*.ckpt") if self.checkpoints.is_dir() else ()
         return sorted((int(m[1]) for p in names if (m := re.fullmatch(r"step_(\d+)\.ckpt", p.name))), reverse=True)
 
-    def latest_valid(self) -> tuple[int, Path | None, list[str]]:
-        """(step, path, complaints): the newest undamaged checkpoint, (0, None, ...) if there is none."""
+    def latest_valid(
+        self,
+        config: Config | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        any_run: bool = False,
+    ) -> tuple[int, Path | None, list[str]]:
+        """(step, path, complaints): the newest sound checkpoint of this run, (0, None, ...) if there is none.
+
+        Args:
+            config: of the run; None takes that of the folder, unless `any_run`. shapes: of its weights; None: any.
+        """
         complaints = []
+        if config is None and not any_run and self.config_path.is_file():
+            with contextlib.suppress(ValueError):
+                config = self._read_config()
         for step in self.steps():
             path = self.checkpoint_path(step)
-            wrong = damage(path)
+            wrong = fault(path, step, config, shapes)
             if wrong is None:
                 return step, path, complaints
             complaints.append(f"{path} is not used: {wrong}.")
@@ -209,8 +343,8 @@ class RunFolder:
         (ALIKE); its step, or None."""
         alike: dict[tuple, list[tuple[float, int]]] = {}
         for row in self.results():
-            if row.get("by") == "train" and row.get("name") == "fid":
-                how = tuple(row.get(key) for key in ALIKE)
+            if row.get("by") == "train" and row.get("name") == "fid" and row.get("step") is not None:
+                how = tuple(str(row.get(key)) for key in ALIKE)
                 alike.setdefault(how, []).append((row["value"], row["step"]))
         steps = set(self.steps())
         most = max(alike.values(), key=lambda pairs: (len(pairs), pairs[-1][1]), default=[])
@@ -236,29 +370,16 @@ class RunFolder:
     # ---- results ----
 
     def results(self) -> list[dict]:
-        """The lines of results.jsonl; a last line cut off by a kill is left out."""
-        if not self.results_path.is_file():
-            return []
-        found = []
-        for line in self.results_path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
+        """The lines of results.jsonl; those that are no results are named once and left out."""
+        return self._results.rows()
 
     def add_results(self, rows: list[dict]) -> None:
         """Add lines; written whole, so that a kill leaves either all of them or none."""
-        with self._results_locked():
-            self._write_results(self.results() + rows)
+        self._results.add(rows)
 
     def cut_results_after(self, step: int) -> None:
         """Drop the run's own scores of steps that will be trained again."""
-        with self._results_locked():
-            rows = self.results()
-            kept = [r for r in rows if r.get("by") != "train" or r.get("step", 0) <= step]
-            if len(kept) < len(rows):
-                self._write_results(kept)
+        self._results.remove(lambda row: row.get("by") == "train" and (row.get("step") or 0) > step)
 
     def cut_evaluations_after(self, step: int) -> None:
         """Drop samples of steps that will be trained again."""
@@ -270,9 +391,6 @@ class RunFolder:
     def own_scores(self, step: int) -> set[str]:
         """Names of the metrics that the run itself, not `evaluate`, has of this step."""
         return {r.get("name") for r in self.results() if r.get("by") == "train" and r.get("step") == step}
-
-    def _write_results(self, rows: list[dict]) -> None:
-        write_atomically(self.results_path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
     @contextmanager
     def _results_locked(self) -> Iterator[None]:

@@ -90,20 +90,23 @@ def reference_of(
     ranks: Ranks,
     about: Mapping[str, Any] | None = None,
     folders: Sequence[Path] = (),
+    read_only: Sequence[Path] = (),
 ) -> Reference | None:
     """What images are held against, on rank 0; None on the others, which help.
 
     Args:
         about: what decides it beside the extractor, as JSON; with it, it is read from a file or kept in one, unless
             other images stand in for damaged ones.
-        folders: where such a file may be; the first that can be written to gets it.
+        folders: where such a file may be; the first that can be written to gets it. read_only: where it may be as
+            well, and is never written.
     """
     known = None
     if about is not None:
         about = {**about, "extractor": extractor.name, "extractor_sha256": extractor.digest, "images": len(images)}
         about |= {"channels": extractor.channels, "rounding": "nearest", "kept": len(kept_numbers(len(images)))}
         if ranks.main:
-            known = next((found for f in folders if (found := stored(path_of(f, about), about)) is not None), None)
+            found = (stored(path_of(folder, about), about) for folder in (*folders, *read_only))
+            known = next((reference for reference in found if reference is not None), None)
     if ranks.from_main(known is not None):
         return known
     wanted, sums, features, labels, first, damaged = kept_numbers(len(images)), [], [], [], 0, False
