@@ -281,7 +281,7 @@ def test_the_command_says_whether_where_and_by_what_two_runs_part(call, tmp_path
     "words, complaint",
     [
         ("task=compare run_dir=a", "task=compare needs two runs"),
-        ("task=compare run_dir=a other=nowhere", "other=nowhere is no run folder"),
+        ("task=compare run_dir=a other=nowhere", "other=nowhere is not a run folder"),
         ("task=compare run_dir=a other=unlogged", "other=unlogged has no fingerprints"),
         ("task=compare run_dir=a other=elsewhen", "there is no step of which both have"),
         ("task=compare run_dir=a other=a out=b", "task=compare writes nothing"),

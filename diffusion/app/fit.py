@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class Steps(Callback):
-    """Tells the other ranks how far this one has come."""
+    """Tells the other ranks how far this one has come. begun: whether all is restored, and training has begun."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+        self.ranks, self.begun = ranks, False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.begun = True
         self.ranks.step(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -43,7 +44,7 @@ class Fit:
     def __init__(self, run: "Run", looks: Sequence[Look], signals: Signals) -> None:
         cfg = run.cfg
         self.run, self.signals, self.meter = run, signals, Meter(cfg.log_every, cfg.data.batch_size)
-        self.finite = Finite(run.folder, cfg.max_nonfinite)
+        self.finite, self.steps = Finite(run.folder, cfg.max_nonfinite), Steps(run.ranks)
         self.saver = Saver(
             run.folder,
             run.writer,
@@ -69,7 +70,7 @@ class Fit:
                 Fingerprints(run.folder.path, run.ema, cfg.fingerprint_every, run.on_error),
                 self.meter,
                 Bar(self.meter),
-                Steps(run.ranks),
+                self.steps,
                 self.finite,
                 self.saver,  # after all that is saved with the step, and before anybody looks at it
                 *looks,
@@ -107,6 +108,12 @@ class Fit:
             self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
             self.saver.finish()
         except Exception as error:
+            if path is not None and not self.steps.begun and not isinstance(error, OSError | ValueError):
+                first = (str(error).splitlines() or [""])[0]
+                error = ValueError(
+                    f"{path} cannot be restored: its states are not those of this run ({type(error).__name__}: "
+                    f"{first}). Move it away to train from the checkpoint before it."
+                )
             return self.run.failed(error, f"Training ended at step {self.trainer.global_step}")
         if self.meter.stand_ins:
             say(f"Bad samples: {self.meter.stand_ins:,} times so far another image stood in for one that is damaged.")
