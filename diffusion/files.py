@@ -93,8 +93,9 @@ def obstacle(folder: Path) -> str | None:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"
+    """The user's folder for what can be made again: $XDG_CACHE_HOME/diffusion or ~/.cache/diffusion. It need not exist,
+    and it may be that it cannot be written to."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion"
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

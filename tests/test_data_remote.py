@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from changing import CHANGES, overwrite, overwrite_a_sample, without_digests
 from numbered import BATCH, COUNT, global_batches, number_of, pixels, plan_of
 
 from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.layout import Layout
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.remote import Access, FileCache, Unreachable, address
+from diffusion.data.remote import Access, FileCache, SourceChanged, Unreachable, address
 from diffusion.data.samples import Samples
 from diffusion.data.shards import CachedShards
 from diffusion.data.stream import StreamLoader
@@ -284,8 +286,48 @@ def test_a_file_that_is_not_the_one_of_the_index_is_never_used(folder, serve, tm
     server = serve(folder=copy)
     samples = samples_of(server.url, tmp_path / "cache", access=Access(3, 5.0))
     samples[0]
-    with pytest.raises(Unreachable, match=r"train-00002\.tar cannot be read: .*(3 attempts|ended after)"):
+    reason = "ended after" if wrong == "shorter" else "when it was fetched once more: the file there is not the one"
+    with pytest.raises(
+        Unreachable if wrong == "shorter" else SourceChanged, match=rf"train-00002\.tar cannot.*{reason}"
+    ):
         samples[2 * 93]
+    assert len([path for path, _ in server.asked if path == "/train-00002.tar"]) == (3 if wrong == "shorter" else 2)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_copy_that_changes_is_fetched_again(folder, serve, tmp_path, monkeypatch, change, digests):
+    """Whatever happens to a copy in the cache, the samples are those of the server."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if not digests:
+        folder = without_digests(shutil.copytree(folder, tmp_path / "older"))
+    server = serve(folder=folder)
+    samples, shards = samples_of(server.url, tmp_path / "cache"), read_index(folder).shards
+    assert all((samples[number][0] == pixels(number)).all() for number in range(COUNT))
+    fetched = len(server.asked)
+    tar, other = (tmp_path / "cache" / shards[k].sha256 for k in (4, 7))
+    if change is overwrite_a_sample:
+        with open(tar, "r+b") as file:
+            file.seek(int(read_index(folder).offsets(shards[4])[17][0]))
+            file.write(b"damaged!!")
+    else:
+        change(tar, other)
+    assert all((samples[number][0] == pixels(number)).all() for number in range(COUNT))
+    names = {path for path, _ in server.asked[fetched:]}
+    assert {"/train-00004.tar"} <= names <= {"/train-00004.tar", "/train-00007.tar"}
+    assert hashlib.sha256(tar.read_bytes()).hexdigest() == tar.name
+
+
+def test_where_the_file_of_the_server_has_changed_too_it_says_so(folder, serve, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "served")
+    samples, shard = samples_of(serve(folder=copy).url, tmp_path / "cache"), read_index(copy).shards[4]
+    samples[4 * 93]
+    for tar in (copy / shard.path, tmp_path / "cache" / shard.sha256):
+        overwrite(tar, copy / "train-00007.tar")
+    with pytest.raises(
+        SourceChanged, match=r"/train-00004\.tar cannot be read.*the file there is not the one of the data"
+    ):
+        samples[4 * 93 + 1]
 
 
 def test_a_server_that_is_gone_is_a_clear_error_in_every_loader(serve, tmp_path):

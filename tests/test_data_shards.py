@@ -10,9 +10,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from diffusion.data.changes import BadSample, DataChanged
 from diffusion.data.digits import DigitsDataModule, write_digits
 from diffusion.data.index import INDEX_NAME, MissingData, read_index
-from diffusion.data.samples import BadSample, Samples, decode_image, decode_label
+from diffusion.data.samples import Samples, decode_image, decode_label
 from diffusion.data.writer import ShardWriter, encode_png
 from diffusion.files import sha256_of
 
@@ -214,8 +215,8 @@ def test_damage_after_writing_is_told_with_shard_and_sample(tmp_path):
     overwrite(index, 3, b"\x89PNG\r\n\x1a\n and then nonsense")
     samples = Samples(read_index(tmp_path))
     assert (samples[2][0] == PIXELS[2]).all()
-    complaint = r"sample 3 \('000000003\.png'\) of shard train-00000\.tar: .*differs from its sha256.*prepare it again"
-    with pytest.raises(BadSample, match=complaint):
+    complaint = r"shard train-00000\.tar has changed: sample 3 \('000000003\.png'\) does not have the.*prepare"
+    with pytest.raises(DataChanged, match=complaint):
         samples[3]
 
 
@@ -225,7 +226,7 @@ def test_a_shard_truncated_while_it_is_read_is_told(tmp_path):
     samples[0]
     with open(index.path(index.shards[0]), "r+b") as file:
         file.truncate(2048)
-    with pytest.raises(BadSample, match=r"train-00000\.tar: met \d+ bytes at offset \d+, expected"):
+    with pytest.raises(DataChanged, match=r"train-00000\.tar has changed: it has 2048 bytes, and index\.json says \d+"):
         samples[6]
 
 

@@ -26,7 +26,7 @@ OUTSIDE = {
     5: {"torch", "numpy", "omegaconf", "rich", "yaml"},
 }  # fmt: skip
 OUTSIDE_OF = {
-    "data": {"torch", "numpy", "webdataset", "pytorch_lightning", "lmdb", "PIL", "sklearn"},
+    "data": {"torch", "numpy", "webdataset", "pytorch_lightning", "lmdb", "PIL", "sklearn", "xxhash"},
     "metrics": {"torch", "numpy", "torchmetrics", "torch_fidelity", "scipy", "safetensors"},
     "likelihood": {"torch", "numpy", "scipy"},
     "lab": {"torch", "numpy", "scipy"},

@@ -9,6 +9,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from diffusion.app.processes import environment
 from diffusion.training.callbacks import Look
+from diffusion.training.changed_data import look_together
 from diffusion.training.checkpoint import Saver
 from diffusion.training.fingerprint import Fingerprints
 from diffusion.training.meter import Bar, Meter
@@ -53,7 +54,7 @@ class Fit:
             cfg.save.every_minutes,
             cfg.save.keep,
             before=lambda step: any(look.due(step) for look in looks),
-            settle=self.finite.settle,
+            settle=self._settle,
             on_error=run.on_error,
         )
         self.trainer = pl.Trainer(
@@ -90,6 +91,12 @@ class Fit:
         self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.trainer._signal_connector.register_signal_handlers = lambda: None
 
+    def _settle(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before a save: look whether the data are what they were, and at the step itself."""
+        ranks, data = self.run.ranks, self.run.data
+        look_together(lambda: data.look(unopened=ranks.main), ranks)
+        self.finite.settle(trainer, module)
+
     def _strategy(self) -> DDPStrategy:
         """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an
         uninterrupted one: where bit-exactness is promised they are not. A static graph is refused by torch where not
@@ -102,8 +109,8 @@ class Fit:
         )
 
     def go(self, path: Any, say: Callable[[str], None]) -> int:
-        """Train from this checkpoint, or from the beginning; the exit status: 0, 128 + the signal that stopped it, or 1
-        after a failure."""
+        """Train from this checkpoint, or from the beginning; the exit status: 0, 128 + the signal that stopped it, or
+        that of `Run.failed`."""
         try:
             self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
             self.saver.finish()

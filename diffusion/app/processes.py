@@ -178,7 +178,7 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], s
         except Exception as error:
             if ranks.size == 1:
                 raise
-            cause = ranks.failed(error)
+            cause, _ = ranks.failed(error)
             if not isinstance(error, ValueError) or cfg.debug:
                 traceback.print_exception(error)
             print(f"error: {error if str(error) in str(cause) else cause}", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
 from diffusion.page import told, write_report
 from diffusion.training.callbacks import Look, film_path, grid_path, save_film, save_grid
+from diffusion.training.changed_data import distrust, distrust_noted
 from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, load
 from diffusion.training.ema import EMA, load_average
 from diffusion.training.fingerprint_log import cut_after
@@ -88,7 +89,8 @@ class Run:
         if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name != "digits":
             self.extractor = build.extractor(cfg)
         self._reference: Reference | None = None
-        self.writer, self.ranks, self.has_failed = CheckpointWriter(), Ranks(), False
+        self.writer, self.ranks = CheckpointWriter(), Ranks()
+        self.failure = 0  # exit status of what has ended the run
         self.on_error = OnError(cfg.save.on_error)
         self.csv = MetricsCsv(folder.metrics_path, self.on_error)
         self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
@@ -134,33 +136,31 @@ class Run:
     def part(self) -> None:
         """The ranks of a run end together; one of a run that has failed ends here, as the end of its process would wait
         for the collectives it is in, and these for other ranks that do the same."""
-        if not self.has_failed:
+        if not self.failure:
             self.ranks.part()
             return
         self.ranks.leave()
         if self.ranks.size > 1:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(self.failure)
 
     def failed(self, error: Exception, where: str) -> int:
-        """Say what ended the run; the exit status, 1. Of a bug of ours the whole story, on its own rank."""
-        self.has_failed = True
-        cause = self.ranks.failed(error)
+        """Say what ended the run; the exit status: 1, or 2 if the same command cannot go on before the user has done
+        something. Of a bug of ours the whole story, on its own rank."""
+        self.failure = 1
+        cause, self.failure = self.ranks.failed(error)
         self._write_to_the_end()
+        aside = distrust(self.folder, error)
         own = cause is None or str(error) in cause
         if own and (self.cfg.debug or not isinstance(error, FAILURES)):
             traceback.print_exception(error)
         if self.ranks.size > 1:
             where = where.replace(" ", f" of rank {self.ranks.rank} ", 1)
         saved = self.folder.steps()
-        print(
-            f"error: {reason(error) if own else cause}\n{where}; the same command goes on from step "
-            f"{saved[0] if saved else 0}.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
+        last = f"{where}; the same command goes on from step {saved[0] if saved else 0}."
+        print(f"error: {reason(error) if own else cause}", *aside, last, sep="\n", file=sys.stderr, flush=True)
+        return self.failure
 
     def _write_to_the_end(self) -> None:
         """Let the checkpoint that is being written be written."""
@@ -189,8 +189,9 @@ class Run:
 
     def _begin(self, say: Callable[[str], None]) -> tuple[int, Path | None]:
         """The newest sound checkpoint, its step and file, and the folder without what came after it."""
+        aside = distrust_noted(self.folder) if self.ranks.main else []
         step, path, complaints = self.ranks.from_main(self._newest() if self.ranks.main else None)
-        for complaint in complaints:
+        for complaint in aside + complaints:
             say(complaint)
         if self.ranks.main:
             for damaged in [s for s in self.folder.steps() if s > step]:
@@ -311,7 +312,7 @@ class Run:
 
     def finish(self, say: Callable[[str], None]) -> int:
         """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report. The
-        exit status: 0, 128 + the signal that stopped it, or 1 after a failure."""
+        exit status: 0, 128 + the signal that stopped it, or that of `failed`."""
         try:
             self._look_finally(say)
         except Abandoned:

@@ -3,38 +3,59 @@
     root/index.json                  format version, name, image size, channels, classes, and the shards of all splits
     root/train-00000.tar             an ordinary WebDataset tar: key.png|jpg|webp|npy and key.cls|json
     root/train-00000.tar.offsets     where the members of every sample lie in it, so that nothing needs scanning
+    root/train-00000.tar.xxh3        the digest of every sample, so that a changed one is noticed when it is read
 
 An offsets file is a row of four little-endian uint64 per sample: offset and size of the image, offset and size of the
-label (0, 0 without one). The folder may be a remote one (`remote`), of which the index alone is read here. This module
-reads the index and knows how to find a sample's bytes; it knows neither their meaning nor the order they are used in,
-and imports neither torch nor webdataset.
+label (0, 0 without one). A digests file is one little-endian uint64 per sample: `sample_digest` of its bytes. Sets made
+before there were digests have no such files. The digests are no part of what a set is recognised by (`Index.digest`),
+and in index.json they stand apart from the shards, so that older programs read the set as well.
+
+The folder may be a remote one (`remote`), of which the index alone is read here. This module reads the index and knows
+how to find a sample's bytes; it knows neither their meaning nor the order they are used in, and imports neither torch
+nor webdataset.
 """
 
 import hashlib
 import json
 import os
 import re
+import sys
+from array import array
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from diffusion.data.remote import PATIENT, Access, address, is_remote
 from diffusion.files import replacing
 
 VERSION = 2
 INDEX_NAME = "index.json"
-OFFSETS_SUFFIX = ".offsets"
+OFFSETS_SUFFIX, DIGESTS_SUFFIX = ".offsets", ".xxh3"
 OFFSETS_ROW = np.dtype(("<u8", 4))  # image offset, image size, label offset, label size, in bytes
+DIGESTS_ROW = np.dtype("<u8")
+DIGESTS = "sample_digests"  # key of index.json: sha256 of the digests file, by the path of its shard
 
 
 class MissingData(ValueError):
     """There is no data set where `data.root` points; the message says how to make it."""
 
 
+def sample_digest(image: bytes, label: bytes = b"") -> int:
+    """The digest of a sample: xxh3_64 of the bytes of its image, followed by those of its label."""
+    return xxh3_64_intdigest(image + label if label else image)
+
+
+def shard_files(path: str) -> tuple[str, str, str]:
+    """The names of a tar, of its offsets and of its digests."""
+    return path, path + OFFSETS_SUFFIX, path + DIGESTS_SUFFIX
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of it and of its offsets."""
+    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of it, of its offsets and of
+    its digests; the last is None in a set that has none."""
 
     path: str
     split: str
@@ -42,12 +63,21 @@ class Shard:
     bytes: int
     sha256: str
     offsets_sha256: str
+    digests_sha256: str | None = None
 
     @property
     def files(self) -> tuple[tuple[str, int, str], ...]:
-        """Name below the root, size in bytes and sha256 of the tar and of its offsets."""
-        offsets = (self.path + OFFSETS_SUFFIX, self.samples * OFFSETS_ROW.itemsize, self.offsets_sha256)
-        return (self.path, self.bytes, self.sha256), offsets
+        """Name below the root, size in bytes and sha256 of the tar, of its offsets and, where it has them, digests."""
+        tar, offsets, digests = shard_files(self.path)
+        files = (tar, self.bytes, self.sha256), (offsets, self.samples * OFFSETS_ROW.itemsize, self.offsets_sha256)
+        if self.digests_sha256 is None:
+            return files
+        return *files, (digests, self.samples * DIGESTS_ROW.itemsize, self.digests_sha256)
+
+    @property
+    def record(self) -> dict[str, str | int]:
+        """What decides which samples it holds: all but the digests, which follow from it."""
+        return {key: value for key, value in asdict(self).items() if key != "digests_sha256"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +113,7 @@ class Index:
     @property
     def digest(self) -> str:
         """What tells this set from any other: a sha256 over the shards' own and what the index says of them."""
-        text = json.dumps([self.image_size, self.channels, self.classes, [asdict(shard) for shard in self.shards]])
+        text = json.dumps([self.image_size, self.channels, self.classes, [shard.record for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def path(self, shard: Shard) -> Path:
@@ -91,14 +121,32 @@ class Index:
         return self.root / shard.path
 
     def offsets(self, shard: Shard) -> np.ndarray:
-        """Where the shard's samples lie: uint64 (samples, 4), mapped from the file, not read."""
-        return np.memmap(f"{self.path(shard)}{OFFSETS_SUFFIX}", dtype="<u8", mode="r", shape=(shard.samples, 4))
+        """Where the shard's samples lie: uint64 (samples, 4), of a set that is on this machine."""
+        return offsets_of(Path(f"{self.path(shard)}{OFFSETS_SUFFIX}").read_bytes())
+
+    def digests(self, shard: Shard) -> array:
+        """The digests of the shard's samples, of a set that is on this machine and has them."""
+        return digests_of(Path(f"{self.path(shard)}{DIGESTS_SUFFIX}").read_bytes())
+
+
+def offsets_of(data: bytes) -> np.ndarray:
+    """The content of an offsets file: uint64 (samples, 4). ValueError unless it is made of whole rows."""
+    return np.frombuffer(data, OFFSETS_ROW)
+
+
+def digests_of(data: bytes) -> array:
+    """The content of a digests file as an array of integers, which is looked up faster than NumPy's."""
+    digests = array("Q", data)
+    if sys.byteorder == "big":
+        digests.byteswap()
+    return digests
 
 
 def read_index(root: str | os.PathLike, make: str | None = None, access: Access = PATIENT) -> Index:
     """The index of the data set in `root`, after checking that its files are there and have the sizes it states.
 
-    Contents are not read: `sha256_of` is for when something went wrong. Of a remote set only the index is read.
+    Contents are not read: that they are as recorded is seen when they are used (`shards`). Of a remote set only the
+    index is read.
 
     Args:
         root: the folder with `index.json`, or a remote one (the setting `data.root`).
@@ -133,7 +181,9 @@ def _parsed(root: Path | str, text: bytes, cure: str) -> Index:
     if version != VERSION:
         raise ValueError(f"data.root={root}: {INDEX_NAME} has format version {version}, expected {VERSION}.{cure}")
     try:
-        shards = tuple(Shard(**shard) for shard in content["shards"])
+        digests = content.get(DIGESTS, {})
+        assert isinstance(digests, dict), DIGESTS
+        shards = tuple(Shard(**shard, digests_sha256=digests.get(shard["path"])) for shard in content["shards"])
         index = Index(root, content["name"], content["image_size"], content["channels"], content["classes"], shards)
         _check_values(index)
     except (KeyError, TypeError, AssertionError) as error:
@@ -162,7 +212,9 @@ def write_index(index: Index) -> None:
     """Write `index.json` at the index's root, atomically: it is there whole or not at all, and it comes last."""
     _check_values(index)
     content = {"version": VERSION} | {f.name: getattr(index, f.name) for f in fields(index) if f.name != "root"}
-    content["shards"] = [asdict(shard) for shard in index.shards]
+    content["shards"] = [shard.record for shard in index.shards]
+    if digests := {shard.path: shard.digests_sha256 for shard in index.shards if shard.digests_sha256}:
+        content[DIGESTS] = digests
     with replacing(index.root / INDEX_NAME) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
@@ -179,5 +231,6 @@ def _check_values(index: Index) -> None:
         assert type(shard.samples) is int and shard.samples > 0, f"samples of {shard.path}"
         assert type(shard.bytes) is int and shard.bytes > 0, f"bytes of {shard.path}"
         assert isinstance(shard.split, str), f"split of {shard.path}"
-        for digest in (shard.sha256, shard.offsets_sha256):
+        digests = (shard.sha256, shard.offsets_sha256, shard.digests_sha256)
+        for digest in digests[: 2 if shard.digests_sha256 is None else 3]:
             assert isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"sha256 of {shard.path}"

@@ -5,7 +5,9 @@ rounded, which adds a variance of (2/255)^2 / 12, a deviation of 0.0023, to each
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +22,21 @@ from diffusion.process.toy import SETS, Mixture
 POINTS_OF_A_SHARD = 4096  # as the order of the samples sees them
 
 
+class NoShards:
+    """The shards of a set that has none on disk (`shards.Shards`)."""
+
+    def open(self, shard: Shard) -> NoReturn:
+        raise AssertionError(f"{shard.path} is not on disk")
+
+    def announce(self, shards: list[Shard]) -> None: ...
+
+    def wrong(self, shard: Shard, afresh: bool = False) -> None: ...
+
+    def glance(self) -> None: ...
+
+    def look(self, shards: Iterable[Shard], unopened: bool) -> None: ...
+
+
 class DrawnSamples(Samples):
     """Samples that are in memory from the start.
 
@@ -29,7 +46,7 @@ class DrawnSamples(Samples):
     """
 
     def __init__(self, index: Index, images: Tensor) -> None:
-        super().__init__(index, cache="memory")
+        super().__init__(index, cache="memory", shards=NoShards())
         self._cache.images.copy_(images)
         self._cache.known[:] = True
 

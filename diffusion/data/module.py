@@ -116,6 +116,10 @@ class ImageShardsDataModule(LightningDataModule):
         checks = (self.on_bad_sample, self.max_bad_share)
         return Samples(self.index, self.split, self.cache, self.cache_bytes, shards, *checks)
 
+    def look(self, unopened: bool = True) -> None:
+        """Look whether the shards are what they were (`Samples.look`). DataChanged if one is not."""
+        self.samples.look(unopened)
+
     @property
     def num_images(self) -> int:
         """Images in the split, which is one epoch."""

@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffusion.data.index import INDEX_NAME, OFFSETS_ROW, OFFSETS_SUFFIX, Index, Shard, read_index, write_index
+from diffusion.data.index import INDEX_NAME, Index, Shard, read_index, shard_files, write_index
 from diffusion.data.prepare_image import make
 from diffusion.data.prepare_plan import Job, Plan, Range, split_of
 from diffusion.data.prepare_processes import over_processes
@@ -97,9 +97,10 @@ def _finished(job: Job, part: Range) -> dict[str, Any] | None:
         if record["skipped"] and not job.skip:
             return None
         if record["shard"] is not None:
-            tar, shard = job.out / part.name, record["shard"]
-            rows = tar.with_name(tar.name + OFFSETS_SUFFIX).stat().st_size
-            if tar.stat().st_size != shard["bytes"] or rows != shard["samples"] * OFFSETS_ROW.itemsize:
+            shard = Shard(**record["shard"])
+            if shard.path != part.name or shard.digests_sha256 is None:  # the latter: by a program without digests
+                return None
+            if any((job.out / name).stat().st_size != size for name, size, _ in shard.files):
                 return None
         return record
     except (OSError, ValueError, KeyError, TypeError):
@@ -254,7 +255,7 @@ def _withdraw(job: Job, plan: Plan) -> None:
     kept = any(record and record["shard"] for record in records.values())
     for part, record in records.items():
         if record is None or not kept:
-            for name in (part.name, part.name + OFFSETS_SUFFIX):
+            for name in shard_files(part.name):
                 (job.out / name).unlink(missing_ok=True)
             _record_path(job, part).unlink(missing_ok=True)
     for name in (SKIPPED, SHEET) if kept else (SKIPPED, SHEET, SETTINGS):

@@ -1,13 +1,14 @@
 """A finished data set held against its index: every byte by its digest, every sample decoded."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion.data.index import INDEX_NAME, OFFSETS_SUFFIX, Index, Shard, read_index
+from diffusion.data.index import DIGESTS_SUFFIX, INDEX_NAME, OFFSETS_SUFFIX, Index, Shard, read_index, sample_digest
 from diffusion.data.prepare_processes import over_processes
 from diffusion.data.prepare_shards import SETTINGS, Report
 from diffusion.data.sources_tar import DamagedTar, members_of_tar
@@ -51,17 +52,29 @@ def verify_shard(index: Index, shard: Shard, tick: Callable[[], None]) -> list[s
             wrong.append(f"{shard.path}: {error}")
         if not np.array_equal(np.array(places, np.uint64).reshape(-1, 4), index.offsets(shard)):
             wrong.append(f"{shard.path}{OFFSETS_SUFFIX}: it does not say where the samples of the tar are")
+        digests = []
         for key, (at, size, label_at, label_size) in zip(keys, places, strict=True):
             tick()
+            image, label = (os.pread(file.fileno(), *member) for member in ((size, at), (label_size, label_at)))
+            digests.append(sample_digest(image, label))
             try:
-                file.seek(at)
-                decode_image(file.read(size), index.channels, index.image_size)
+                decode_image(image, index.channels, index.image_size)
                 if index.classes:
-                    file.seek(label_at)
-                    decode_label(file.read(label_size), index.classes)
+                    decode_label(label, index.classes)
             except Exception as error:  # as in Samples: Pillow raises many kinds
                 wrong.append(f"{shard.path}: sample {key!r} cannot be decoded: {str(error) or type(error).__name__}")
-    return wrong[:MOST]
+    return (wrong + _digests_otherwise(index, shard, digests))[:MOST]
+
+
+def _digests_otherwise(index: Index, shard: Shard, digests: list[int]) -> list[str]:
+    """Whether the digests file says something else than these digests, which the samples of the tar have."""
+    name = shard.path + DIGESTS_SUFFIX
+    if shard.digests_sha256 is None:
+        there = (index.root / name).exists()
+        return [f"{name}: {INDEX_NAME} does not name it, so the digests in it are not looked at"] if there else []
+    if index.digests(shard).tolist() == digests:
+        return []
+    return [f"{name}: its digests are not those of the samples in the tar"]
 
 
 def _told_otherwise(index: Index) -> list[str]:

@@ -8,6 +8,7 @@ known size and sha256 is used only when it has both. This module knows files, no
 nothing, and webdataset for what is not http.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import http.client
@@ -36,8 +37,18 @@ class Unreachable(ValueError):
     """A remote file cannot be had; the message says which, why, and after how many attempts."""
 
 
+class SourceChanged(Unreachable):
+    """The file on the other side is not the one that index.json describes."""
+
+    exit_status = 2  # of a command: starting it again does not help before that file is restored
+
+
 class Refused(OSError):
     """The other side has answered, and will not answer otherwise."""
+
+
+class Differs(OSError):
+    """What came has another size or sha256 than it must have."""
 
 
 def is_remote(root: str | os.PathLike) -> bool:
@@ -80,9 +91,10 @@ class Access:
         """Fill `file` (open for reading and writing; what it holds already is taken for the beginning) from `url`.
 
         Raises:
-            Unreachable: no attempt got on with it, or what came has not the size or the sha256.
+            Unreachable: no attempt got on with it.
+            SourceChanged: what came has not the size or the sha256, and again when all of it was fetched once more.
         """
-        failures, longest = 0, file.seek(0, os.SEEK_END)
+        failures, longest, others = 0, file.seek(0, os.SEEK_END), 0
         while True:
             try:
                 if size is None or file.seek(0, os.SEEK_END) != size:
@@ -90,6 +102,14 @@ class Access:
                 return _check(file, size, sha256)
             except Refused as error:
                 raise Unreachable(f"{url} cannot be read: {error}.") from error
+            except Differs as error:
+                others += 1
+                if others > 1:
+                    raise SourceChanged(
+                        f"{url} cannot be read: {error}, and again when it was fetched once more: the file there is "
+                        f"not the one of the data set. Restore it there, then start the same command."
+                    ) from error
+                longest = 0
             except (OSError, http.client.HTTPException) as error:
                 reached = file.seek(0, os.SEEK_END)
                 failures = 1 if reached > longest else failures + 1
@@ -99,7 +119,7 @@ class Access:
                         f"{url} cannot be read: {_words(error)} ({failures} attempts in a row got no further). "
                         f"Is the server there? data.remote.attempts and data.remote.timeout say how long to wait."
                     ) from error
-            pause = min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE)
+            pause = min(FIRST_PAUSE * 2 ** max(failures - 1, 0), LONGEST_PAUSE)
             time.sleep(pause * random.Random(f"{os.getpid()} {url} {failures}").uniform(0.5, 1.0))
 
     def read(self, url: str) -> bytes:
@@ -117,7 +137,7 @@ class Access:
             for chunk in _read_gopen(url, self.timeout):
                 file.write(chunk)
                 if size is not None and file.tell() > size:
-                    raise OSError(f"more than the {size} bytes that the index states")
+                    raise Differs(f"more than the {size} bytes came that index.json states")
         file.flush()
 
 
@@ -125,7 +145,8 @@ PATIENT = Access()
 
 
 def _check(file: BinaryIO, size: int | None, sha256: str | None) -> None:
-    """OSError unless the file has the size and the digest; one that cannot become right any more is emptied."""
+    """OSError unless the file has the size and the digest; Differs, and the file is emptied, if it cannot get them by
+    going on."""
     met = file.seek(0, os.SEEK_END)
     if size is not None and met < size:
         raise OSError(f"the connection ended after {met} of {size} bytes")
@@ -134,7 +155,7 @@ def _check(file: BinaryIO, size: int | None, sha256: str | None) -> None:
     if met != size and size is not None or digest != sha256 and sha256:
         file.seek(0)
         file.truncate()
-        raise OSError(f"{met} bytes came with another size or sha256 than the index states")
+        raise Differs(f"{met} bytes came with another size or sha256 than index.json states")
 
 
 def _read_http(url: str, file: BinaryIO, timeout: float) -> None:
@@ -196,9 +217,10 @@ def _words(error: Exception) -> str:
 class FileCache:
     """Files by their sha256 in one folder, together never larger than a limit, shared by all processes of a machine.
 
-    A file is fetched by one process while the others that want it wait; one that is there is whole. Room is made by
-    removing what was used longest ago; a reader that finds its file gone fetches it again. A download that was killed
-    is gone on with.
+    A file is fetched by one process while the others that want it wait; one that is there is whole, unless somebody has
+    changed it. Room is made by removing what was used longest ago; a reader that finds its file gone fetches it again.
+    A download that was killed is gone on with. When a file was last used is the time of a file beside it, so that its
+    own times say when it was changed.
 
     Args:
         folder: made when absent.
@@ -219,11 +241,9 @@ class FileCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         goal, part = self.folder / sha256, self.folder / f"{sha256}.{size}.part"
         while True:
-            try:
-                os.utime(goal)
+            if goal.exists():
+                self.use(goal)
                 return goal
-            except FileNotFoundError:
-                pass
             with open(part, "a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # of this opening: threads of one process exclude each other too
                 if not _is(file, part) or goal.exists():
@@ -231,6 +251,14 @@ class FileCache:
                 self._make_room(part)
                 self.access.fetch(url, file, size, sha256)
                 os.replace(part, goal)
+
+    def use(self, path: Path) -> None:
+        """Say that a file of the cache is used now."""
+        _mark(path).touch()
+
+    def discard(self, sha256: str) -> None:
+        """Remove a file: what is there under its name is not what it should be."""
+        _remove(self.folder / sha256)
 
     def _make_room(self, mine: Path) -> None:
         """Remove the longest unused until all files, with those under way at their full sizes, fit the limit."""
@@ -269,11 +297,17 @@ def _full_size(path: Path) -> int:
         return 0
 
 
+def _mark(path: Path) -> Path:
+    """The file whose time says when a file of the cache was last used."""
+    return path.with_name(f".{path.name}.used")
+
+
 def _used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    times = [0.0]
+    for file in (path, _mark(path)):  # the first: when it came
+        with contextlib.suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
 def _remove(path: Path) -> bool:
@@ -285,6 +319,7 @@ def _remove(path: Path) -> bool:
                 path.unlink()
         else:
             path.unlink()
+            _mark(path).unlink(missing_ok=True)
     except FileNotFoundError:
         return True
     except BlockingIOError:

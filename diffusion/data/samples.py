@@ -4,11 +4,11 @@ Nothing is ever unpickled: an image is PNG, JPEG, WebP or a plain .npy array, a 
 knows what a sample is; it knows neither the order samples are used in nor where shards come from.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import math
-import mmap
 import sys
 from collections import OrderedDict
 
@@ -18,19 +18,16 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from diffusion.data.index import Index
+from diffusion.data.changes import BadSample, DataChanged, shared
+from diffusion.data.index import Index, sample_digest
 from diffusion.data.remote import Unreachable
-from diffusion.data.shards import LocalShards, ShardReader, Shards
+from diffusion.data.shards import CURE, LocalShards, ShardReader, Shards, changed, named, wrong_sample
 
 CACHES = ("auto", "memory", "none")
 ON_BAD_SAMPLE = ("error", "skip")
 CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
 NPY_HEADER = 1024  # bytes, at most
-OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; two files each, where a process may usually have 1024
-
-
-class BadSample(ValueError):
-    """A sample cannot be read or decoded; the message names the shard and the sample."""
+OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; a process may usually have 1024 files
 
 
 def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
@@ -97,8 +94,9 @@ class Samples(Dataset):
             forked later, not between ranks.
         cache_bytes: the limit of `auto`.
         shards: where shards are opened; None: in the index's folder.
-        on_bad_sample: what `batch` does about one that cannot be decoded: `error`, or `skip`: the next one of its shard
-            that can be decoded stands in, which depends on no rank, worker or order.
+        on_bad_sample: what `batch` does about one that cannot be decoded or does not have its digest: `error`, or
+            `skip`: the next one of its shard that is sound stands in, which depends on no rank, worker or order. A
+            shard that is gone, replaced or, in a set without digests, changed at all is an error in any case.
         max_bad_share: share of the split that may be bad before `skip` is an error as well.
 
     Raises:
@@ -120,10 +118,9 @@ class Samples(Dataset):
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self._first = np.cumsum(self.counts) - self.counts
-        self._where = shards or LocalShards(index)
+        self._where = shards or LocalShards(index, tolerant=on_bad_sample == "skip")
         self._open: OrderedDict[int, ShardReader] = OrderedDict()  # the least lately used first
-        self._verdicts: dict[int, str] = {}
-        self._bad = _shared(np.bool_, len(self))
+        self._bad = shared(np.bool_, len(self))
         self._cache = None
         if cache == "memory" or (cache == "auto" and math.prod(self._shape(len(self))) <= cache_bytes):
             self._cache = _Cache(self._shape(len(self)))
@@ -138,6 +135,15 @@ class Samples(Dataset):
         """The numbers of shards that will be read soon, the first needed first."""
         self._where.announce([self.shards[number] for number in numbers])
 
+    def look(self, unopened: bool = True) -> None:
+        """Look whether the shards of the split are what they were, with those or without those not opened yet.
+
+        Raises:
+            DataChanged: one is not; a set that is not in a folder is not looked at.
+            Unreachable: the set is remote and cannot be had.
+        """
+        self._where.look(self.shards, unopened)
+
     # ---- one sample ----
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int | None]:
@@ -145,7 +151,7 @@ class Samples(Dataset):
 
         Raises:
             IndexError: no sample has this number.
-            BadSample: it cannot be read or decoded.
+            BadSample: it cannot be read or decoded; a DataChanged if it is not the one that the set was made with.
             Unreachable: its shard is remote and cannot be had.
         """
         if not 0 <= number < len(self):
@@ -163,16 +169,49 @@ class Samples(Dataset):
         which = int(np.searchsorted(self._first, number, side="right")) - 1
         place = int(number - self._first[which])
         try:
-            image_at, image_size, label_at, label_size = self._reader(which).offsets[place].tolist()
-            image = decode_image(self._read(which, image_at, image_size), self.index.channels, self.index.image_size)
-            label = 0
-            if self.index.classes:
-                label = decode_label(self._read(which, label_at, label_size), self.index.classes)
-        except Unreachable:
+            data, label_data = self._bytes(which, place)
+            image = decode_image(data, self.index.channels, self.index.image_size)
+            label = decode_label(label_data, self.index.classes) if self.index.classes else 0
+        except (Unreachable, DataChanged):
             raise
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
-            raise BadSample(self._complaint(which, place, error)) from error
+            raise self._complaint(which, place, error) from error
         return image, label
+
+    def _bytes(self, which: int, place: int) -> tuple[bytes, bytes]:
+        """The image and the label (empty in a data set without) of a sample as the set was made with them, encoded.
+
+        Raises:
+            DataChanged: they are not any more.
+            OSError, ValueError: they cannot be read.
+        """
+        problem: Exception | None = None
+        for _ in range(3):  # again if the file was replaced by the same one
+            try:
+                reader = self._reader(which)
+                image, label = self._stored(which, reader, place)
+                if reader.digests is None:
+                    if reader.unchanged():
+                        return image, label
+                elif sample_digest(image, label) == reader.digests[place]:
+                    return image, label
+                elif reader.unchanged() and (wrong := wrong_sample(self.index, self.shards[which], reader, place)):
+                    raise wrong
+            except (Unreachable, DataChanged):
+                raise
+            except (OSError, ValueError) as error:
+                problem = error
+            if wrong := self._where.wrong(self.shards[which]):
+                raise wrong
+            if which in self._open:
+                self._open.pop(which).close()
+        raise problem or changed(self.index, self.shards[which].path, "it is being written to")
+
+    def _stored(self, which: int, reader: ShardReader, place: int) -> tuple[bytes, bytes]:
+        """The image and the label (empty in a data set without) of a sample as they are found, encoded."""
+        at, size, label_at, label_size = reader.offsets[place].tolist()
+        image = self._read(which, reader, at, size)
+        return image, (self._read(which, reader, label_at, label_size) if self.index.classes else b"")
 
     def _reader(self, which: int) -> ShardReader:
         if which in self._open:
@@ -183,27 +222,25 @@ class Samples(Dataset):
             self._open[which] = self._where.open(self.shards[which])
         return self._open[which]
 
-    def _read(self, which: int, offset: int, size: int) -> bytes:
+    def _read(self, which: int, reader: ShardReader, offset: int, size: int) -> bytes:
         if not 0 < size <= self.shards[which].bytes - offset:
             raise ValueError(f"its offsets state {size} bytes at {offset}, the shard has {self.shards[which].bytes}")
-        data = self._open[which].read(offset, size)
+        data = reader.read(offset, size)
         if len(data) != size:
             raise ValueError(f"met {len(data)} bytes at offset {offset}, expected {size}")
         return data
 
-    def _complaint(self, which: int, place: int, error: Exception) -> str:
-        """What went wrong, where, and whether the file has changed since it was written."""
-        name = ""
-        if reader := self._open.get(which):
-            header = max(int(reader.offsets[place][0]) - 512, 0)  # of the tar's member
-            if header < self.shards[which].bytes:
-                name = f" ({reader.read(header, 100).split(bytes(1))[0].decode(errors='replace')!r})"
-            if which not in self._verdicts:
-                changed = "" if reader.intact() else "differs from its sha256 in index.json: prepare it again"
-                self._verdicts[which] = f" The shard {changed or 'is as written'}."
-        return (
-            f"data.root={self.index.root}: cannot read sample {place}{name} of shard {self.shards[which].path}: "
-            f"{str(error) or type(error).__name__}.{self._verdicts.get(which, '')}"
+    def _complaint(self, which: int, place: int, error: Exception) -> BadSample:
+        """What went wrong, and where: a DataChanged if the shard is not as it was written."""
+        name, end, shard = f"sample {place}", "", self.shards[which]
+        with contextlib.suppress(OSError, IndexError):
+            if reader := self._open.get(which):
+                if reader.digests is None and (wrong := self._where.wrong(shard, afresh=True)):
+                    return wrong
+                name, end = named(shard, reader.offsets, place, reader.read), " The sample is as written."
+        return BadSample(
+            f"data.root={self.index.root}: cannot read {name} of shard {shard.path}: "
+            f"{str(error) or type(error).__name__}.{end}"
         )
 
     # ---- many ----
@@ -217,8 +254,10 @@ class Samples(Dataset):
 
         Raises:
             BadSample: one cannot be decoded and is not to be skipped, or too many have been.
+            DataChanged: a shard is gone or replaced, or a sample has changed and is not to be skipped.
             Unreachable: a remote shard cannot be had.
         """
+        self._where.glance()
         labels = torch.zeros(len(numbers), dtype=torch.int64)
         stand_ins = torch.zeros(len(numbers), dtype=torch.bool) if self.on_bad_sample == "skip" else None
         if self._cache is not None and self._cache.known[numbers].all():
@@ -248,8 +287,10 @@ class Samples(Dataset):
             try:
                 return *self[other], other != number
             except BadSample as error:
+                if isinstance(error, DataChanged) and error.whole:
+                    raise
                 self._bad[other] = True
-                print(f"skipped: {error}", file=sys.stderr, flush=True)
+                print(f"skipped: {str(error).removesuffix(CURE).rstrip()}", file=sys.stderr, flush=True)
                 bad = int(self._bad.sum())
                 if bad > self.max_bad_share * len(self):
                     raise BadSample(
@@ -276,11 +317,6 @@ def _to_hand_over(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
 
 
-def _shared(dtype: type, count: int) -> np.ndarray:
-    """Zeros in anonymous memory, the same for this process and those that are forked from it."""
-    return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype)
-
-
 class _Cache:
     """Decoded images in shared memory: a forked worker's images are there for all the others.
 
@@ -288,9 +324,9 @@ class _Cache:
     """
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self.images = torch.from_numpy(_shared(np.uint8, math.prod(shape))).view(shape)
-        self.labels = torch.from_numpy(_shared(np.int64, shape[0]))
-        self.known = _shared(np.bool_, shape[0])
+        self.images = torch.from_numpy(shared(np.uint8, math.prod(shape))).view(shape)
+        self.labels = torch.from_numpy(shared(np.int64, shape[0]))
+        self.known = shared(np.bool_, shape[0])
 
     def keep(self, number: int, image: np.ndarray, label: int) -> None:
         self.images[number].numpy()[:] = image

@@ -1,4 +1,4 @@
-"""Writing data sets: samples -> WebDataset tars, their offsets, and last of all the index.
+"""Writing data sets: samples -> WebDataset tars, their offsets and digests, and last of all the index.
 
 The bytes depend on the samples alone (fixed times and owners, members sorted), so writing the same samples twice, or
 from two processes at once, gives the same files. A file is there whole or not at all. This module knows the format;
@@ -17,7 +17,16 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from diffusion.data.index import INDEX_NAME, OFFSETS_ROW, OFFSETS_SUFFIX, Index, Shard, write_index
+from diffusion.data.index import (
+    DIGESTS_ROW,
+    INDEX_NAME,
+    OFFSETS_ROW,
+    Index,
+    Shard,
+    sample_digest,
+    shard_files,
+    write_index,
+)
 from diffusion.files import replacing
 
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "npy")
@@ -33,7 +42,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 class ShardFile:
-    """One tar and its offsets being written; both are in place when the `with` block is left without an error.
+    """One tar, its offsets and its digests being written; all are in place when the `with` block ends without an error.
 
     Args:
         root: the data set's folder, which exists.
@@ -44,6 +53,7 @@ class ShardFile:
     def __init__(self, root: Path, name: str, split: str) -> None:
         self.root, self.name, self.split = root, name, split
         self._rows: list[tuple[int, ...]] = []
+        self._digests: list[int] = []
         self._end = 0  # bytes of the tar so far
         self._keys: set[str] = set()
 
@@ -77,11 +87,13 @@ class ShardFile:
             self._end += _BLOCK + -(-size // _BLOCK) * _BLOCK
         assert self._tar.tarstream.offset == self._end, f"tarfile did not lay out {key} in whole blocks"
         self._rows.append(where[extension] + where["cls"])
+        self._digests.append(sample_digest(image, members.get("cls", b"")))
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._offsets = self._stack.enter_context(replacing(self.root / (self.name + OFFSETS_SUFFIX)))
-        self._file = _Hashed(self._stack.enter_context(replacing(self.root / self.name)))
+        tar, *tables = (replacing(self.root / name) for name in shard_files(self.name))
+        self._tables = [_Hashed(self._stack.enter_context(table)) for table in tables]
+        self._file = _Hashed(self._stack.enter_context(tar))
         self._tar = self._stack.enter_context(TarWriter(self._file, encoder=False, compress=False, mtime=0))
         return self
 
@@ -90,14 +102,15 @@ class ShardFile:
     ) -> None:
         if error is None:
             assert self._rows, f"{self.name} would be empty"
-            rows = np.array(self._rows, dtype=OFFSETS_ROW.base).tobytes()
-            self._offsets.write(rows)
-            self._offsets_sha256 = hashlib.sha256(rows).hexdigest()
+            for table, rows, row in zip(
+                self._tables, (self._rows, self._digests), (OFFSETS_ROW, DIGESTS_ROW), strict=True
+            ):
+                table.write(np.array(rows, dtype=row.base).tobytes())
         self._stack.__exit__(kind, error, trace)
 
     def entry(self) -> Shard:
         """What the index says of it, once it is written."""
-        digests = self._file.hash.hexdigest(), self._offsets_sha256
+        digests = (file.hash.hexdigest() for file in (self._file, *self._tables))
         return Shard(self.name, self.split, len(self._rows), self._file.size, *digests)
 
 
@@ -202,5 +215,5 @@ class ShardWriter:
 
     def _remove_shards(self) -> None:
         for shard in self._shards:
-            (self.root / shard.path).unlink(missing_ok=True)
-            (self.root / (shard.path + OFFSETS_SUFFIX)).unlink(missing_ok=True)
+            for name in shard_files(shard.path):
+                (self.root / name).unlink(missing_ok=True)

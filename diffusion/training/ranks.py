@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from diffusion.training.watchdog import Watchdog
+from diffusion.training.watchdog import Watchdog, exit_status
 
 NEVER = timedelta(days=30)  # collectives wait; the watchdog ends them
 
@@ -109,9 +109,10 @@ class Ranks:
         if self._dog is not None:
             self._dog.working()
 
-    def failed(self, error: Exception) -> str | None:
-        """This rank cannot go on: tell the others. The cause of it all; None where there are no others."""
-        return None if self._dog is None else self._dog.failed(error)
+    def failed(self, error: Exception) -> tuple[str | None, int]:
+        """This rank cannot go on: tell the others. The cause of it all, None where there are no others; and the exit
+        status for it, the same on all ranks."""
+        return (None, exit_status(error)) if self._dog is None else self._dog.failed(error)
 
     def part(self, seconds: float = 120.0) -> None:
         """The end: wait until every rank has come here, or until one has not for so long."""

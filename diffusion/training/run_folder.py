@@ -328,11 +328,20 @@ class RunFolder:
             complaints.append(f"{path} is not used: {wrong}.")
         return 0, None, complaints
 
-    def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that it does not count among the kept ones."""
+    def set_aside(self, step: int, why: str = "damaged") -> Path:
+        """Rename a checkpoint that is not to be used, so that it does not count among the kept ones; its new path."""
         path = self.checkpoint_path(step)
-        path.rename(path.with_suffix(".ckpt.damaged"))
+        aside = path.rename(path.with_suffix(f".ckpt.{why}"))
         path.with_suffix(".sha256").unlink(missing_ok=True)
+        return aside
+
+    def point_to_what_is_left(self) -> None:
+        """Let no link lead to a checkpoint that was set aside: last.ckpt leads to the newest one left."""
+        for link in (self.last, self.checkpoints / "best.ckpt"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+        if steps := self.steps():
+            self.point_last_to(self.checkpoint_path(steps[0]))
 
     def point_last_to(self, path: Path) -> None:
         """last.ckpt -> path."""

@@ -53,6 +53,7 @@ class Watchdog:
     ) -> None:
         self.rank, self.ranks, self.silence, self.timeout = rank, ranks, silence, timeout
         self.cause: str | None = None  # the judgement, once there is one
+        self.status = 1  # the exit status that goes with it
         self.called: int | None = None  # the signal that a rank has got, once one has
         self._store, self._last_words, self._ended, self._told = store, last_words, ended, told
         self._step, self._progress = 0, 0
@@ -78,17 +79,19 @@ class Watchdog:
         """This rank gets on, inside a step or outside of one."""
         self._progress += 1
 
-    def failed(self, error: BaseException) -> str:
-        """This rank cannot go on: tell the others. The cause of it all, which may be another rank's."""
+    def failed(self, error: BaseException) -> tuple[str, int]:
+        """This rank cannot go on: tell the others. The cause of it all, which may be another rank's, and the exit
+        status for it."""
         self._ends_process = False
         if is_of_a_collective(error):  # another rank's end shows here first
             deadline = time.monotonic() + self.silence + 10 * BEAT
             while self.cause is None and time.monotonic() < deadline:
                 time.sleep(0.1)
         if self.cause is None:
-            self._judge(f"rank {self.rank} failed at step {self._step}: {type(error).__name__}: {error}")
+            cause = f"rank {self.rank} failed at step {self._step}: {type(error).__name__}: {error}"
+            self._judge(cause, exit_status(error))
             time.sleep(3 * BEAT)  # the others have seen it before the store may go with this process
-        return self.cause or str(error)
+        return self.cause or str(error), self.status
 
     def stop(self) -> None:
         """Training is over on this rank."""
@@ -108,7 +111,7 @@ class Watchdog:
             try:
                 self._report()
                 if self._store.check([ENDED]):
-                    self.cause = self._store.get(ENDED).decode()
+                    self._take(self._store.get(ENDED).decode())
                 elif self.rank == 0:
                     self._look_at_the_others()
                 self._relay()
@@ -171,12 +174,19 @@ class Watchdog:
                 f"{', '.join(map(str, behind))} ({where})"
             )
 
-    def _judge(self, cause: str) -> None:
+    def _judge(self, cause: str, status: int = 1) -> None:
         """The first judgement stands."""
+        judgement = f"{status} {cause}"
         try:
-            self.cause = self._store.compare_set(ENDED, "", cause).decode() or cause
+            judgement = self._store.compare_set(ENDED, "", judgement).decode() or judgement
         except (RuntimeError, ValueError, OSError):
-            self.cause = cause
+            pass
+        self._take(judgement)
+
+    def _take(self, judgement: str) -> None:
+        """Exit status and cause, as they are in the store."""
+        status, _, cause = judgement.partition(" ")
+        self.status, self.cause = int(status), cause
 
     def _end(self) -> None:
         """End this process, whose own thread may be waiting inside a collective."""
@@ -189,7 +199,12 @@ class Watchdog:
         self._last_words()
         if self.rank == 0:
             time.sleep(3 * BEAT)  # the store lives here
-        os._exit(1)
+        os._exit(self.status)
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a run that an error has ended: 1, unless its class says otherwise."""
+    return getattr(error, "exit_status", 1)
 
 
 def how(code: int) -> str:
