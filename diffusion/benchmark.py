@@ -3,6 +3,7 @@
     python -m diffusion.benchmark task=gpu_check                   does the GPU compute what the CPU does, and how fast
     python -m diffusion.benchmark task=loader                      what the data loader costs, beside others
     python -m diffusion.benchmark task=overhead                    what signals, saving and checks cost a step
+    python -m diffusion.benchmark task=digests                     what comparing each sample with its digest costs
     python -m diffusion.benchmark task=... out=figures.json        all figures in a file as well
 
 gpu_check compares a training step and a sample on the GPU, in float32 and in bf16, with the CPU's, looks whether
@@ -17,6 +18,9 @@ yours instead. Exit status 0 if all bars hold, 1 if one does not.
 
 overhead trains the digits with all that lets a run survive and with none of it, by turns, on the CPU. Exit status 0 if
 a step costs at most 1 % more, or no more than the machine's own spread lets one tell, 1 if it does.
+
+digests times our loader on 32x32 PNGs and 256x256 JPEGs with the checks that a sample is the one the set was made with,
+and without them. Exit status 0 if they cost at most 1 % of the CPU time, 1 if they cost more.
 """
 
 import importlib
@@ -32,6 +36,7 @@ TASKS = {  # each has main(cfg, say) -> exit status
     "gpu_check": "diffusion.app.gpu_check",
     "loader": "diffusion.app.loader_benchmark",
     "overhead": "diffusion.app.overhead_benchmark",
+    "digests": "diffusion.app.digests_benchmark",
 }
 
 
