@@ -30,7 +30,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from diffusion.app.check import check
-from diffusion.app.compose import Refusal, command, refusing
+from diffusion.app.compose import Refusal, command, refusing, typed
+from diffusion.files import obstacle
 
 TASKS = {  # each has main(cfg, say) -> exit status
     "gpu_check": "diffusion.app.gpu_check",
@@ -43,11 +44,13 @@ TASKS = {  # each has main(cfg, say) -> exit status
 @command("benchmark")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
-        check(cfg)
+        check(cfg, typed())
         if cfg.task not in TASKS:
             raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
         if cfg.out is not None and Path(cfg.out).is_dir():
             raise Refusal(f"out={cfg.out} is a folder: give the name of a .json file.")
+        if cfg.out is not None and (why := obstacle(Path(cfg.out).parent)):
+            raise Refusal(f"out={cfg.out}: {why}, so the figures cannot be kept there: give another file.")
         task = importlib.import_module(TASKS[cfg.task])  # torch and lightning, now that the configuration is sound
     sys.exit(task.main(cfg, lambda message: print(message, flush=True)))
 

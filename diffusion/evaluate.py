@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import LEAST_IMAGES, check, refuse_overwriting
-from diffusion.app.compose import Refusal, command, refusing
+from diffusion.app.check import LEAST_IMAGES, check, refuse_blocked, refuse_overwriting
+from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
 from diffusion.files import obstacle, write_atomically
@@ -38,7 +38,7 @@ TASKS = ("score", "sweep")
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     with Signals() as signals, refusing(cfg.debug):
-        check(cfg)
+        check(cfg, typed())
         check_paths(cfg)
         check_launcher(cfg)
         from diffusion.app.evaluation import Evaluation
@@ -89,6 +89,35 @@ def check_paths(cfg: DictConfig) -> None:
         raise Refusal(f"out={cfg.out}: {why}, so nothing can be kept there.")
     if cfg.samples is not None:
         refuse_overwriting("samples", Path(cfg.samples))
+    check_outputs(cfg)
+
+
+def check_outputs(cfg: DictConfig) -> None:
+    """Refuse a place where the results could not be kept once they are there."""
+    run = run_of(cfg.checkpoint)
+    if cfg.out is None and run is not None:
+        files, folders = ["results.jsonl", ".results.lock", "report.html"], ["evaluations", "likelihood"]
+        files += [f"evaluations/sweep.{kind}" for kind in ("csv", "png")] if cfg.task == "sweep" else []
+        refuse_blocked("checkpoint", run, files, folders)
+    elif cfg.out is not None and cfg.task == "sweep":
+        refuse_blocked("out", Path(cfg.out), ["sweep.csv", "sweep.png"], [])
+    elif cfg.out is not None:
+        path = Path(cfg.out)
+        refuse_blocked("out", path.parent, [path.name, f"{path.stem}_neighbours.png"], ["likelihood"])
+        try:
+            path.read_text() if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as e:
+            raise Refusal(f"out={path} is not a text file that results can be added to: give another one.") from e
+
+
+def run_of(checkpoint: str | None) -> Path | None:
+    """The run folder that a checkpoint lies in, None where it is in none."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.resolve().parent.name == "checkpoints" else None
 
 
 def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:

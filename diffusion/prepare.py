@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusion.app.check import check
-from diffusion.app.compose import command, refusing
+from diffusion.app.compose import command, refusing, typed
 from diffusion.app.prepare import (
     check_prepare,
     introduction,
@@ -75,7 +75,7 @@ class Progressing:
 @command("prepare")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
-        check(cfg)
+        check(cfg, typed())
         check_prepare(cfg)
     if cfg.task == "verify":
         sys.exit(verify(cfg))

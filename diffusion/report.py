@@ -22,7 +22,8 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig
 
-from diffusion.app.compose import Refusal, command, refusing
+from diffusion.app.check import check
+from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.files import csv_text, replacing
 from diffusion.metrics.published import aligned
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
@@ -38,6 +39,7 @@ FIRST = "run metric value is_std reference difference not_comparable num_images 
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
         check_task(cfg)
+        check(cfg, typed())
         if cfg.task == "compare":
             found = compared(cfg.run_dir, cfg.other)
             settings = differing_settings(RunFolder(cfg.run_dir), RunFolder(cfg.other))

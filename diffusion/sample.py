@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from diffusion.app.check import check, check_guidance, refuse_overwriting
-from diffusion.app.compose import Refusal, command, refusing
+from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.training.signals import Signals
 
@@ -22,7 +22,7 @@ from diffusion.training.signals import Signals
 @command("sample")
 def main(cfg: DictConfig) -> None:
     with Signals() as signals, refusing(cfg.debug):
-        check(cfg)
+        check(cfg, typed())
         out = Path(cfg.out)
         check_paths(cfg, out)
         check_launcher(cfg)

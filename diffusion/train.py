@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.app.check import check, check_data
-from diffusion.app.compose import command, refusing
+from diffusion.app.compose import command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank, ranks
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.signals import Signals, ignore
@@ -39,7 +39,7 @@ def train(cfg: DictConfig, signals: Signals) -> int:
 
     with signals.held([signal.SIGTERM] if ranks(cfg) > 1 else []):
         with refusing(cfg.debug):
-            check(cfg)
+            check(cfg, typed())
             check_launcher(cfg)
             check_data(cfg)
             folder = RunFolder(cfg.run_dir)

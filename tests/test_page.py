@@ -330,7 +330,7 @@ def test_the_command_makes_one_report_again(tmp_path):
         ("runs=unscored", "runs=unscored: no run below it has been scored"),
         ("run_dir=empty", "run_dir=empty is no run folder"),
         ("runs=scored out=a_file/below", "out=a_file/below cannot be written to"),
-        ("sort=value", "sort is no setting of this command"),
+        ("sort=value", "Unknown setting: sort."),
     ],
 )
 def test_the_command_refuses_in_one_message(tmp_path, words, complaint):

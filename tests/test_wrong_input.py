@@ -31,7 +31,7 @@ WRONG = {
     "unknown metric": ("train", ["metrics=[fid,fit]"], ["metrics", "fit"]),
     "guidance without classes": ("train", ["model.num_classes=0", "objective.label_dropout=0"], ["guidance.scale=2.0"]),
     "null where a value is needed": ("train", ["save.keep=null"], ["save.keep=null", "an integer"]),
-    "text where the default is null": ("train", ["trainer.threads=two"], ["trainer.threads=two", "at least 1"]),
+    "text where the default is null": ("train", ["trainer.threads=two"], ["trainer.threads=two", "an integer"]),
     "a number that is no option": ("train", ["extractor.name=foo"], ["extractor.name=foo", "inception, digits"]),
     "guidance of a model that always saw its labels": (
         "train", ["objective.label_dropout=0"], ["guidance.scale=2.0", "objective.label_dropout"],

@@ -19,6 +19,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -186,11 +187,16 @@ def extractor(
         return inception(chosen.weights, chosen.sha256)
     if chosen.name == "digits":
         folder = module.root if module is not None else beside or "data/digits"
-        path = Path(chosen.weights or Path(folder) / CLASSIFIER)
+        path = classifier_path(chosen, folder)
         if chosen.weights is None and module is not None and (is_remote(folder) or not module.kept_beside):
             path = path if path.is_file() else cache_folder() / f"{module.index.digest[:16]}_{CLASSIFIER}"
         return digit_extractor(path, chosen.sha256, module)
     return custom_extractor(chosen)
+
+
+def classifier_path(cfg: DictConfig, root: str | Path) -> Path:
+    """Where the digits' classifier is to be: extractor.weights, or beside its data set."""
+    return Path(cfg.weights or Path(root) / CLASSIFIER)
 
 
 def custom_extractor(cfg: DictConfig) -> Extractor:
@@ -244,7 +250,13 @@ def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModul
             f.write(save(train_digit_classifier(images, labels).state_dict()))
     digest = verified(path, sha256)
     classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(path))
+    try:
+        classifier.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:  # no such file, or one of another network
+        raise Refusal(
+            f"extractor.weights={path} is damaged, or not a digit classifier ({first_line(error)}). Remove it: it is "
+            f"made again, the same, when it is needed."
+        ) from error
     return Extractor("digits", classifier, channels=1, image_size=8, digest=digest)
 
 
@@ -268,11 +280,15 @@ def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks)
     """What images are scored against, from a split of shards, kept beside them or, where that cannot or may not be
     written to, in the folder for remote sets."""
     about = {"data": module.index.digest, "split": module.split, "image_size": module.image_size}
+    keep, read_only = reference_folders(module)
+    return reference_of(module.samples, extractor, ranks, about, keep, read_only)
+
+
+def reference_folders(module: ImageShardsDataModule) -> tuple[list[Path], list[Path]]:
+    """Where the features of a set's images may be kept, the first choice first; and where else they may be."""
     beside = [] if is_remote(module.root) else [Path(module.root)]
     cache = Path(module.remote["folder"]).expanduser() / "references"
-    if module.kept_beside:
-        return reference_of(module.samples, extractor, ranks, about, [*beside, cache])
-    return reference_of(module.samples, extractor, ranks, about, [cache], read_only=beside)
+    return ([*beside, cache], []) if module.kept_beside else ([cache], beside)
 
 
 def sampling(

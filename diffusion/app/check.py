@@ -1,9 +1,11 @@
 """What a composed configuration shows to be impossible, in one message each; without torch or lightning.
 
-Parts check their own arguments again when they are built: this is the same, earlier, in the words of conf/.
+Parts check their own arguments again when they are built: this is the same, earlier, in the words of conf/. What has no
+effect beside other settings is in effect.py.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.app.compose import Refusal
+from diffusion.app.compose import Refusal, Typed, check_resolved, shown
+from diffusion.app.effect import refuse_idle, unguided
 from diffusion.data.index import INDEX_NAME, read_index
 from diffusion.data.layout import check_batch, check_lanes
 from diffusion.data.remote import Access, is_remote
 from diffusion.files import obstacle
+from diffusion.models.resolutions import check_attention
 from diffusion.process.times import times
+from diffusion.training.run_folder import RunFolder
 
 FROM_MODEL = ("bits_per_dim",)  # that no images are sampled for
 LEAST_IMAGES = {  # that a metric can be had of
@@ -24,6 +29,10 @@ LEAST_IMAGES = {  # that a metric can be had of
 }  # fmt: skip
 SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
 EXTRACTORS = ("inception", "digits")
+DISTINCT = (  # lists of which a member that repeats would be made twice, or not at all
+    "metrics", "sweep.num_steps", "sweep.eta", "samplers", "errors.num_steps",
+    "forward.times", "logger.tags",
+)  # fmt: skip
 Test = Callable[[Any], bool]
 
 
@@ -94,6 +103,7 @@ RULES: dict[str, tuple[Test, str]] = {
     "guidance.scale": (lambda v: 0 <= v < math.inf, "must be finite and at least 0; 1 means no guidance"),
     "optimizer.lr": above(0),
     "optimizer.eps": above(0),
+    "optimizer.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)"),
     "optimizer.warmup_steps": at_least(0),
     "optimizer.gradient_clip": at_least(0),
     "ema.decay": between(0, 1, including_high=False),
@@ -174,8 +184,14 @@ RULES: dict[str, tuple[Test, str]] = {
 }
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse values out of their range and combinations that cannot be; looks at nothing but the configuration."""
+def check(cfg: DictConfig, typed: Typed | None = None) -> None:
+    """Refuse values out of their range and combinations that cannot be; looks at nothing but the configuration.
+
+    Args:
+        typed: what of it the user has typed, which is refused where it has no effect.
+    """
+    if typed is not None:
+        check_resolved(cfg, typed)
     for key, (test, text) in RULES.items():
         value = OmegaConf.select(cfg, key)
         try:
@@ -183,7 +199,27 @@ def check(cfg: DictConfig) -> None:
         except TypeError:  # text where a number is needed, and the default is null
             fits = False
         if not fits:
-            raise Refusal(f"{key}={value} {text}.")
+            raise Refusal(f"{key}={shown(value)} {text}.")
+    for key in DISTINCT:
+        members = list(OmegaConf.select(cfg, key) or ())
+        if repeated := [m for k, m in enumerate(members) if m in members[:k]]:
+            raise Refusal(f"{key}={shown(members)}: {repeated[0]} is there more than once. Give it once.")
+    if (
+        "guidance" in cfg
+        and unguided(cfg)
+        and cfg.guidance.scale != 1
+        and not (typed and "guidance.scale" in typed.settings)
+    ):
+        raise Refusal(
+            f"guidance.scale={cfg.guidance.scale} has no effect: guidance=none. Give guidance=classifier_free."
+        )
+    if OmegaConf.select(cfg, "callbacks.enabled") and "grid" not in cfg.callbacks:
+        raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
+    if typed is not None:
+        refuse_idle(cfg, typed)
+    if "guidance" in cfg and unguided(cfg) and cfg.guidance.scale != 1:  # of an experiment's file
+        word = f"guidance.scale={cfg.guidance.scale}"
+        raise Refusal(f"{word} has no effect: guidance=none. Give guidance=classifier_free {word}.")
     for metric in cfg.get("metrics") or ():
         if metric not in LEAST_IMAGES:
             raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(LEAST_IMAGES)}.")
@@ -239,6 +275,14 @@ def check_training(cfg: DictConfig) -> None:
             f"model.image_size={cfg.model.image_size} cannot be halved {halvings} times, which "
             f"model.multipliers={list(cfg.model.multipliers)} asks for."
         )
+    for key in ("image_size", "channels"):
+        if cfg.model[key] != cfg.data[key]:
+            raise Refusal(
+                f"model.{key}={cfg.model[key]}, but data={cfg.data.name} has {cfg.data[key]}: give data.{key}, which "
+                f"the model takes over, or leave it out."
+            )
+    if "attention_resolutions" in cfg.model and "multipliers" in cfg.model:
+        check_attention(cfg.model.image_size, halvings + 1, cfg.model.attention_resolutions)
     if cfg.model.num_classes not in (0, cfg.data.num_classes):
         raise Refusal(
             f"model.num_classes={cfg.model.num_classes}, but data={cfg.data.name} has {cfg.data.num_classes}: "
@@ -305,8 +349,17 @@ def check_data(cfg: DictConfig) -> None:
     if root is None:
         return
     if cfg.data.name == "digits" and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
+        if cfg.data.split != "train":
+            raise Refusal(f"data.split={cfg.data.split}: the digits have one split, train.")
+        if why := obstacle(Path(root)):
+            raise Refusal(f"data.root={root}: {why}, so the digits cannot be made there: give another folder.")
         return
     index = read_index(root, cfg.data.prepare, Access(cfg.data.remote.attempts, cfg.data.remote.timeout))
+    if cfg.data.split not in index.splits:
+        raise Refusal(
+            f"data.split={cfg.data.split} is not a split of the set in data.root={root}, which has "
+            f"{', '.join(index.splits)}."
+        )
     for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
         wanted = cfg.data[key]
         if wanted != found and not (key == "num_classes" and wanted == 0):
@@ -325,3 +378,28 @@ def refuse_overwriting(key: str, folder: Path, overwrite: bool | None = None) ->
     if there and not overwrite:
         cure = "give another folder" + ("" if overwrite is None else ", or overwrite=true")
         raise Refusal(f"{key}={folder} already holds {', '.join(there)}: {cure}.")
+
+
+def refuse_blocked(key: str, folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+    """Refuse a folder in which a file that is to be written is a folder, a folder is a file, or nothing can be written.
+
+    Args:
+        key: that gives the folder. files, folders: names in it of what will be written.
+    """
+    if why := obstacle(folder):
+        raise Refusal(f"{key}={folder}: {why}, so nothing can be kept there: give another folder.")
+    for name in files:
+        if (folder / name).is_dir():
+            raise Refusal(f"{key}={folder}: {name} is a folder, but a file is to be written there: move it.")
+        if (folder / name).exists() and not os.access(folder / name, os.W_OK):
+            raise Refusal(f"{key}={folder}: {name} cannot be written to: make it writable.")
+    for name in folders:
+        if (folder / name).exists() and (why := obstacle(folder / name)):
+            raise Refusal(f"{key}={folder}: {why}, but {name} must be a folder that can be written to: move it.")
+
+
+def runs_outputs(folder: RunFolder) -> tuple[list[str], list[str]]:
+    """(files, folders) that a run writes, by their names in its folder."""
+    pictures = [f"samples/{path.name}" for path in folder.samples.glob("*.png")] if folder.samples.is_dir() else []
+    files = [".lock", ".results.lock", "config.yaml", "metrics.csv", "results.jsonl", "report.html", *pictures]
+    return files, ["checkpoints", "samples", "evaluations", "fingerprints", "nonfinite", "wandb"]

@@ -43,9 +43,9 @@ class Evaluation:
         self.paper: dict[str, float | None] = {}
         self._pieces: list[Pieces] = []  # what the rows are made from
         self._galleries: list[Gallery] = []  # whose samples are to be written
+        self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
         if cfg.checkpoint is not None:
             self._load()
-        self.scored = bool(set(cfg.metrics) - set(FROM_MODEL)) or cfg.task == "sweep"
         if self.scored:
             self._prepare_scores()
         if self.run_folder is None and cfg.out is None:
@@ -59,12 +59,12 @@ class Evaluation:
         check_guidance(cfg.guidance.scale, self.model.num_classes, self.model.label_dropout)
         self.paper = self.model.paper
         chosen = sweep_points(cfg) if cfg.task == "sweep" else [cfg]
-        for point in chosen:
+        for point in chosen if self.scored else ():
             build.sampling(point, self.model.denoiser, self.place, self.model.image_shape, cfg.batch_size)
         self.run_folder = self.model.run_folder
         if self.run_folder is not None and cfg.out is None:
             RunFolder(self.run_folder).refuse_links()
-        if "bits_per_dim" in cfg.metrics:
+        if "bits_per_dim" in cfg.metrics and cfg.task == "score":
             self.likelihood_data = self._likelihood_data()
             self.bits(self.place, Ranks())
         given = cfg.extractor.weights is not None or "target" in cfg.extractor
@@ -87,7 +87,7 @@ class Evaluation:
         else:
             self.extractor.check(*self.model.image_shape[:2])
             size = self.model.image_shape[1:]
-        self.extractor.check(self.extractor.channels, size[0])
+        self.extractor.try_out(size[0], cfg.metrics)
         of_both = [metric for metric in cfg.metrics if metric not in ("is", *FROM_MODEL)]
         check_number(of_both, len(image_set(self.real)), f"reference={cfg.reference or self.real.root}")
         if cfg.per_class:

@@ -15,6 +15,7 @@ from diffusion.data.prepare_image import BACKGROUNDS, CROPS, RESIZES, STORED, Ru
 from diffusion.data.prepare_plan import Job, Plan, first_sizes
 from diffusion.data.prepare_shards import SHEET, SKIPPED
 from diffusion.data.sources import open_source, shown
+from diffusion.models.resolutions import nearest_resolutions, resolutions
 
 TASKS = ("make", "verify")
 MODELS = {"unet_8": (8, 2), "unet_32": (32, 8), "unet_64": (64, 16), "unet_256": (1 << 30, 32)}  # up to, multiple of
@@ -64,17 +65,16 @@ def check_prepare(cfg: DictConfig) -> None:
             raise Refusal(f"dataset={cfg.dataset} and source={cfg.source}: the digits are made by source=digits alone.")
 
 
-def described(dataset: str) -> DictConfig:
-    """The data set's description, conf/data/NAME.yaml with what it is based on."""
-    if dataset not in groups()["data"]:
-        known = [name for name in groups()["data"] if name != "shards"]
+def described(option: str, group: str = "data") -> DictConfig:
+    """An option of a group, conf/data/NAME.yaml, with what it is based on."""
+    if option not in groups()[group]:
+        known = [name for name in groups()[group] if name != "shards"]
         raise Refusal(
-            f"dataset={dataset}: there is no such data set.{nearest(dataset, known)} There are: {', '.join(known)}."
+            f"dataset={option}: there is no such data set.{nearest(option, known)} There are: {', '.join(known)}."
         )
-    content = OmegaConf.load(conf_dir() / "data" / f"{dataset}.yaml")
+    content = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     base = [name for name in content.pop("defaults", []) if name != "_self_"]
-    content = OmegaConf.merge(*(described(name) for name in base), content)
-    return content
+    return OmegaConf.merge(*(described(name, group) for name in base), content)
 
 
 def name_of(cfg: DictConfig) -> str:
@@ -233,9 +233,25 @@ def train_command(cfg: DictConfig, job: Job) -> str:
     found = {"image_size": size, "channels": channels, "num_classes": classes}
     words += [f"data.{key}={value}" for key, value in found.items() if known[key] != value]
     if experiment == "images" or known.image_size != size:
-        model = next((m for m, (most, multiple) in MODELS.items() if size <= most and size % multiple == 0), "unet_8")
-        words += [f"model={model}"]
+        words += model_words(size)
     return " ".join(["python -m diffusion.train", *(shlex.quote(word) for word in words)])
+
+
+def model_words(size: int) -> list[str]:
+    """The words that choose a network for images of this size, its levels and attention fitted where they must be."""
+    option = next((m for m, (most, multiple) in MODELS.items() if size <= most and size % multiple == 0), "unet_8")
+    words, model = [f"model={option}"], described(option, "model")
+    multipliers, attention = list(model.multipliers), list(model.attention_resolutions)
+    there = resolutions(size, len(multipliers))
+    if len(there) < len(multipliers):
+        words.append(f"model.multipliers={listing(multipliers[: len(there)])}")
+    if not set(attention) <= set(there):
+        words.append(f"model.attention_resolutions={listing(nearest_resolutions(size, len(there), attention))}")
+    return words
+
+
+def listing(numbers: list[int]) -> str:
+    return f"[{','.join(map(str, numbers))}]"
 
 
 def verdict(index: Index, wrong: list[str]) -> str:

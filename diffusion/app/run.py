@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.app import build
+from diffusion.app import build, early
 from diffusion.app.compose import refusing
 from diffusion.app.fit import Fit
+from diffusion.app.launcher import main_rank
 from diffusion.app.processes import together
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
@@ -93,6 +94,8 @@ class Run:
         self.failure = 0  # exit status of what has ended the run
         self.on_error = OnError(cfg.save.on_error)
         self.csv = MetricsCsv(folder.metrics_path, self.on_error)
+        if main_rank(cfg):
+            early.look(self)
         self.loggers: list[RunLogger] = [self.csv, *loggers(cfg.logger, folder, config)]
 
     # ---- the whole ----

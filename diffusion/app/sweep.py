@@ -32,6 +32,7 @@ from diffusion.app.check import check
 from diffusion.app.compose import (
     FLAGS_WITH_VALUE,
     Refusal,
+    Typed,
     check_words,
     composed,
     nearest,
@@ -142,7 +143,7 @@ def run_of(overrides: Sequence[str]) -> Run:
 @functools.cache
 def _run_of(overrides: tuple[str, ...]) -> Run:
     cfg = composed("train", list(overrides))
-    check(cfg)
+    check(cfg, Typed("train", overrides))
     folder = sweep_folder(cfg.run_dir, list(overrides))
     words = [w for w in overrides if not w.startswith("run_dir=")]
     return Run((*words, f"run_dir={folder}"), folder)

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check, check_guidance, check_steps
-from diffusion.app.compose import Refusal, command, refusing
-from diffusion.files import obstacle
+from diffusion.app.check import check, check_guidance, check_steps, refuse_blocked
+from diffusion.app.compose import Refusal, command, refusing, typed
 
 TASKS = {  # each has main(lab)
     "errors": "diffusion.app.lab_errors",
@@ -33,7 +32,7 @@ TRAINED = ("errors", "equivalence")  # that a checkpoint may be given to
 @command("lab")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
-        check(cfg)
+        check(cfg, typed())
         check_task(cfg)
         from diffusion.app.laboratory import Laboratory
 
@@ -61,8 +60,8 @@ def check_task(cfg: DictConfig) -> None:
         )
     if cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1:
         raise Refusal("trainer.devices, trainer.num_nodes: the laboratory works in one process.")
-    if why := obstacle(Path(cfg.out or ".")):
-        raise Refusal(f"out={cfg.out}: {why}, so nothing can be kept there.")
+    out = Path(cfg.out or ("." if cfg.checkpoint is not None else "lab"))
+    refuse_blocked("out", out, ["report.html"] if cfg.out else [], [cfg.task] if cfg.out else [])
     if cfg.checkpoint is None:
         check_steps(cfg.sampler, cfg.schedule.num_timesteps)
         check_guidance(cfg.guidance.scale, 0, 0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 64  # images that go through the network at a time
+TRIED = 2  # images that it is tried on
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
@@ -84,7 +85,7 @@ class Extractor:
                 part = images[done : done + CHUNK - row]
                 batch = torch.zeros(CHUNK, *images.shape[1:], dtype=torch.uint8)
                 batch[row : row + len(part)] = part
-                pooled, logits = self._checked(self.network(batch.to(device)))
+                pooled, logits = self._checked(self.network(batch.to(device)), CHUNK)
                 rows = slice(row, row + len(part))
                 parts.append(Features(pooled[rows].float().cpu(), logits[rows].float().cpu()))
                 done += len(part)
@@ -93,13 +94,32 @@ class Extractor:
             raise ValueError(f"extractor={self.name} gives features that are not finite: its weights are no good.")
         return features
 
-    def _checked(self, out: Any) -> tuple[Tensor, Tensor]:
-        """What the network gave for a chunk, if it is what is asked of one."""
+    @torch.no_grad()
+    def try_out(self, image_size: int, metrics: Iterable[str] = ()) -> None:
+        """ValueError unless two images of this size give what these metrics are computed of."""
+        self.check(self.channels, image_size)
+        device = next(self.network.parameters()).device
+        shape, generator = (TRIED, self.channels, image_size, image_size), torch.Generator().manual_seed(0)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        try:
+            found = self.network(images.to(device))
+        except Exception as error:  # of a module of the user's own, which may raise anything
+            raise ValueError(
+                f"extractor={self.name} fails on images {tuple(images.shape)}, uint8: {type(error).__name__}: {error}"
+            ) from error
+        pooled, logits = self._checked(found, TRIED)
+        if not (pooled.isfinite().all() and logits.isfinite().all()):
+            raise ValueError(f"extractor={self.name} gives features that are not finite: its weights are no good.")
+        if "is" in metrics and logits.shape[1] < 2:
+            raise ValueError(f"metrics: is needs logits of at least 2 classes, extractor={self.name} gives 1.")
+
+    def _checked(self, out: Any, number: int) -> tuple[Tensor, Tensor]:
+        """What the network gave for so many images, if it is what is asked of one."""
         fits = isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)
-        if not fits or any(part.ndim != 2 or len(part) != CHUNK or not part.shape[1] for part in out):
+        if not fits or any(part.ndim != 2 or len(part) != number or not part.shape[1] for part in out):
             found = [tuple(part.shape) for part in out] if fits else type(out).__name__
             raise ValueError(
-                f"extractor={self.name} gives {found} for {CHUNK} images, expected (features (B, F), logits (B, K))."
+                f"extractor={self.name} gives {found} for {number} images, expected (features (B, F), logits (B, K))."
             )
         return out[0], out[1]
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.models.resolutions import check_attention, resolutions
+
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 
 
@@ -199,7 +201,8 @@ class UNet(nn.Module):
         channels: colours of the image.
         width: channels at full resolution; a multiple of 32 (the norm's groups).
         multipliers: width at each level, finest first.
-        attention_resolutions: sizes in pixels at which blocks attend; the middle always does.
+        attention_resolutions: sizes in pixels at which blocks attend, each one that occurs: image_size / 2 ** k. None:
+            16 where that occurs, as in the paper. The middle always attends.
         blocks_per_level: residual blocks a level on the way down; one more on the way up.
         dropout: probability, in every residual block.
         num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
@@ -210,8 +213,8 @@ class UNet(nn.Module):
             second time when its gradient is due (Chen et al. 2016): less memory, one more forward pass, the same bits.
 
     Raises:
-        ValueError: a size that the levels do not divide, a width that 32 does not, dropout outside [0, 1), an embedding
-            that there is not.
+        ValueError: a size that the levels do not divide, a width that 32 does not, attention at a size that does not
+            occur, no block on a level, dropout outside [0, 1), an embedding that there is not.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class UNet(nn.Module):
         channels: int = 3,
         width: int = 128,
         multipliers: Sequence[int] = (1, 2, 2, 2),
-        attention_resolutions: Sequence[int] = (16,),
+        attention_resolutions: Sequence[int] | None = None,
         blocks_per_level: int = 2,
         dropout: float = 0.0,
         num_classes: int = 0,
@@ -237,6 +240,13 @@ class UNet(nn.Module):
                 f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, which "
                 f"model.multipliers={list(multipliers)} asks for: give fewer multipliers or another size."
             )
+        if min(multipliers) < 1:
+            raise ValueError(f"model.multipliers={list(multipliers)} must all be at least 1.")
+        if attention_resolutions is None:
+            attention_resolutions = {16}.intersection(resolutions(image_size, len(multipliers)))
+        check_attention(image_size, len(multipliers), attention_resolutions)
+        if blocks_per_level < 1:
+            raise ValueError(f"model.blocks_per_level={blocks_per_level} must be at least 1.")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} is outside [0, 1).")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
