@@ -75,8 +75,8 @@ class Progressing:
 @command("prepare")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
-        check(cfg, typed())
         check_prepare(cfg)
+        check(cfg, typed())
     if cfg.task == "verify":
         sys.exit(verify(cfg))
     if cfg.source == "digits":

@@ -20,9 +20,12 @@ FEW = {  # settings of each task that make it quick
 
 def few(task, words):
     """The settings of a task that have an effect beside these words."""
-    trained, toy = any("checkpoint=" in word for word in words), "toy=" in str(words) and "toy=gaussian" not in words
-    points = ["errors.num_points=60", "errors.times=6"] if task == "errors" and (trained or toy) else []
-    return [*FEW[task], *points, *(["errors.num_images=12"] if task == "errors" and trained else [])]
+    if task != "errors":
+        return FEW[task]
+    of_images = any(word.startswith("checkpoint=") and "images" in word for word in words)
+    exact = not any(word.startswith(("checkpoint=", "toy=")) and word != "toy=gaussian" for word in words)
+    measured = [] if exact else ["errors.times=6", "errors.num_images=12" if of_images else "errors.num_points=60"]
+    return [*FEW[task], *measured]
 
 
 @pytest.fixture

@@ -241,7 +241,13 @@ def test_the_printed_command_has_a_sound_network_for_every_size(size):
     assert model.attention_resolutions and set(model.attention_resolutions) <= set(
         resolutions(size, len(model.multipliers))
     )
-    assert (len(words) == 3) == (size in (8, 16, 32, 64, 128, 256, 512) or size % 32 == 0 and size > 64 or size == 48)
+
+
+def test_the_network_of_a_size_that_fits_is_that_of_conf():
+    for size, option in ((8, "unet_8"), (32, "unet_32"), (64, "unet_64"), (128, "unet_256"), (256, "unet_256")):
+        assert model_words(size) == [f"model={option}"]
+    assert model_words(24) == ["model=unet_32", "model.attention_resolutions=[12]"]
+    assert model_words(9) == ["model=unet_8", "model.multipliers=[1]", "model.attention_resolutions=[9]"]
 
 
 def test_the_nearest_resolution_is_that_of_the_nearest_ratio():

@@ -213,7 +213,7 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         raise Refusal(
             f"guidance.scale={cfg.guidance.scale} has no effect: guidance=none. Give guidance=classifier_free."
         )
-    if OmegaConf.select(cfg, "callbacks.enabled") and "grid" not in cfg.callbacks:
+    if OmegaConf.select(cfg, "callbacks.enabled") and OmegaConf.select(cfg, "callbacks.score.every_steps") is None:
         raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
     if typed is not None:
         refuse_idle(cfg, typed)

@@ -591,6 +591,10 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                 else:
                     words = check_words(config_name, words, sweep)
                 check_flags(flags)
+                if sweep and config_name != "train":
+                    from diffusion.app.sweep import check_jobs
+
+                    check_jobs(config_name, words)
                 sys.argv[1:] = [*flags, *words]
             application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
             try:

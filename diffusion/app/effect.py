@@ -4,7 +4,7 @@
 
 A setting that a user has typed and that nothing reads would be taken for one that has been at work, and recorded as
 such. What conf/ says by itself is never refused, nor a typed value that would hold anyway. Whether a value is allowed
-is not known here (see check.py), nor whether the data or the checkpoint give it something to act on.
+is not known here (see check.py), nor what is in a data set or a checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -170,6 +170,15 @@ TABLE = (
          "the images of loader.root={loader.root} have their own size"),
 )  # fmt: skip
 
+OF_POINTS = (  # of a checkpoint, which has to be looked at: a model of points, or one of images
+    Idle("lab", "guidance guidance.* sampler.clip_x0 batch_size errors.num_images errors.split", lambda cfg: True,
+         "checkpoint={checkpoint} is a model of points"),
+)  # fmt: skip
+OF_IMAGES = (
+    Idle("lab", "errors.num_points", lambda cfg: True, "checkpoint={checkpoint} is a model of images",
+         "errors.num_images=N"),
+)  # fmt: skip
+
 
 def refuse_idle(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) -> None:
     """Refuse what a user has typed that has no effect. Raises Refusal."""
@@ -177,9 +186,13 @@ def refuse_idle(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) ->
         if typed.command not in idle.commands.split():
             continue
         patterns = idle.keys.split()
-        words = [w for k, w in typed.settings.items() if matches(k, patterns) and differs(cfg, k, typed)]
-        words += [f"{g}={o}" for g, o in typed.options.items() if g in patterns and o != typed.default_options.get(g)]
-        if words and idle.when(cfg):
+        settings = {k: word for k, word in typed.settings.items() if matches(k, patterns)}
+        options = {g: option for g, option in typed.options.items() if g in patterns}
+        if not (settings or options) or not idle.when(cfg):
+            continue
+        words = [word for key, word in settings.items() if differs(cfg, key, typed)]
+        words += [f"{g}={option}" for g, option in options.items() if option != typed.default_options.get(g)]
+        if words:
             raise Refusal(sentence(idle, cfg, words[0]))
 
 

@@ -14,7 +14,7 @@ from diffusion.app.bits import Bits
 from diffusion.app.bits import Settings as BitsSettings
 from diffusion.app.build import Place
 from diffusion.app.check import FROM_MODEL, check_guidance, check_number
-from diffusion.app.compose import Refusal
+from diffusion.app.compose import Refusal, typed
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.index import INDEX_NAME
 from diffusion.data.module import ImageShardsDataModule
@@ -67,7 +67,7 @@ class Evaluation:
         if "bits_per_dim" in cfg.metrics and cfg.task == "score":
             self.likelihood_data = self._likelihood_data()
             self.bits(self.place, Ranks())
-        given = cfg.extractor.weights is not None or "target" in cfg.extractor
+        given = cfg.extractor.weights is not None or "target" in cfg.extractor or "extractor" in typed().options
         if not given and cfg.extractor.name == "inception" and self.model.config.at("extractor.name") == "digits":
             own = {"name": "digits", "weights": None, "sha256": None}  # by name: its paths are the checkpoint's
             self.cfg = OmegaConf.merge(cfg, {"extractor": own})

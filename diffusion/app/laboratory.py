@@ -24,7 +24,8 @@ from torch import Tensor
 
 from diffusion.app import build, door
 from diffusion.app.check import check
-from diffusion.app.compose import Refusal, conf_dir, groups, kind, lookup, nearest, unknown
+from diffusion.app.compose import Refusal, conf_dir, groups, kind, lookup, nearest, typed, unknown
+from diffusion.app.effect import OF_IMAGES, OF_POINTS, refuse_idle
 from diffusion.files import csv_text, write_atomically
 from diffusion.lab.verdict import Walk
 from diffusion.noise import Stream, seed63
@@ -89,6 +90,8 @@ class Laboratory:
             self.model = door.trained(cfg.checkpoint, cfg.ema)
         self.schedule = build.schedule(cfg) if self.model is None else self.model.denoiser.schedule
         self.toy = self._toy()
+        if self.model is not None:
+            refuse_idle(cfg, typed(), OF_IMAGES if self.toy is None else OF_POINTS)
         self.folder = Path(cfg.out) if cfg.out is not None else self._beside() / "lab"
         if cfg.out is None and self.model is not None and self.model.run_folder is not None:
             RunFolder(self.model.run_folder).refuse_links()

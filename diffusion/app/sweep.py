@@ -78,6 +78,12 @@ def sweep_words(flags: list[str], words: list[str]) -> tuple[list[str], list[str
     return [f for f in flags if f not in cluster], words + [flag_word(f) for f in cluster]
 
 
+def check_jobs(command: str, words: Sequence[str]) -> None:
+    """Refuse a sweep of another command than train, of which a job cannot be, before the first has begun."""
+    for overrides in jobs(words):
+        check(composed(command, list(overrides)), Typed(command, tuple(overrides)))
+
+
 def launcher_word(word: str) -> str:
     """launcher=slurm, launcher.nodes=2 -> Hydra's names for the same."""
     key, _, value = word.partition("=")
