@@ -24,7 +24,7 @@ from diffusion.app.check import LEAST_IMAGES, check, refuse_blocked, refuse_over
 from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
-from diffusion.files import obstacle, write_atomically
+from diffusion.files import obstacle, write_atomically, writing
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.signals import Signals
 
@@ -45,17 +45,20 @@ def main(cfg: DictConfig) -> None:
         from diffusion.app.processes import share
 
         evaluation = Evaluation(cfg)
+        evaluation.check_output()
+        rooms = evaluation.rooms()
         if main_rank(cfg):
             print(evaluation.introduction(), flush=True)
 
         def work(ranks, where):
-            if cfg.task == "sweep":
-                evaluation.sweep(ranks, where)
-                return
-            rows = evaluation.rows(ranks, where)
-            if ranks.main:
-                tell(cfg, rows, evaluation)
-                evaluation.kept()
+            with writing(*rooms), evaluation:
+                if cfg.task == "sweep":
+                    evaluation.sweep(ranks, where)
+                    return
+                rows = evaluation.rows(ranks, where)
+                if ranks.main:
+                    tell(cfg, rows, evaluation)
+                    evaluation.kept()
 
         share(cfg, evaluation.place, work, signals)
 
@@ -88,7 +91,7 @@ def check_paths(cfg: DictConfig) -> None:
     if cfg.out is not None and (why := obstacle(Path(cfg.out) if folder else Path(cfg.out).parent)):
         raise Refusal(f"out={cfg.out}: {why}, so nothing can be kept there.")
     if cfg.samples is not None:
-        refuse_overwriting("samples", Path(cfg.samples))
+        refuse_overwriting("samples", Path(cfg.samples), cfg.overwrite)
     check_outputs(cfg)
 
 

@@ -1,16 +1,114 @@
-"""Files that are there whole or not at all, and their digests. Needs the standard library only."""
+"""Files that are there whole or not at all, their digests, locks, and the room that a disk has for them.
+
+Needs the standard library only. It knows folders and the settings that name them; it knows nothing of what is written.
+"""
 
 import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import os
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes nothing more
+
+
+class Unwritable(ValueError):
+    """A folder cannot take what is to be written; the message names its setting, the reason and the room needed."""
+
+
+class Room(NamedTuple):
+    """What is going to be written to a folder: the setting that names it, about how many bytes, and what they are for.
+
+    needs: 0 where it is little, or not known. what: as "1,000 images".
+    """
+
+    key: str
+    folder: Path
+    needs: int = 0
+    what: str = ""
+
+    @property
+    def free(self) -> int:
+        """Bytes that the disk of the folder has left for this user."""
+        return shutil.disk_usage(nearest_folder(self.folder)).free
+
+    @property
+    def lack(self) -> str | None:
+        """What is missing, as a sentence; None where the disk has enough."""
+        return None if self.needs <= self.free else f"{self}."
+
+    def check(self) -> None:
+        """Unwritable if the disk has less than is needed."""
+        if self.lack:
+            raise Unwritable(self.lack)
+
+    def __str__(self) -> str:
+        needed = f"{size_of(self.needs)} are needed for {self.what}, " if self.needs else ""
+        return f"{self.key}={self.folder}: {needed}{size_of(self.free)} are free"
+
+
+@contextmanager
+def writing(*rooms: Room) -> Iterator[None]:
+    """A disk that becomes full, or that is read-only, ends what is done inside with Unwritable: one message with the
+    setting, the folder and the room needed. Any other error goes through.
+
+    Args:
+        rooms: where something is written inside; an error without a file name is taken for one of the first.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = told_by_disk(error, *rooms)
+        if said is None:
+            raise
+        raise Unwritable(said) from error
+
+
+def told_by_disk(error: BaseException | None, *rooms: Room) -> str | None:
+    """What to say of an error that a full or read-only disk has caused; None of any other error, and of a file that
+    lies in none of the folders."""
+    while not isinstance(error, OSError) or error.errno not in UNWRITABLE:
+        if (error := error.__cause__ or error.__context__) is None:
+            return None
+    path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else None
+    for room in rooms:
+        if path is None or path == room.folder.absolute() or room.folder.absolute() in path.parents:
+            said = f"{room.key}={room.folder}: {error.strerror}"
+            if error.errno == errno.EROFS:
+                return f"{said}. Give a folder that can be written to."
+            needed = f"{size_of(room.needs)} are needed for {room.what}, " if room.needs else ""
+            return f"{said}: {needed}{size_of(room.free)} are free. What is finished stays: make room and repeat it."
+    return None
+
+
+def size_of(number: float) -> str:
+    """Bytes as 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists."""
+    return next((at for at in (path, *path.absolute().parents) if at.exists()), Path("."))
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: $XDG_CACHE_HOME/diffusion or ~/.cache/diffusion."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base if base and os.path.isabs(base) else Path.home() / ".cache") / "diffusion"
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -53,8 +151,8 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 
 
 def append(path: str | os.PathLike, text: str) -> None:
-    """Add to a file; after an error, which names it, it is as it was."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add to a file; after an error, which names it, it is as it was. A link is not followed."""
+    descriptor = _opened(path, os.O_WRONLY | os.O_APPEND)
     try:
         size, rest = os.fstat(descriptor).st_size, memoryview(text.encode())
         try:
@@ -65,6 +163,98 @@ def append(path: str | os.PathLike, text: str) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
+
+
+def _opened(path: str | os.PathLike, flags: int) -> int:
+    """The descriptor of a regular file, made if need be. OSError, and nothing is touched, for a link, a pipe and the
+    like: whoever has put it there must not choose which file is written."""
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(error.errno, "is no regular file", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
+@contextmanager
+def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait: bool = False) -> Iterator[None]:
+    """Hold a lock file for this process. At the end the file is removed, and with it the folders made for it, if they
+    are empty.
+
+    A POSIX record lock belongs to the process: forked workers do not keep it when the process is killed. Who holds it
+    is written in the file.
+
+    Args:
+        path: of the lock file. named: what is locked, as "run_dir=runs/a". cure: what to do if it is in use.
+        wait: until another process releases it.
+
+    Raises:
+        ValueError: another process holds it, its file system has no locks, or the path is no regular file.
+        OSError: the file cannot be made.
+    """
+    path = Path(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path, named, cure, wait)
+        try:
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+    finally:
+        remove_empty(made)
+
+
+def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
+    """The descriptor of a lock file, locked."""
+    while True:
+        there = path.exists()
+        try:
+            descriptor = _opened(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EISDIR):
+                raise ValueError(f"{named}: {path} is no regular file, and cannot be a lock: remove it.") from error
+            raise
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # of one that its holder has removed meanwhile
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"{named} is in use by another process ({holder}). {cure}") from error
+            if not there:
+                path.unlink(missing_ok=True)
+            raise ValueError(
+                f"{named}: its file system has no locks ({error.strerror}), without which two processes could work "
+                f"in one folder: mount it with them (Lustre: -o flock), or give another folder."
+            ) from error
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether an open file still is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty; the innermost are to come first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def reason(error: Exception) -> str:
@@ -86,16 +276,10 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> st
 
 def obstacle(folder: Path) -> str | None:
     """What keeps a folder from being made and written to, in words; None if nothing does."""
-    there = next((at for at in (folder, *folder.parents) if at.exists()), Path("."))
+    there = nearest_folder(folder)
     if not there.is_dir():
         return f"{there} is a file"
     return None if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
-
-
-def cache_folder() -> Path:
-    """The user's folder for what can be made again: $XDG_CACHE_HOME/diffusion or ~/.cache/diffusion. It need not exist,
-    and it may be that it cannot be written to."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion"
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

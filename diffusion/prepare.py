@@ -29,10 +29,12 @@ from diffusion.app.prepare import (
     train_command,
     verdict,
 )  # fmt: skip
+from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
 from diffusion.data.index import read_index
 from diffusion.data.prepare_plan import planned
 from diffusion.data.prepare_shards import make_set, refuse_other, settings_of
 from diffusion.data.prepare_verify import verify_set
+from diffusion.files import Room, writing
 
 
 class Progressing:
@@ -111,7 +113,9 @@ def digits(cfg: DictConfig) -> None:
 
         out = out_of(cfg)
         print(f"Making {out}", flush=True)
-        built, module = build.prepare_digits(out)
+        with writing(Room("out", out, DIGITS_BYTES, "the digits and their classifier")):
+            write_missing_digits(out)
+            built, module = build.prepare_digits(out)
     print(f"{out}: {module.num_images:,} images of 8x8, 10 classes; classifier sha256 {built.digest}")
     print(f"Train on it: python -m diffusion.train{'' if cfg.out is None else f' data.root={out}'}")
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from diffusion.app.check import check
 from diffusion.app.compose import Refusal, command, refusing, typed
-from diffusion.files import csv_text, replacing
+from diffusion.files import Room, csv_text, replacing, told_by_disk
 from diffusion.metrics.published import aligned
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
 from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
@@ -68,7 +68,8 @@ def writing(key: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise Refusal(f"{key}={folder} cannot be written to: {e.strerror}.") from e
+        said = told_by_disk(e, Room(key, folder))
+        raise Refusal(said or f"{key}={folder} cannot be written to: {e.strerror}.") from e
 
 
 def check_task(cfg: DictConfig) -> None:

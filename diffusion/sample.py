@@ -5,7 +5,8 @@
         guidance=classifier_free guidance.scale=3 sampler=ancestral
 
 Image k is a function of (seed, k) alone, whatever the number of processes: all GPUs of a machine work, or what torchrun
-or srun has started. An interrupted sampling goes on with what it has. `out` becomes a folder with grid.png and
+or srun has started. An interrupted sampling goes on with what it has, also in batches of another size; the images of
+another sampling in `out` are refused, or replaced with overwrite=true. `out` becomes a folder with grid.png and
 samples.npz (arr_0: uint8 NHWC, arr_1: labels); png=true adds single files.
 """
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from diffusion.app.check import check, check_guidance, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank
+from diffusion.files import Room, writing
 from diffusion.training.signals import Signals
 
 
@@ -29,6 +31,7 @@ def main(cfg: DictConfig) -> None:
         from diffusion.app import build, door
         from diffusion.app.processes import share
         from diffusion.training.gallery import Gallery
+        from diffusion.training.ranks import Ranks
 
         place = build.place(cfg.trainer)
         model = door.trained(cfg.checkpoint, cfg.ema)
@@ -36,26 +39,32 @@ def main(cfg: DictConfig) -> None:
             raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
         check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
 
-        def sampling(where, ranks=None):
-            net, labels = model.denoiser, list(cfg.labels)
-            return build.sampling(cfg, net, where, model.image_shape, cfg.batch_size, ranks, labels)
+        def gallery(where, ranks):
+            net, labels, setting = model.denoiser, list(cfg.labels), f"out={out}"
+            sampling = build.sampling(cfg, net, where, model.image_shape, cfg.batch_size, ranks, labels)
+            about = {**model.identity(), "step": model.step}
+            return Gallery(out / ".batches", sampling, cfg.num_images, about, ranks, setting, cfg.overwrite)
 
-        planned = sampling(place)
+        planned = gallery(place, Ranks())
+        planned.pieces.refuse_other()
+        room = Room("out", out, planned.needs() + planned.written(cfg.png), f"{cfg.num_images:,} images")
+        room.check()
         if main_rank(cfg):
+            taken = planned.sampling
             print(
-                f"Sampling {cfg.num_images} images with {planned.about['sampler']}, {len(planned.times) - 1} steps, "
+                f"Sampling {cfg.num_images} images with {taken.about['sampler']}, {len(taken.times) - 1} steps, "
                 f"from {model.path} (step {model.step}, {model.weights} weights)",
                 flush=True,
             )
 
         def work(ranks, where):
             model.denoiser.network.to(where.device, memory_format=where.memory_format)
-            gallery = Gallery(out / ".batches", sampling(where, ranks), cfg.num_images, model.identity(), ranks)
-            gallery.make()
-            if ranks.main:
-                shape = gallery.write(out, cfg.grid_images, cfg.png)
-                gallery.remove()
-                print(f"{out / 'grid.png'}\n{out / 'samples.npz'}: arr_0 uint8 {shape}")
+            with writing(room), gallery(where, ranks) as images:
+                images.make()
+                if ranks.main:
+                    shape = images.write(out, cfg.grid_images, cfg.png)
+                    images.remove()
+                    print(f"{out / 'grid.png'}\n{out / 'samples.npz'}: arr_0 uint8 {shape}")
 
         share(cfg, place, work, signals)
 

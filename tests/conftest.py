@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of the session's own: nothing is taken from this machine's, and nothing is left there."""
+    with pytest.MonkeyPatch.context() as patched:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        patched.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(home / Path("matplotlib")))  # of fonts
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The root of a data set of digits with its classifier, made once a session."""

@@ -338,7 +338,7 @@ def test_two_at_once_do_not_write_into_one_folder(church, call, tmp_path):
     try:
         holder.stdout.readline()
         status, output = call("prepare", *words, "out=busy")
-        assert status == 2 and "out=busy: another process is preparing there" in output
+        assert status == 2 and "out=busy is in use by another process" in output
     finally:
         holder.kill()
         holder.wait()

@@ -148,6 +148,12 @@ class Bits:
         known = bound if self.settings.by == "bound" else flow
         return {**known, "split": self.module.split, "precision": self._precision}
 
+    def needs(self) -> int:
+        """Bytes that `measure` gives of all images."""
+        steps = self.model.denoiser.schedule.num_timesteps
+        each = 2 + 3 * steps if self.settings.by == "bound" else 2 + max(self.settings.probes, 1)
+        return 8 * each * len(self.numbers())
+
     # ---- the whole ----
 
     def bound(self, parts: Sequence[Arrays]) -> Bound:
@@ -171,7 +177,8 @@ class Bits:
             "value": whole.bits_per_dim, "standard_error": whole.standard_error, **of_it,
             "reference": self._published(), "num_images": whole.num_images, "split": self.module.split,
             "data": self.data, "data_digest": self.module.index.digest,
-            "given_labels": self.conditional, "seed": self.settings.seed, "step": self.model.step,
+            "given_labels": self.conditional, "seed": self.settings.seed,
+            "batch_size": self.settings.batch_size, "step": self.model.step,
             "weights": self.model.weights, "parameters": sum(p.numel() for p in network.parameters()),
             "precision": self._precision, "commit": commit(), "versions": {p: version(p) for p in VERSIONED},
         }  # fmt: skip

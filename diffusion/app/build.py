@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from diffusion.app.check import check_steps, check_variance, learns_variance
 from diffusion.app.compose import Refusal
 from diffusion.data.digits import DigitsDataModule
+from diffusion.data.index import read_index
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import is_remote
 from diffusion.denoiser import Clipped, NetworkDenoiser
-from diffusion.files import cache_folder, replacing, sha256_of
+from diffusion.files import Unwritable, cache_folder, reason, sha256_of, size_of, write_atomically
 from diffusion.metrics.extractors import Extractor, inception, verified
 from diffusion.metrics.reference import Reference
 from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
@@ -186,17 +187,10 @@ def extractor(
     if chosen.name == "inception":
         return inception(chosen.weights, chosen.sha256)
     if chosen.name == "digits":
-        folder = module.root if module is not None else beside or "data/digits"
-        path = classifier_path(chosen, folder)
-        if chosen.weights is None and module is not None and (is_remote(folder) or not module.kept_beside):
-            path = path if path.is_file() else cache_folder() / f"{module.index.digest[:16]}_{CLASSIFIER}"
-        return digit_extractor(path, chosen.sha256, module)
+        if chosen.weights is not None:
+            return digit_extractor([Path(chosen.weights)], chosen.sha256, module)
+        return digit_extractor(classifier_places(module, beside or "data/digits"), chosen.sha256, module)
     return custom_extractor(chosen)
-
-
-def classifier_path(cfg: DictConfig, root: str | Path) -> Path:
-    """Where the digits' classifier is to be: extractor.weights, or beside its data set."""
-    return Path(cfg.weights or Path(root) / CLASSIFIER)
 
 
 def custom_extractor(cfg: DictConfig) -> Extractor:
@@ -235,19 +229,44 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModule | None) -> Extractor:
-    """The digit classifier; trained and stored at `path` if it is not there and a module gives the digits."""
-    if not path.is_file():
+def classifier_places(module: ImageShardsDataModule | None, beside: str | Path) -> list[Path]:
+    """Where the digit classifier of a data set may be: beside its shards or, where these cannot be written to, in the
+    cache folder, under the digest of the set.
+
+    Args:
+        module: of the digits; None: only their folder, `beside`, is known.
+    """
+    index, root = None, beside
+    if module is not None:
+        index, root = module.index, module.root
+    elif not is_remote(root):
+        with contextlib.suppress(ValueError):  # there is no data set, or none that can be read
+            index = read_index(root)
+    places = [Path(root) / CLASSIFIER] if module is None or not is_remote(root) else []
+    if index is not None:
+        places.append(cache_folder() / "classifiers" / f"{index.digest[:16]}.safetensors")
+    return places
+
+
+def digit_extractor(places: Sequence[Path], sha256: str | None, module: ImageShardsDataModule | None) -> Extractor:
+    """The digit classifier; trained if it is in none of the places and a module gives the digits, and stored at the
+    first place that can and may be written to.
+
+    Raises:
+        Refusal: it is not there, and there are no digits to train it on.
+        Unwritable: none of the places can be written to.
+    """
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         if module is None:
             raise Refusal(
-                f"extractor.weights={path}: there is no such file. It is made with the digit shards: "
+                f"extractor.weights={places[0]}: there is no such file. It is made with the digit shards: "
                 f"python -m diffusion.prepare source=digits"
             )
         images = torch.stack([torch.from_numpy(module.samples[i][0].copy()) for i in range(module.num_images)])
         labels = torch.tensor([module.samples[i][1] for i in range(module.num_images)])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as f:
-            f.write(save(train_digit_classifier(images, labels).state_dict()))
+        allowed = [place for place in places if module.kept_beside or place.parent != Path(module.root)]
+        path = stored_first(allowed, save(train_digit_classifier(images, labels).state_dict()))
     digest = verified(path, sha256)
     classifier = DigitClassifier()
     try:
@@ -260,10 +279,25 @@ def digit_extractor(path: Path, sha256: str | None, module: ImageShardsDataModul
     return Extractor("digits", classifier, channels=1, image_size=8, digest=digest)
 
 
+def stored_first(places: Sequence[Path], content: bytes) -> Path:
+    """Write to the first place that takes it; which one that is. Unwritable if none does."""
+    reasons = []
+    for place in places:
+        try:
+            write_atomically(place, content)
+            return place
+        except OSError as error:
+            reasons.append(reason(error).rstrip("."))
+    raise Unwritable(
+        f"The digit classifier ({size_of(len(content))}) cannot be stored: {'; '.join(reasons)}. Give "
+        f"extractor.weights=PATH, a file in a folder that can be written to, or set XDG_CACHE_HOME to such a folder."
+    )
+
+
 def prepare_digits(root: Path) -> tuple[Extractor, ImageShardsDataModule]:
-    """The digit shards and, beside them, their classifier; both are left alone where they are."""
+    """The digit shards and, beside them, their classifier; existing files are kept."""
     module = DigitsDataModule(root, batch_size=1)
-    return digit_extractor(root / CLASSIFIER, None, module), module
+    return digit_extractor([root / CLASSIFIER], None, module), module
 
 
 # ---- sampling ----
@@ -277,18 +311,18 @@ def with_fast_sampler(cfg: DictConfig, num_steps: int) -> DictConfig:
 
 
 def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks) -> Reference | None:
-    """What images are scored against, from a split of shards, kept beside them or, where that cannot or may not be
-    written to, in the folder for remote sets."""
+    """What images are scored against, from a split of shards, kept beside them (of a remote set in its folder on this
+    machine) or, where that cannot or may not be written to, in the cache folder."""
     about = {"data": module.index.digest, "split": module.split, "image_size": module.image_size}
     keep, read_only = reference_folders(module)
     return reference_of(module.samples, extractor, ranks, about, keep, read_only)
 
 
 def reference_folders(module: ImageShardsDataModule) -> tuple[list[Path], list[Path]]:
-    """Where the features of a set's images may be kept, the first choice first; and where else they may be."""
-    beside = [] if is_remote(module.root) else [Path(module.root)]
-    cache = Path(module.remote["folder"]).expanduser() / "references"
-    return ([*beside, cache], []) if module.kept_beside else ([cache], beside)
+    """Where the features of a set's images may be kept, the first choice first; and where else they may be found."""
+    beside = Path(module.remote["folder"]).expanduser() / "references" if is_remote(module.root) else Path(module.root)
+    cache = cache_folder() / "references"
+    return ([beside, cache], []) if module.kept_beside else ([cache], [beside])
 
 
 def sampling(

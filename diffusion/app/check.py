@@ -369,15 +369,13 @@ def check_data(cfg: DictConfig) -> None:
             )
 
 
-def refuse_overwriting(key: str, folder: Path, overwrite: bool | None = None) -> None:
-    """Refuse a folder that samples cannot be written to, or that holds some. `overwrite` None: the command has no such
-    setting."""
+def refuse_overwriting(key: str, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that samples cannot be written to, or that holds some."""
     if why := obstacle(folder):
         raise Refusal(f"{key}={folder}: {why}, so no samples can be kept there: give another folder.")
     there = [name for name in SAMPLES if (folder / name).exists()]
     if there and not overwrite:
-        cure = "give another folder" + ("" if overwrite is None else ", or overwrite=true")
-        raise Refusal(f"{key}={folder} already holds {', '.join(there)}: {cure}.")
+        raise Refusal(f"{key}={folder} already holds {', '.join(there)}: give another folder, or overwrite=true.")
 
 
 def refuse_blocked(key: str, folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
 from diffusion.app import build
 from diffusion.app.check import check_number, refuse_blocked, runs_outputs
 from diffusion.app.compose import Refusal
@@ -36,13 +38,23 @@ def look(run: "Run") -> None:
     if not cfg.metrics:
         return
     extractor = run.extractor
-    if extractor is None and (weights := build.classifier_path(cfg.extractor, run.data.root)).is_file():
-        extractor = build.digit_extractor(weights, cfg.extractor.sha256, None)
+    if extractor is None and (weights := classifier_of(cfg.extractor, run.data)) is not None:
+        extractor = build.digit_extractor([weights], cfg.extractor.sha256, None)
     if extractor is not None:
         extractor.try_out(cfg.data.image_size, cfg.metrics)
     if is_remote(run.data.root) or (Path(run.data.root) / INDEX_NAME).is_file():
         check_number([m for m in cfg.metrics if m in OF_BOTH], run.data.num_images, f"data.root={run.data.root}")
         warn_of_reference(run.data)
+
+
+def classifier_of(cfg: DictConfig, module: ImageShardsDataModule) -> Path | None:
+    """The digits' classifier that a run will score with; None where it has yet to be made."""
+    if cfg.weights is not None:
+        return Path(cfg.weights) if Path(cfg.weights).is_file() else None
+    if not is_remote(module.root) and not (Path(module.root) / INDEX_NAME).is_file():
+        return None
+    places = build.classifier_places(module, module.root)
+    return next((place for place in places if place.is_file()), None)
 
 
 def warn_of_reference(module: ImageShardsDataModule) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -19,18 +19,21 @@ from diffusion.data.image_files import ImageFiles
 from diffusion.data.index import INDEX_NAME
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import is_remote
+from diffusion.files import Room, obstacle
 from diffusion.metrics.extractors import Features
 from diffusion.metrics.published import counterpart, places
 from diffusion.metrics.reference import Reference
 from diffusion.page import sweep_figure, sweep_table_text, told
 from diffusion.page.sweep import read_sweep, write_sweep
 from diffusion.training.gallery import Gallery
+from diffusion.training.gallery import told as listed
 from diffusion.training.pieces import Pieces
 from diffusion.training.ranks import Ranks
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import ImageSet, describe, features_of, reference_of, save_neighbours, score
 
+TERMS = "terms_*"  # of a likelihood
 Given = ImageShardsDataModule | ImageFiles
 
 
@@ -179,19 +182,33 @@ class Evaluation:
         self, cfg: DictConfig, metrics: list[str], reference: Reference | None, ranks: Ranks, where: Place
     ) -> list[dict[str, Any]]:
         """Scores of samples by cfg's sampler; on rank 0."""
+        self.model.denoiser.network.to(where.device, memory_format=where.memory_format)
         gallery = self.gallery(cfg, ranks, where)
+        self._kept_until_the_end(gallery.pieces)
         gallery.make(self.extractor)
         if not ranks.main:
             return []
-        about = {**gallery.sampling.record(), "nfe": gallery.nfe(), **self._model_record(), "split": cfg.split}
+        about = {**gallery.record(), **self._model_record(), "split": cfg.split}
         about["data"] = self.model.data_name if cfg.reference is None else str(cfg.reference)
         features = gallery.features(self.extractor)
         images = gallery.images(cfg.neighbours) if cfg.neighbours else None
         rows = self._scored(metrics, reference, features, gallery.labels(), images, about, ranks)
         if cfg.samples is not None:
             self._galleries.append(gallery)
-        self._pieces.append(gallery.pieces)
         return rows
+
+    def __enter__(self) -> Self:
+        """A context: at its end the folders of what was made are released. Pieces stay until `kept` is called."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for pieces in self._pieces:
+            pieces.__exit__(*error)
+        self._pieces.clear()
+
+    def _kept_until_the_end(self, pieces: Pieces) -> Pieces:
+        self._pieces.append(pieces)
+        return pieces
 
     def kept(self) -> None:
         """The rows are: write the samples that are wanted, and remove what all was made from. Not before, as what is
@@ -243,29 +260,36 @@ class Evaluation:
         assert model is not None
         model.denoiser.network.to(where.device, memory_format=where.memory_format)
         bits = self.bits(where, ranks)
-        batches = bits.batches()
-        of_images = [self.likelihood_data.index.digest, len(bits.numbers()), given.batch_size]
-        identity = [model.identity(), bits.identity(), *of_images]
-        pieces = Pieces(self._folder("likelihood_" + digest_of(identity)), identity, ranks)
+        pieces = self._measured(bits, ranks)
+        numbers = bits.numbers()
 
-        def make(number: int) -> bool:
-            name = f"{number:06d}_{len(batches[number])}"
-            if pieces.there(name):
-                return False
-            pieces.write(name, bits.measure(batches[number]))
+        def measure(part: range) -> bool:
+            pieces.write(TERMS, part, bits.measure(numbers[part.start : part.stop]))
             return True
 
-        pieces.make([len(numbers) for numbers in batches], make, "likelihood")
+        pieces.make(pieces.missing(TERMS), measure, "likelihood")
         with ranks.together():
             if ranks.main:
-                parts = [pieces.read(f"{number:06d}_{len(numbers)}") for number, numbers in enumerate(batches)]
+                parts = [pieces.read(TERMS, part) for part in pieces.parts(TERMS)]
                 folder = self.run_folder if self.cfg.out is None else Path(self.cfg.out).parent
                 for path in bits.write(parts, folder) if folder is not None else ():
                     print(f"Likelihood: {path}")
         if not ranks.main:
             return []
-        self._pieces.append(pieces)
-        return [{**row, "checkpoint_sha256": model.digest} for row in bits.rows(parts)]
+        mixed: dict[str, Any] = {}
+        if len(sizes := pieces.batch_sizes(TERMS, given.batch_size)) > 1:
+            mixed = {"batch_sizes": listed(sizes)}
+            error = "rounding" if given.by == "bound" else "rounding and the solver's tolerance"
+            print(f"likelihood: batch sizes {listed(sizes)} were mixed, which changes the result by {error} at most.")
+        return [{**row, **mixed, "checkpoint_sha256": model.digest} for row in bits.rows(parts)]
+
+    def _measured(self, bits: Bits, ranks: Ranks) -> Pieces:
+        """Where the terms of a likelihood are kept. Which images are measured depends on their number."""
+        assert self.model is not None
+        count = len(bits.numbers())
+        identity = [self.model.identity(), bits.identity(), self.likelihood_data.index.digest, count]
+        folder, size = self._folder("likelihood_" + digest_of(identity)), self.cfg.likelihood.batch_size
+        return self._kept_until_the_end(Pieces(folder, identity, ranks, count, size))
 
     def bits(self, where: Place, ranks: Ranks) -> Bits:
         given = self.cfg.likelihood
@@ -292,19 +316,67 @@ class Evaluation:
         """The samples of cfg's sampler."""
         model = self.model
         assert model is not None
-        model.denoiser.network.to(where.device, memory_format=where.memory_format)
         sampling = build.sampling(cfg, model.denoiser, where, model.image_shape, cfg.batch_size, ranks)
-        folder = self._folder(self._name(sampling)) if cfg.samples is None else Path(cfg.samples) / ".batches"
-        return Gallery(folder, sampling, cfg.num_images, model.identity(), ranks)
+        about = {**model.identity(), "step": model.step}
+        if cfg.samples is not None:
+            folder, setting = Path(cfg.samples) / ".batches", f"samples={cfg.samples}"
+            return Gallery(folder, sampling, cfg.num_images, about, ranks, setting, cfg.overwrite)
+        return Gallery(self._folder(self._name(sampling)), sampling, cfg.num_images, about, ranks)
 
     def _name(self, sampling: Sampling) -> str:
         return "samples_" + digest_of([self.model.identity(), sampling.identity()])
 
     def _folder(self, name: str) -> Path:
         """Where pieces of work are kept until they are put together."""
-        if self.run_folder is not None:
-            return self.run_folder / "evaluations" / name
-        return (self.model.path if self.cfg.out is None else Path(self.cfg.out)).parent / name
+        key, folder = self._output()
+        return folder / name if key == "out" else folder / "evaluations" / name
+
+    def _output(self) -> tuple[str, Path]:
+        """What is written goes below this folder, and which setting names it: `out` alone, where it is given."""
+        cfg = self.cfg
+        if cfg.out is not None:
+            return "out", Path(cfg.out) if cfg.task == "sweep" else Path(cfg.out).parent
+        assert self.run_folder is not None
+        return "checkpoint", self.run_folder
+
+    def rooms(self) -> list[Room]:
+        """The folders that are written to, and what they need."""
+        cfg, (key, folder) = self.cfg, self._output()
+        if self.model is None:
+            return [Room(key, folder)]
+        needs, samples, what = 0, 0, []
+        if self.scored:
+            galleries = [self.gallery(point, Ranks(), self.place) for point in self.points()]
+            needs, samples = max(gallery.needs(self.extractor) for gallery in galleries), galleries[0].written()
+            what.append(f"{cfg.num_images:,} images")
+        if cfg.samples is not None:
+            return [Room("samples", Path(cfg.samples), needs + samples, " and ".join(what)), Room(key, folder)]
+        if "bits_per_dim" in cfg.metrics and cfg.task == "score":
+            bits = self.bits(self.place, Ranks())
+            needs += bits.needs()
+            what.append(f"the likelihood of {len(bits.numbers()):,} images")
+        return [Room(key, folder, needs, " and ".join(what))]
+
+    def check_output(self) -> None:
+        """Refuse what cannot be written, before anything is made.
+
+        Raises:
+            Refusal: the run folder is read-only, and no other is named.
+            Unwritable: a disk has too little room.
+            ValueError: `samples` holds images of another sampling.
+        """
+        key, folder = self._output()
+        if key == "checkpoint" and (why := obstacle(folder)):
+            where = "out=FOLDER" if self.cfg.task == "sweep" else "out=FILE"
+            raise Refusal(f"checkpoint={self.cfg.checkpoint}: {why}, so nothing can be kept there: give {where}.")
+        if self.cfg.samples is not None and self.scored:
+            self.gallery(self.cfg, Ranks(), self.place).pieces.refuse_other()
+        for room in self.rooms():
+            room.check()
+
+    def points(self) -> list[DictConfig]:
+        """The configuration of each sampling."""
+        return sweep_points(self.cfg) if self.cfg.task == "sweep" else [self.cfg]
 
     def _scored(
         self,

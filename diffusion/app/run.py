@@ -4,6 +4,7 @@
 trains from the newest sound checkpoint, and makes what is missing of pictures, scores and report.
 """
 
+import math
 import os
 import sys
 import traceback
@@ -23,7 +24,7 @@ from diffusion.app.processes import together
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample
 from diffusion.denoiser import NetworkDenoiser
-from diffusion.files import reason
+from diffusion.files import Room, reason, size_of, told_by_disk, writing
 from diffusion.metrics.extractors import Extractor
 from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
@@ -106,17 +107,22 @@ class Run:
             status = self.work(say)
             self.part()
             return status
-        with refusing(self.cfg.debug):
+        room = self.room()
+        with refusing(self.cfg.debug), writing(room):
+            if self.cfg.save.on_error == "stop":
+                room.check()
+            elif room.lack:
+                print(f"warning: {room.lack}", file=sys.stderr, flush=True)
             lock = self.folder.locked()
             lock.__enter__()
         status = 1  # a failure, unless what follows says otherwise
         try:
-            with refusing(self.cfg.debug):
+            with refusing(self.cfg.debug), writing(room):
                 self.folder.refuse_other(self.config)  # again, now that nobody else can write here
                 self.config["data"] |= {"lanes": self.data.lanes, "digest": self.data.index.digest}
                 self.folder.write_config(self.config)
-            for logger in self.loggers:
-                logger.start(say)
+                for logger in self.loggers:
+                    logger.start(say)
             status = self.work(say)
             return status
         except SystemExit as end:  # by a signal outside of training
@@ -160,10 +166,27 @@ class Run:
             traceback.print_exception(error)
         if self.ranks.size > 1:
             where = where.replace(" ", f" of rank {self.ranks.rank} ", 1)
-        saved = self.folder.steps()
+        saved, disk = self.folder.steps(), told_by_disk(error, self.room()) if own else None
         last = f"{where}; the same command goes on from step {saved[0] if saved else 0}."
-        print(f"error: {reason(error) if own else cause}", *aside, last, sep="\n", file=sys.stderr, flush=True)
+        said = [f"error: {reason(error) if own else cause}", *([disk] if disk else []), *aside, last]
+        print(*said, sep="\n", file=sys.stderr, flush=True)
         return self.failure
+
+    def room(self) -> Room:
+        """What the run folder has yet to take: checkpoints, of which a new one is written before an old one goes, and
+        the images that are scored."""
+        cfg, there = self.cfg, self.folder.steps()
+        left, every = cfg.trainer.max_steps - (there[0] if there else 0), cfg.save.every_steps
+        saves = max(-(-left // every) if every else 1, 0) if left > 0 else 0
+        kept = cfg.save.keep + 1 + (1 if cfg.callbacks.enabled and cfg.callbacks.score.every_steps else 0)
+        if cfg.save.every_minutes and left > 0:
+            saves = kept
+        number = max(min(kept, len(there) + saves) - len(there), min(saves, 1))
+        parameters, states = count_parameters(self.denoiser.network), states_of(build.optimizer(cfg))
+        one = 4 * parameters * (2 + states)  # the weights, their average, and what the optimizer keeps of each
+        what = f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}" if number else "images to score"
+        scored = cfg.callbacks.score.num_images if cfg.callbacks.enabled and cfg.metrics else 0
+        return Room("run_dir", self.folder.path, number * one + scored * math.prod(self.image_shape), what)
 
     def _write_to_the_end(self) -> None:
         """Let the checkpoint that is being written be written."""
@@ -253,12 +276,12 @@ class Run:
         """A grid of samples, on disk and in the loggers."""
         cfg = self.cfg.callbacks.grid
         sampling = build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, cfg.batch_size, self.ranks)
-        gallery = self.gallery(f"grid_{step:08d}", sampling, cfg.num_images, step)
-        gallery.make()
-        if self.ranks.main:
-            path = save_grid(self.folder, step, gallery)
-            for logger in self.loggers:
-                logger.log_picture(path, step)
+        with self.gallery(f"grid_{step:08d}", sampling, cfg.num_images, step) as gallery:
+            gallery.make()
+            if self.ranks.main:
+                path = save_grid(self.folder, step, gallery)
+                for logger in self.loggers:
+                    logger.log_picture(path, step)
 
     def score(self, step: int, metrics: Sequence[str] | None = None, final: bool = False) -> list[dict[str, Any]]:
         """Sample, score, and add to results.jsonl and to the loggers; the rows, on rank 0.
@@ -274,23 +297,23 @@ class Run:
         sampling = build.sampling(cfg, self.denoiser, self.place, self.image_shape, scored.batch_size, self.ranks)
         reference = self.reference()
         assert self.extractor is not None
-        gallery = self.gallery(f"score_{step:08d}{'_final' if final else ''}", sampling, number, step)
-        gallery.make(self.extractor)
-        if not self.ranks.main:
-            return []
-        about = {"by": "train", "step": step, "weights": "ema", "data": cfg.data.name, "split": cfg.data.split}
-        about |= {"parameters": count_parameters(self.denoiser.network)}
-        rows = score(
-            gallery.features(self.extractor),
-            self.extractor,
-            reference,
-            list(cfg.metrics) if metrics is None else metrics,
-            {**sampling.record(), "nfe": gallery.nfe(), **about},
-            dict(cfg.paper),
-            working=self.ranks.working,
-        )
-        self.folder.add_results(rows)
-        gallery.remove()
+        with self.gallery(f"score_{step:08d}{'_final' if final else ''}", sampling, number, step) as gallery:
+            gallery.make(self.extractor)
+            if not self.ranks.main:
+                return []
+            about = {"by": "train", "step": step, "weights": "ema", "data": cfg.data.name, "split": cfg.data.split}
+            about |= {"parameters": count_parameters(self.denoiser.network)}
+            rows = score(
+                gallery.features(self.extractor),
+                self.extractor,
+                reference,
+                list(cfg.metrics) if metrics is None else metrics,
+                {**gallery.record(), **about},
+                dict(cfg.paper),
+                working=self.ranks.working,
+            )
+            self.folder.add_results(rows)
+            gallery.remove()
         prefix = "final" if final and scored.every_steps and self._looked_otherwise() else "eval"
         for logger in self.loggers:
             logger.log_scores(rows, step, prefix)
@@ -352,3 +375,11 @@ class Run:
             self.folder.point_best()
             write_report(self.folder)
             say(f"Report: {self.folder.report_path}")
+
+
+def states_of(optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> int:
+    """Tensors of a parameter's size that an optimizer keeps of it: two of Adam."""
+    one = torch.nn.Parameter(torch.zeros(2))
+    made, one.grad = optimizer([one]), torch.zeros(2)
+    made.step()
+    return sum(isinstance(value, torch.Tensor) and value.shape == one.shape for value in made.state[one].values())

@@ -11,11 +11,8 @@ This module knows plans, rules and shards; it knows neither conf/ nor the termin
 """
 
 import csv
-import errno
-import fcntl
 import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +28,7 @@ from diffusion.data.prepare_plan import Job, Plan, Range, split_of
 from diffusion.data.prepare_processes import over_processes
 from diffusion.data.prepare_sheet import contact_sheet
 from diffusion.data.sources import BadEntry, safe_key
-from diffusion.files import remove_leftovers, write_atomically
+from diffusion.files import Room, locked, remove_leftovers, told_by_disk, write_atomically
 
 SETTINGS, STATE, SKIPPED, SHEET = "prepare.json", ".prepare", "skipped.csv", "contact_sheet.png"
 Report = Callable[[int], None]
@@ -164,14 +161,8 @@ def working_in(out: Path) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    before = [p for p in (out, *out.parents) if not p.exists()]
     state = out / STATE
-    state.mkdir(parents=True, exist_ok=True)
-    with open(state / "lock", "ab") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"out={out}: another process is preparing there.") from None
+    with locked(state / "lock", f"out={out}"):
         try:
             remove_leftovers(out)
             remove_leftovers(state)
@@ -180,9 +171,6 @@ def working_in(out: Path) -> Iterator[None]:
             finished = (out / INDEX_NAME).is_file()  # perhaps by a process that was killed before it tidied up
             if finished or not any(path.suffix == ".json" for path in state.iterdir()):
                 shutil.rmtree(state)
-            for folder in before:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
 
 
 def make_set(job: Job, plan: Plan, processes: int, report: Report = lambda done: None) -> dict[str, Any]:
@@ -208,12 +196,19 @@ def make_set(job: Job, plan: Plan, processes: int, report: Report = lambda done:
                 _withdraw(job, plan)
                 raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(
-                f"out={job.out}: {os.strerror(error.errno)}. "
-                f"Finished shards stay: make room, and give the same command."
-            ) from error
-        raise ValueError(f"out={job.out}: {error}.") from error
+        said = told_by_disk(error, Room("out", job.out, *_needs(job, plan)))
+        raise ValueError(said or f"out={job.out}: {error}.") from error
+
+
+def _needs(job: Job, plan: Plan) -> tuple[int, str]:
+    """Bytes that are still to be written, about, and what for: by the shards that are finished, or without any by the
+    size of the images without compression."""
+    records = [(part.count, _finished(job, part)) for part in plan.ranges]
+    done = [(count, record["shard"]["bytes"]) for count, record in records if record and record["shard"]]
+    images, written = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)
+    missing = sum(count for count, record in records if record is None)
+    each = written / images if images else job.rule.channels * job.rule.image_size**2
+    return int(missing * each), f"about {missing:,} images"
 
 
 def _made(job: Job, plan: Plan, settings: dict[str, Any], processes: int, report: Report) -> dict[str, Any]:

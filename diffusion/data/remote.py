@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from diffusion.files import UNWRITABLE, Room, writing
+
 SCHEMES = ("http://", "https://", "s3://", "gs://", "pipe:")
 CHUNK = 1 << 18
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two attempts; doubled each time
@@ -111,6 +113,8 @@ class Access:
                     ) from error
                 longest = 0
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                    raise  # this machine's disk, not the connection
                 reached = file.seek(0, os.SEEK_END)
                 failures = 1 if reached > longest else failures + 1
                 longest = max(longest, reached)
@@ -236,25 +240,27 @@ class FileCache:
 
         Raises:
             Unreachable: it cannot be had.
-            ValueError: there is no room for it.
+            ValueError: there is no room for it, by the limit or on the disk.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         goal, part = self.folder / sha256, self.folder / f"{sha256}.{size}.part"
-        while True:
-            if goal.exists():
-                self.use(goal)
-                return goal
-            with open(part, "a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # of this opening: threads of one process exclude each other too
-                if not _is(file, part) or goal.exists():
-                    continue  # somebody else has finished or given up meanwhile
-                self._make_room(part)
-                self.access.fetch(url, file, size, sha256)
-                os.replace(part, goal)
+        with writing(Room("data.remote.folder", self.folder, size, f"{url}")):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                if goal.exists():
+                    self.use(goal)
+                    return goal
+                with open(part, "a+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # of this opening: threads of one process exclude each other too
+                    if not _is(file, part) or goal.exists():
+                        continue  # somebody else has finished or given up meanwhile
+                    self._make_room(part)
+                    self.access.fetch(url, file, size, sha256)
+                    os.replace(part, goal)
 
     def use(self, path: Path) -> None:
-        """Say that a file of the cache is used now."""
-        _mark(path).touch()
+        """Say that a file of the cache is used now, where that can be said."""
+        with contextlib.suppress(OSError):  # a folder that is only read
+            _mark(path).touch()
 
     def discard(self, sha256: str) -> None:
         """Remove a file: what is there under its name is not what it should be."""

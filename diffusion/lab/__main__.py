@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from diffusion.app.check import check, check_guidance, check_steps, refuse_blocked
 from diffusion.app.compose import Refusal, command, refusing, typed
+from diffusion.files import Room, obstacle, writing
 
 TASKS = {  # each has main(lab)
     "errors": "diffusion.app.lab_errors",
@@ -37,7 +38,16 @@ def main(cfg: DictConfig) -> None:
         from diffusion.app.laboratory import Laboratory
 
         task = importlib.import_module(TASKS[cfg.task])
-        task.main(Laboratory(cfg, lambda message: print(message, flush=True)))
+        lab = Laboratory(cfg, lambda message: print(message, flush=True))
+        check_out(lab.folder)
+        with writing(Room("out", lab.folder)):
+            task.main(lab)
+
+
+def check_out(folder: Path) -> None:
+    """Refuse a folder that cannot be written to."""
+    if why := obstacle(folder):
+        raise Refusal(f"out={folder}: {why}, so nothing can be kept there.")
 
 
 def check_task(cfg: DictConfig) -> None:
@@ -60,8 +70,8 @@ def check_task(cfg: DictConfig) -> None:
         )
     if cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1:
         raise Refusal("trainer.devices, trainer.num_nodes: the laboratory works in one process.")
-    out = Path(cfg.out or ("." if cfg.checkpoint is not None else "lab"))
-    refuse_blocked("out", out, ["report.html"] if cfg.out else [], [cfg.task] if cfg.out else [])
+    if cfg.out is not None:
+        refuse_blocked("out", Path(cfg.out), ["report.html"], [cfg.task])
     if cfg.checkpoint is None:
         check_steps(cfg.sampler, cfg.schedule.num_timesteps)
         check_guidance(cfg.guidance.scale, 0, 0)

@@ -91,6 +91,13 @@ def store(path: Path, about: Mapping[str, Any], reference: Reference) -> None:
         file.write(save(arrays, metadata=notes))
 
 
+def size_in_file(reference: Reference) -> int:
+    """Bytes that `store` writes, about."""
+    moments = reference.moments
+    arrays = (moments.total, moments.products, reference.features, reference.numbers, reference.labels)
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
 def stored(path: Path, about: Mapping[str, Any]) -> Reference | None:
     """What was written for just this; None if there is nothing, or the file is damaged."""
     if not path.is_file():

@@ -29,6 +29,8 @@ class Sampler(ABC):
     Labels are bound to the denoiser by the caller: `functools.partial(denoiser, labels=labels)`.
     """
 
+    of_batch = False  # whether an image depends on the others of its batch
+
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 

@@ -43,7 +43,7 @@ class LangevinCorrector(LangevinDynamics):
             raise ValueError(f"sampler.corrector.snr={snr} must be above 0.")
         if norms not in NORMS:
             raise ValueError(f"sampler.corrector.norms={norms} is none of {', '.join(NORMS)}.")
-        self.snr, self.norms = snr, norms
+        self.snr, self.norms, self.of_batch = snr, norms, norms == "batch"
 
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> Tensor:
         widest = 2 * (transition(self.schedule, t, max(t - 1, 0)).alpha * self.snr) ** 2
@@ -73,6 +73,7 @@ class PredictorCorrector(Sampler):
     ) -> None:
         super().__init__(schedule)
         self.predictor, self.corrector = predictor(schedule), corrector(schedule)
+        self.of_batch = self.predictor.of_batch or self.corrector.of_batch
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
         part = self.corrector if s == t else self.predictor

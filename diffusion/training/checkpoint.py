@@ -107,6 +107,7 @@ class CheckpointWriter(CheckpointIO):
                 then()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             self._failure = WriteFailed(f"{path} cannot be written: {_cause(error)}. The checkpoints before it stay.")
+            self._failure.__cause__ = error
         except Exception as error:  # a bug: raised where the run sees it
             self._failure = error
 

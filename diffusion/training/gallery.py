@@ -1,17 +1,17 @@
-"""The images of a sampling in a folder, a file a batch: made by all ranks, each its share, and gone on with after an
-interruption.
+"""The images of a sampling in a folder: made by all ranks, each its share, and gone on with after an interruption.
 
     images_00000256_256.npz           uint8 (b, H, W, C) of the images from number 256 on, and the work they took
     features_00000256_256_NAME.npz    what an extractor sees in them
 
-Which images make a batch depends on the batch size alone, so ranks change no bit of them.
+Which images make a batch depends on the batch size and on what is there already, not on the number of ranks, so that
+these change no bit.
 """
 
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ from torch import Tensor
 from diffusion.files import replacing
 from diffusion.metrics.extractors import Extractor, Features
 from diffusion.training.pictures import grid, save_png
-from diffusion.training.pieces import Pieces
+from diffusion.training.pieces import Part, Pieces
 from diffusion.training.ranks import Ranks
-from diffusion.training.sampling import Sampling
+from diffusion.training.sampling import Sampling, differences
 
 STAMP = (1980, 1, 1, 0, 0, 0)  # of the members of an .npz: the same images make the same bytes
+IMAGES = "images_*"
 
 
 class Gallery:
-    """Images 0 ... num_images - 1 of a sampling.
+    """Images 0 ... num_images - 1 of a sampling. A context, as `Pieces` is.
 
     Args:
         folder: for this alone; made when it is needed.
@@ -36,12 +37,31 @@ class Gallery:
         num_images: at least 1.
         model: which model makes them, as JSON: with the sampling it decides them.
         ranks: who makes them.
+        setting, overwrite: as in `Pieces`.
     """
 
-    def __init__(self, folder: Path, sampling: Sampling, num_images: int, model: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sampling: Sampling,
+        num_images: int,
+        model: dict[str, Any],
+        ranks: Ranks,
+        setting: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
         self.sampling, self.num_images = sampling, num_images
-        self.pieces = Pieces(folder, {"model": model, "sampling": sampling.identity()}, ranks)
-        self.firsts = range(0, num_images, sampling.batch_size)  # number of the first image of each batch
+        about: dict[str, Any] = {"model": model, "sampling": sampling.identity()}
+        if sampling.sampler.of_batch:  # then the last, smaller batch has other images too
+            about["sampling"] |= {"num_images": num_images}
+        size = sampling.batch_size
+        self.pieces = Pieces(folder, about, ranks, num_images, size, setting, overwrite, differences)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pieces.__exit__(*error)
 
     # ---- making ----
 
@@ -50,60 +70,86 @@ class Gallery:
 
         Raises:
             Abandoned: a rank has been told to stop. What is made stays.
+            ValueError: another process works in the folder, or it holds images of another sampling.
         """
-        sizes = [self._count(first) for first in self.firsts]
-        self.pieces.make(sizes, lambda number: self._make(self.firsts[number], extractor), title)
+        pieces = self.pieces
+        pieces.make(pieces.missing(IMAGES), lambda numbers: self._sample(numbers, extractor), title)
+        if extractor is not None and (rest := pieces.missing(self._features(extractor))):
+            pieces.make(rest, lambda numbers: self._look(numbers, self._joined(numbers), extractor), "features")
+        if pieces.ranks.main and len(sizes := self.batch_sizes()) > 1:
+            print(f"Batch sizes {told(sizes)} were mixed, which changes rounding at most.", flush=True)
 
-    def _make(self, first: int, extractor: Extractor | None) -> bool:
-        """One batch, if it is not there; and its features, if these are not."""
-        name, new = self._images(first), not self.pieces.there(self._images(first))
-        if new:
-            before = self.sampling.counted.rows
-            images = self.sampling.images(torch.arange(first, first + self._count(first)))
-            work = np.int64(self.sampling.counted.rows - before)
-            self.pieces.write(name, {"images": images.permute(0, 2, 3, 1).numpy(), "work": work})
-        if extractor is not None and not self.pieces.there(self._features(first, extractor)):
-            found = extractor.rows(images if new else self._batch(first), first)
-            arrays = {"pooled": found.pooled.numpy(), "logits": found.logits.numpy()}
-            self.pieces.write(self._features(first, extractor), arrays)
-        return new
+    def _sample(self, numbers: range, extractor: Extractor | None) -> bool:
+        """These images, and their features."""
+        before = self.sampling.counted.rows
+        images = self.sampling.images(torch.arange(numbers.start, numbers.stop))
+        work = np.int64(self.sampling.counted.rows - before)
+        self.pieces.write(IMAGES, numbers, {"images": images.permute(0, 2, 3, 1).numpy(), "work": work})
+        return extractor is None or self._look(numbers, images, extractor)
 
-    def _count(self, first: int) -> int:
-        return min(self.sampling.batch_size, self.num_images - first)
+    def _look(self, numbers: range, images: Tensor, extractor: Extractor) -> bool:
+        found = extractor.rows(images, numbers.start)
+        arrays = {"pooled": found.pooled.numpy(), "logits": found.logits.numpy()}
+        self.pieces.write(self._features(extractor), numbers, arrays)
+        return True
 
-    def _images(self, first: int) -> str:
-        return f"images_{first:08d}_{self._count(first)}"
+    def _features(self, extractor: Extractor) -> str:
+        return f"features_*_{extractor.name}_{extractor.digest[:16]}"
 
-    def _features(self, first: int, extractor: Extractor) -> str:
-        return f"features_{first:08d}_{self._count(first)}_{extractor.name}_{extractor.digest[:16]}"
-
-    def _batch(self, first: int) -> Tensor:
+    def _batch(self, part: Part) -> Tensor:
         """uint8 (b, C, H, W)."""
-        return torch.from_numpy(self.pieces.read(self._images(first))["images"]).permute(0, 3, 1, 2)
+        return torch.from_numpy(self.pieces.read(IMAGES, part, ["images"])["images"]).permute(0, 3, 1, 2)
+
+    def _joined(self, numbers: range) -> Tensor:
+        return torch.cat([self._batch(part) for part in self.pieces.parts(IMAGES, numbers)])
+
+    # ---- what it takes of a disk ----
+
+    def needs(self, extractor: Extractor | None = None) -> int:
+        """Bytes that are still to be written to the folder, about."""
+        channels, height, width = self.sampling.image_shape
+        each = channels * height * width + (4 * seen(extractor) if extractor is not None else 0)
+        return max(self.num_images * each - self.pieces.bytes(), 0)
+
+    def written(self, png: bool = False) -> int:
+        """Bytes of what `write` writes, about."""
+        channels, height, width = self.sampling.image_shape
+        block = 4096 if png else 0  # what a small file takes of a disk
+        return self.num_images * (channels * height * width + block)
 
     # ---- what was made, for one rank ----
 
     def batches(self) -> Iterator[Tensor]:
         """All images in order, uint8 (b, C, H, W)."""
-        return map(self._batch, self.firsts)
+        return map(self._batch, self.pieces.parts(IMAGES))
 
     def images(self, most: int) -> Tensor:
         """The first images, at most so many."""
-        found: list[Tensor] = []
-        for batch in self.batches():
-            found.append(batch)
-            if sum(map(len, found)) >= most:
-                break
-        return torch.cat(found)[:most]
+        return self._joined(range(min(most, self.num_images)))
 
     def features(self, extractor: Extractor) -> Features:
         """Of all images, in order."""
-        found = (self.pieces.read(self._features(first, extractor)) for first in self.firsts)
+        kind = self._features(extractor)
+        found = (self.pieces.read(kind, part) for part in self.pieces.parts(kind))
         return Features.joined(Features(torch.from_numpy(f["pooled"]), torch.from_numpy(f["logits"])) for f in found)
 
     def nfe(self) -> float:
         """Evaluations of the network an image, guidance included."""
-        return sum(int(self.pieces.read(self._images(first))["work"]) for first in self.firsts) / self.num_images
+        parts = list(self.pieces.parts(IMAGES))
+        work = (self.pieces.read(IMAGES, part, ["work"])["work"] * len(part.numbers) / len(part.of) for part in parts)
+        return float(sum(work)) / self.num_images
+
+    def batch_sizes(self) -> list[int]:
+        """Those that the images were sampled with: one, unless a sampling was gone on with in batches of another."""
+        recorded = self.pieces.recorded()
+        former = recorded["sampling"].get("batch_size") if isinstance(recorded, dict) else None
+        return self.pieces.batch_sizes(IMAGES, former or self.sampling.batch_size)
+
+    def record(self) -> dict[str, Any]:
+        """What results.jsonl says of the images: how they were sampled, and the work each took."""
+        sizes = self.batch_sizes()
+        mixed = {"batch_sizes": told(sizes)} if len(sizes) > 1 else {}
+        return {**self.sampling.record(), **mixed, "nfe": self.nfe()}
 
     def labels(self) -> Tensor | None:
         return self.sampling.labels_of(torch.arange(self.num_images))
@@ -138,3 +184,15 @@ class Gallery:
 
     def remove(self) -> None:
         self.pieces.remove()
+
+
+def seen(extractor: Extractor) -> int:
+    """Numbers that an extractor gives of an image: what goes into its last layer, and what comes out."""
+    layers = [layer for layer in extractor.network.modules() if isinstance(layer, torch.nn.Linear)]
+    return layers[-1].in_features + layers[-1].out_features if layers else 0
+
+
+def told(sizes: list[int]) -> str:
+    """Several numbers as text: 10, 50 and 64."""
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} and {last}" if first else last

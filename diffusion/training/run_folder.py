@@ -8,8 +8,6 @@ configuration that differs only where nothing of what is trained depends on it; 
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -23,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from diffusion.files import reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.files import locked, reason, remove_leftovers, sha256_of, sync_folder, write_atomically
 from diffusion.training.checkpoint_head import Head, read_head
 from diffusion.training.results import Results
 from diffusion.training.untrusted import UntrustedConfig
@@ -268,29 +266,8 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; ValueError if another process holds it.
-
-        A POSIX record lock belongs to the process: forked loader workers do not keep it when the process is killed.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as f:
-            try:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise ValueError(
-                        f"run_dir={self.path}: its file system has no locks ({e.strerror}), without which two "
-                        f"processes could train in one folder: mount it with them (Lustre: -o flock), or give another."
-                    ) from e
-                f.seek(0)
-                holder = f.read().strip() or "unknown"
-                raise ValueError(
-                    f"run_dir={self.path} is in use by another process ({holder}). "
-                    f"Wait for it, or give this run its own run_dir."
-                ) from e
-            f.truncate(0)
-            f.write(f"process {os.getpid()} on {os.uname().nodename}")
-            f.flush()
+        """Hold the folder for this process; ValueError if another process holds it."""
+        with locked(self.path / ".lock", f"run_dir={self.path}", "Wait for it, or give this run its own run_dir."):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
             yield
@@ -404,6 +381,5 @@ class RunFolder:
     @contextmanager
     def _results_locked(self) -> Iterator[None]:
         """results.jsonl is also written by `evaluate`, while the run may go on."""
-        with open(self.path / ".results.lock", "a") as f:
-            fcntl.lockf(f, fcntl.LOCK_EX)
+        with locked(self.path / ".results.lock", f"run_dir={self.path}", wait=True):
             yield

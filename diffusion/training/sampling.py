@@ -1,5 +1,6 @@
 """How images are made from a model: the same code during training, at its end, and in the commands."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,9 +94,63 @@ class Sampling:
         return {**self.about, "num_steps": steps, "seed": self.seed, "batch_size": self.batch_size}
 
     def identity(self) -> dict[str, Any]:
-        """What, beside the model, decides image k, as JSON."""
+        """What, beside the model, decides image k, as JSON. The batch size changes rounding at most and is not in it,
+        unless the sampler looks at the whole batch."""
         chosen = {"times": [float(t) for t in self.times], "labels": list(self.labels), "shape": list(self.image_shape)}
-        return self.record() | chosen
+        known = self.record() | chosen
+        if not self.sampler.of_batch:
+            del known["batch_size"]
+        return known
+
+
+def differences(old: Any, new: dict[str, Any]) -> list[str]:
+    """'key: was a, is b' for each setting in which two samplings differ; [] if they make the same images.
+
+    Args:
+        old: {"model": ..., "sampling": ...} as it was recorded, also by a former version, or what was found instead.
+        new: the same of this sampling: what identifies the model, and `Sampling.identity`.
+    """
+    if not (isinstance(old, dict) and isinstance(old.get("model"), dict) and isinstance(old.get("sampling"), dict)):
+        return ["its record, about.json, cannot be read"]
+    found = _model_differences(old["model"], new["model"])
+    was, now = old["sampling"], new["sampling"]
+    keys = [key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key)]
+    if "batch_size" not in now:
+        keys = [key for key in keys if key != "batch_size"]
+    if len(keys) > 1:  # they follow from another setting
+        keys = [key for key in keys if key != "times"]
+    return found + [f"{_setting(key)}: was {_short(was.get(key))}, is {_short(now.get(key))}" for key in keys]
+
+
+def _model_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Of the checkpoint: the step is shown, the sha256 decides where it is known."""
+    found = []
+    if was.get("weights") != now.get("weights"):
+        found.append(f"ema: was {_short(was.get('weights') == 'ema')}, is {_short(now.get('weights') == 'ema')}")
+    decides = "checkpoint_sha256" if "checkpoint_sha256" in now else "step"
+    if was.get(decides) != now.get(decides):
+        shown = [_of_model(model) for model in (was, now)]
+        found.append(f"checkpoint: was {shown[0]}, is {shown[1]}")
+    return found
+
+
+def _of_model(model: dict[str, Any]) -> str:
+    step = f"step {model['step']}" if "step" in model else "another"
+    digest = str(model.get("checkpoint_sha256", ""))[:12]
+    return f"{step} (sha256 {digest})" if digest else step
+
+
+def _setting(key: str) -> str:
+    """The setting that a key of the record stands for, as the user writes it."""
+    whole = {"guidance_scale": "guidance.scale", "precision": "trainer.precision", "shape": "size of the images"}
+    whole |= {"times": "times of the steps"}
+    plain = ("seed", "sampler", "labels", "batch_size", "num_images")
+    return whole.get(key) or (key if key in plain else f"sampler.{key}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value).strip('"')
+    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None = None) -> Iterator[int]:

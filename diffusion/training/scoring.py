@@ -1,6 +1,7 @@
 """Scores of images against real ones: the same code during training, at its end, and in the commands."""
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.files import Room, obstacle, reason
 from diffusion.metrics.extractors import Extractor, Features
 from diffusion.metrics.moments import BLOCK, Moments
-from diffusion.metrics.reference import Reference, kept_numbers, path_of, store, stored
+from diffusion.metrics.reference import Reference, kept_numbers, path_of, size_in_file, store, stored
 from diffusion.metrics.scores import fid_by_class, neighbours, scores
 from diffusion.training.pictures import grid, save_png
 from diffusion.training.ranks import Ranks
@@ -97,8 +99,8 @@ def reference_of(
     Args:
         about: what decides it beside the extractor, as JSON; with it, it is read from a file or kept in one, unless
             other images stand in for damaged ones.
-        folders: where such a file may be; the first that can be written to gets it. read_only: where it may be as
-            well, and is never written.
+        folders: where such a file may be; the first that can be written to and has room gets it. If none has, it is
+            worked out again the next time, which is said. read_only: where it may be as well, and is never written.
     """
     known = None
     if about is not None:
@@ -123,13 +125,24 @@ def reference_of(
         raise ValueError("There are no real images to score against.")
     all_labels = None if labels[0] is None else torch.cat(labels)
     made = Reference(sums[0], torch.cat(features), wanted, all_labels)
-    for folder in folders if about is not None and not damaged else ():
-        try:
-            store(path_of(folder, about), about, made)
-            break
-        except OSError:
-            continue
+    if about is not None and not damaged:
+        keep(made, about, folders)
     return made
+
+
+def keep(made: Reference, about: Mapping[str, Any], folders: Sequence[Path]) -> None:
+    """Write it to the first of the folders that takes it; a line if none does."""
+    reasons = []
+    for folder in folders:
+        if lack := obstacle(folder) or Room("", folder, size_in_file(made), "the features of the real images").lack:
+            reasons.append(lack.removeprefix("=").rstrip("."))
+            continue
+        try:
+            return store(path_of(folder, about), about, made)
+        except OSError as error:
+            reasons.append(reason(error).rstrip("."))
+    if folders:
+        print(f"The features of the real images are not kept: {'; '.join(reasons)}.", file=sys.stderr, flush=True)
 
 
 # ---- lines of results.jsonl ----
