@@ -119,16 +119,18 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole and on disk; after an error nothing is left.
+    """A file to write that takes the place of `path` once it is whole and on disk; after an error nothing is left, and
+    none of the folders made for it.
 
     A temporary file in the same folder, fsync, rename, fsync of the folder. Its name is `file.name`. A kill can leave
     the temporary file behind, see `remove_leftovers`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    path, temporary = Path(path), None
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -136,8 +138,10 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        remove_empty(made)
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
         raise

@@ -29,7 +29,6 @@ from diffusion.app.prepare import (
     train_command,
     verdict,
 )  # fmt: skip
-from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
 from diffusion.data.index import read_index
 from diffusion.data.prepare_plan import planned
 from diffusion.data.prepare_shards import make_set, refuse_other, settings_of
@@ -110,6 +109,7 @@ def digits(cfg: DictConfig) -> None:
     """The data set that is on every machine, and its classifier."""
     with refusing(cfg.debug):
         from diffusion.app import build
+        from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
 
         out = out_of(cfg)
         print(f"Making {out}", flush=True)

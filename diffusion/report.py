@@ -54,7 +54,6 @@ def main(cfg: DictConfig) -> None:
         out = Path(cfg[key])
         rows = collect(runs, out)
         with writing(key, out):
-            out.mkdir(parents=True, exist_ok=True)
             with replacing(out / "results.csv") as file:
                 file.write(as_csv(rows).encode())
             write_table(rows, out / "results.html", f"Scores of {runs.resolve().name}")

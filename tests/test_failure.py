@@ -27,6 +27,7 @@ from diffusion.app.fit import Fit
 from diffusion.app.launcher import main_rank
 from diffusion.data.index import read_index
 from diffusion.data.order import Plan
+from diffusion.files import Room
 from diffusion.training.checkpoint import contents
 from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
@@ -248,15 +249,24 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_or_not_and_leaves_the_checkpoints(digits, command_inside, small_disk):
+def test_a_full_disk_ends_the_run_or_not_and_leaves_the_checkpoints(digits, command_inside, small_disk, monkeypatch):
+    """Found before the run begins, and again when somebody else fills the disk while it trains."""
     run = small_disk / "run"
     words = [*ALONE, f"data.root={digits}", f"run_dir={run}", "save.keep=5"]
-    done = command_inside("train", *words, "trainer.max_steps=12", check=1)
+    done = command_inside("train", *words, "trainer.max_steps=12", check=2)
+    message = rf"error: run_dir={run}: [\d.]+ MB are needed for 6 checkpoints of [\d.]+ MB, [\d.]+ MB are free\.\n"
+    assert re.fullmatch(message, done.stderr) and not run.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(Room, "check", lambda room: None)  # there was room a moment ago
+        done = command_inside("train", *words, "trainer.max_steps=12", check=1)
     assert re.search(r"error: .*step_0+6\.ckpt cannot be written: No space left on device\. The", done.stderr)
+    message = rf"run_dir={run}: No space left on device: [\d.]+ MB are needed for \d checkpoints of [\d.]+ MB, "
+    assert re.search(message, done.stderr)
     assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
     assert RunFolder(run).latest_valid()[0] == 4
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.endswith(".tmp")]
     done = command_inside("train", *words, "trainer.max_steps=9", "save.on_error=warn", check=1)
+    assert re.search(rf"^warning: run_dir={run}: .* are needed for 3 checkpoints", done.stderr, re.M)
     assert len(re.findall("^warning: .*No space left on device.* as save.on_error=warn says", done.stderr, re.M)) == 3
     assert "error: The weights of step 9 are not on disk.\n" in done.stderr  # trained, and the result is not there
     assert RunFolder(run).latest_valid()[0] == 4
@@ -293,7 +303,10 @@ def test_a_disk_that_is_full_at_the_start_is_named(digits, command_inside, small
     command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=2", check=0)
     filler = fill(small_disk)
     done = command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", check=2)
-    assert re.fullmatch(r"error: .*No space left on device: '.*/config\.yaml'\n", done.stderr)
+    message = rf"error: run_dir={run}: [\d.]+ MB are needed for 1 checkpoint of [\d.]+ MB, [\d.]+ k?B are free\.\n"
+    assert re.fullmatch(message, done.stderr)
+    done = command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", "save.on_error=warn", check=2)
+    assert re.search(rf"^error: run_dir={run}: No space left on device: ", done.stderr, re.M)
     filler.unlink()
     command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", check=0)
 

@@ -4,7 +4,6 @@
 trains from the newest sound checkpoint, and makes what is missing of pictures, scores and report.
 """
 
-import math
 import os
 import sys
 import traceback
@@ -185,8 +184,9 @@ class Run:
         parameters, states = count_parameters(self.denoiser.network), states_of(build.optimizer(cfg))
         one = 4 * parameters * (2 + states)  # the weights, their average, and what the optimizer keeps of each
         what = f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}" if number else "images to score"
+        pixels = cfg.data.channels * cfg.data.image_size**2
         scored = cfg.callbacks.score.num_images if cfg.callbacks.enabled and cfg.metrics else 0
-        return Room("run_dir", self.folder.path, number * one + scored * math.prod(self.image_shape), what)
+        return Room("run_dir", self.folder.path, number * one + scored * pixels, what)
 
     def _write_to_the_end(self) -> None:
         """Let the checkpoint that is being written be written."""
