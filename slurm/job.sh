@@ -1,14 +1,21 @@
-# Sourced by the batch scripts beside it: which Python a job runs, one process a task, and when a job is to run again.
+# Sourced by the batch scripts beside it: which Python a job runs, one process per task, and when a job is requeued.
 # Knows SLURM, and nothing of what is trained.
 #
-# USR1 means that the job's time is nearly over (--signal in the scripts) or that it is preempted. SLURM sends it to the
-# processes: each ends with status 138, saved or with nothing to save yet, and task.sh tells this shell. A job that was
-# told so, is not done and has not been cancelled is requeued; of an array that task alone. The status of srun cannot
-# say it: --kill-on-bad-exit, which ends all processes when one has died, makes it that of any of them.
+# A start of a job is interrupted when it ends by something other than its own decision:
+#   a warning (USR1)        before the time limit (--signal in the scripts) or a preemption; the tasks save and end
+#   a kill (TERM)           of the tasks, while SLURM still counts the job as running: SLURM repeats a kill that a node has
+#                           not answered, and such a kill can reach the next start of the job
+#   the time limit itself   where the warning has not reached the tasks, as it came before they were started
+#   a failed launch         SLURM could not start the tasks
+# An interrupted job is requeued; of an array, that task alone. A job that was cancelled stays away, and so does one that
+# failed. The status of srun does not tell them apart: with --kill-on-bad-exit, which ends all tasks when one has ended
+# badly, it is the highest of all tasks. What counts is how the first task ended, which srun says on its stderr.
 #
-# A job that its time limit lets come no further than it was would be requeued for ever. So the command removes the file
-# $DIFFUSION_NOT_YET when it has got on, and a job whose file is still there is requeued three times in all, unless
-# it has been preempted.
+# A job that makes no progress would be requeued for ever. So the command removes the file $DIFFUSION_NOT_YET when it has
+# saved something, and a job is given up when its fourth start in a row is interrupted while this file is still there.
+# SLURM keeps no such count, and a job moves from node to node: the count is kept in the job's comment, behind what the
+# user has put there, as fruitless_starts=N. Each start takes it out, and puts it back increased if it was fruitless. So a
+# start that made progress, or that ended without its shell, ends the row. A preempted start is not counted.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE # without .pyc files importing lightning takes 19 s instead of 7
 
@@ -29,9 +36,49 @@ unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
 
-# COMMAND...: a process for each task of the job. Ends this shell with their status, after a requeue if one is due.
+told='' # 1: a warning has come
+listen() {
+  trap 'told=1' USR1
+  trap : TERM INT # the tasks have these too, and end first
+}
+listen
+STATE=$(mktemp -d) # of this start
+trap 'rm -rf "$STATE"' EXIT
+export DIFFUSION_NOT_YET=$STATE/not_yet
+: >"$DIFFUSION_NOT_YET"
+
+# ---- what SLURM keeps with the job ----
+
+# Print fields of the job, in squeue's format. A controller that does not answer is asked again, for half a minute.
+field() {
+  local try
+  for try in 1 2 3 4 5 6; do
+    squeue -h -j "$JOB" -o "$1" && return
+    sleep 5
+  done
+  return 1
+}
+
+# KEY: print its value in the job's comment, or nothing.
+recall() { [[ " $(field %k) " =~ .*\ $1=([^ ]+)\  ]] && echo "${BASH_REMATCH[1]}"; }
+
+# KEY [VALUE]: set it in the job's comment, or remove it. The rest of the comment stays.
+remember() {
+  local comment other
+  comment=$(field %k) || return
+  [ "$comment" != '(null)' ] || comment=
+  other=$(sed -E "s/(^| )$1=[^ ]+//" <<<"$comment")
+  scontrol update JobId="$JOB" Comment="$other${2:+${other:+ }$1=$2}"
+}
+
+FRUITLESS=$(recall fruitless_starts) || FRUITLESS=0 # starts in a row before this one
+[ "$FRUITLESS" = 0 ] || remember fruitless_starts || :
+
+# ---- tasks ----
+
+# COMMAND...: run it in each task of the job. Ends this shell with their status, after a requeue if one is due.
 tasks() {
-  local each=$SLURM_NTASKS_PER_NODE told='' status=0
+  local each=$SLURM_NTASKS_PER_NODE status=0
   [ "$SLURM_NTASKS" = $((SLURM_NNODES * each)) ] ||
     refuse "$SLURM_NTASKS tasks on $SLURM_NNODES node(s): say it with --nodes and --ntasks-per-node, without --ntasks."
   [ "${SLURM_GPUS_ON_NODE:-$each}" = "$each" ] ||
@@ -42,25 +89,84 @@ tasks() {
   printf ' %q' "$@"
   echo
   export TELL=$BASHPID # for task.sh
-  DIFFUSION_NOT_YET=$(mktemp)
-  export DIFFUSION_NOT_YET
-  trap 'told=1' USR1
-  trap : TERM INT # the processes have these too, and end first
-  "$@" || status=$?
-  [ "$status" = 138 ] && told=1 # all of them died of it, before task.sh was up
-  if [ -n "$told" ] && [ "$status" != 0 ] && [ "$status" != 2 ] && living; then
-    if [ -e "$DIFFUSION_NOT_YET" ] && ((${SLURM_RESTART_COUNT:-0} >= 3)) && ! preempted; then
-      echo "Job $JOB was warned before it had got on, and was started $((SLURM_RESTART_COUNT + 1)) times: it is not" \
-        "requeued. Give it a longer time limit, by --time." >&2
-    elif scontrol requeue "$JOB"; then
-      echo "Job $JOB is requeued and goes on from its last checkpoint."
-    else
-      echo "Job $JOB could not be requeued. Submitted again, it goes on from its last checkpoint."
-    fi
+  listen # also where this is a subshell
+  if [ -z "$told" ]; then
+    launch "$@" || status=$?
+  else
+    status=138 # warned before the tasks were there
   fi
-  rm -f "$DIFFUSION_NOT_YET"
+  [ "$status" != 0 ] || rm -f "$DIFFUSION_NOT_YET"
+  if [ "$status" != 0 ] && interrupted && living; then again; fi
   exit "$status"
 }
 
-living() { [[ $(squeue -h -j "$JOB" -o %T) =~ ^(RUNNING|SIGNALING)$ ]]; } # the latter: a signal is still under way
+# COMMAND...: run srun, and keep what it says on its stderr in $STATE/said as well. Its status.
+launch() {
+  local status=0 copy watch
+  rm -f "$STATE/pipe" "$STATE/quiet"
+  mkfifo "$STATE/pipe" "$STATE/quiet"
+  : >"$STATE/said"
+  (trap '' TERM INT USR1 && exec tee "$STATE/said" <"$STATE/pipe" >&2) &
+  copy=$!
+  end_stragglers &
+  watch=$!
+  (echo "$BASHPID" >"$STATE/srun" && exec "$@") 2>"$STATE/pipe" || status=$?
+  kill "$watch" 2>/dev/null || :
+  for watch in "$watch" "$copy"; do
+    while kill -0 "$watch" 2>/dev/null; do wait "$watch" 2>/dev/null || :; done # a signal ends a wait
+  done
+  return "$status"
+}
+
+# When a task has ended badly, srun ends the others, and SLURM kills those that are left after KillWait. Both miss tasks
+# that are started later than that, which would wait for the first one for ever.
+end_stragglers() {
+  local quiet
+  exec {quiet}<>"$STATE/quiet" # nothing comes: a sleep without a process
+  until grep -qE "$END" "$STATE/said"; do read -rt 5 -u "$quiet" || :; done
+  read -rt 60 -u "$quiet" || :
+  kill -TERM "$(<"$STATE/srun")"
+}
+
+# How srun says that a task has ended, other than with status 0; what follows is how.
+END='^srun: error: [^ ]+: tasks?[ :].*: '
+
+# ---- after their end ----
+
+# Whether it was something other than their own decision that has ended the tasks.
+interrupted() {
+  local first before
+  first=$(grep -m 1 -E "$END" "$STATE/said" 2>/dev/null | sed -E "s/$END//") || :
+  case $first in
+    'Exited with exit code 2') return 1 ;; # refused, whatever has come since
+    'Exited with exit code 138' | 'Exited with exit code 143' | 'User defined signal 1'* | Terminated* | '') return 0 ;;
+    Killed*) # after a TERM that the tasks did not obey, or out of memory
+      before=$(sed -E "/$END/,\$d" "$STATE/said")
+      [[ -n $told || $before == *' CANCELLED AT '* ]]
+      ;;
+    *) [ -n "$told" ] ;;
+  esac
+}
+
+# Whether the job may be requeued: it runs (SIGNALING: a signal is still under way), or is over by its time limit.
+living() { [[ $(field '%T %r') =~ ^(RUNNING|SIGNALING)\ |\ TimeLimit$ ]]; }
+
 preempted() { [[ $(scontrol -o show job "$JOB") =~ PreemptTime=[0-9] ]]; }
+
+# Requeue the job, unless this is its fourth fruitless start in a row.
+again() {
+  local fruitless=0
+  trap '' TERM INT USR1 # the requeue ends this shell and what it runs
+  [ ! -e "$DIFFUSION_NOT_YET" ] || preempted || fruitless=$((FRUITLESS + 1))
+  if ((fruitless > 3)); then
+    echo "Job $JOB made no progress in $fruitless starts in a row: it is not requeued. If it needs more time to start," \
+      "give it a longer time limit, by --time." >&2
+  elif scontrol requeue "$JOB"; then
+    echo "Job $JOB is requeued and continues from its last checkpoint."
+    # only now: the comment of a job that is over by its time limit cannot be changed before
+    ((fruitless == 0)) || remember fruitless_starts "$fruitless" ||
+      echo "warning: the comment of job $JOB cannot be changed: starts without progress are not counted." >&2
+  else
+    echo "Job $JOB could not be requeued. Submit it again: it continues from its last checkpoint."
+  fi
+}

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine, by tests/slurm-testbed, and what a user does with it: for test_slurm.py."""
+"""A SLURM on this machine, by tests/slurm-testbed, and what a user does with it: for test_slurm.py, chaos_slurm.py."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ import torch
 from conftest import ROOT
 
 TESTBED = Path(__file__).with_name("slurm-testbed")
-NODES = ("node1", "node2")
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
 class Cluster:
     """What a user does with a cluster: submit from the checkout, look, signal, wait."""
 
-    def __init__(self, directory: Path, env: dict[str, str]) -> None:
+    def __init__(self, directory: Path, env: dict[str, str], nodes: int) -> None:
         self.directory, self.env = directory, env
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._looked = time.monotonic()
 
     def run(self, *words: object) -> str:
@@ -40,13 +40,17 @@ class Cluster:
         self.look_after_the_nodes()
         return re.search(rf"\b{key}=(\S+)", self.run("scontrol", "-o", "show", "job", job))[1]
 
-    def signal(self, job: str) -> bool:
-        """USR1 to the processes of a job or of one task of an array, as before its time limit; False before it has any.
+    def attempt(self, *words: object) -> bool:
+        """Whether SLURM has done it."""
+        return subprocess.run(list(map(str, words)), cwd=ROOT, env=self.env, capture_output=True).returncode == 0
+
+    def signal(self, job: str, name: str = "USR1") -> bool:
+        """A signal to the processes of a job or of one task of an array, as before its time limit; False before it has
+        any.
 
         To the step: `scancel ARRAY_TASK` tries again and again while other tasks of the array are pending.
         """
-        words = ["scancel", "--signal=USR1", self.info(job, "JobId") + ".0"]
-        return subprocess.run(words, env=self.env, capture_output=True).returncode == 0
+        return self.attempt("scancel", f"--signal={name}", self.info(job, "JobId") + ".0")
 
     def until(self, what, job: str, output: Path, seconds: float = 240) -> None:
         """Wait for what() while the job is not over. A requeued job is pending for 6 s."""
@@ -70,33 +74,53 @@ class Cluster:
         when it launches several tasks of an array at once. Its jobs live on."""
         if time.monotonic() - self._looked > 3:
             self._looked = time.monotonic()
-            for node in NODES:
+            for node in self.nodes:
                 self.testbed("node", node, "start")
+
+    def kill_node(self, node: str) -> None:
+        """A power failure, which SLURM is told of at once, and its end."""
+        self.testbed("node", node, "kill")
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
+        self.testbed("node", node, "start")
 
     def testbed(self, *words: str) -> None:
         subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)
 
 
+class NoCluster(Exception):
+    """A cluster cannot be had here."""
+
+
 @contextlib.contextmanager
-def running(directory: Path) -> Iterator[Cluster]:
-    """A cluster whose files are in this folder; without its packages, or root, the test is skipped."""
+def up(directory: Path, nodes: int = 2, *flags: str) -> Iterator[Cluster]:
+    """A cluster whose files are in this folder. Raises NoCluster without its packages, or without root."""
     if os.geteuid() != 0:
-        pytest.skip("a SLURM of our own can be started by root only")
-    # KillWait: as on most clusters, so that a busy machine has time to save. GPUs: names that no device stands behind.
-    words = ["--nodes", "2", "--gpus", "2", "--set", "KillWait=30"]
+        raise NoCluster("a SLURM of our own can be started by root only")
+    words = ["--nodes", str(nodes), *flags]
     if os.environ.get("SLURM_TESTBED_INSTALL") != "1":
         words.append("--no-install")
-    up = subprocess.run([TESTBED, "up", directory, *words], text=True, capture_output=True)
-    if up.returncode == 4:
-        pytest.skip(f"{up.stderr.strip()}; with SLURM_TESTBED_INSTALL=1 the packages are installed")
-    assert up.returncode == 0, up.stderr
+    started = subprocess.run([TESTBED, "up", directory, *words], text=True, capture_output=True)
+    if started.returncode == 4:
+        raise NoCluster(f"{started.stderr.strip()}; with SLURM_TESTBED_INSTALL=1 the packages are installed")
+    assert started.returncode == 0, started.stderr
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "WANDB_", "PYTEST_"))}
     env |= {"DIFFUSION_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    env.update(word.split("=", 1) for word in shlex.split(up.stdout) if "=" in word)
+    env.update(word.split("=", 1) for word in shlex.split(started.stdout) if "=" in word)
     try:
-        yield Cluster(directory, env)
+        yield Cluster(directory, env, nodes)
     finally:
         subprocess.run([TESTBED, "down", directory], capture_output=True)
+
+
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[Cluster]:
+    """A cluster of two nodes for tests, which are skipped where there can be none."""
+    try:
+        # KillWait: as on most clusters, so that a busy machine has time to save. GPUs: names without devices.
+        with up(directory, 2, "--gpus", "2", "--set", "KillWait=30") as cluster:
+            yield cluster
+    except NoCluster as error:
+        pytest.skip(str(error))
 
 
 def text(path: Path) -> str:

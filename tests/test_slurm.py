@@ -85,9 +85,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(cluster, who
     words = [*PLAIN, f"data.root={digits}", f"run_dir={run}"]
     job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", "slurm/train.sbatch", *words)
     cluster.until(lambda: newest(run) >= 12, job, output)
-    cluster.testbed("node", "node1", "kill")  # that of the job's shell and of rank 0
-    cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=dead")
-    cluster.testbed("node", "node1", "start")
+    cluster.kill_node("node1")  # that of the job's shell and of rank 0
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "1"
     assert "going on from step" in text(output)

@@ -203,15 +203,12 @@ class Run:
             number = self.ranks.signal()
         except Exception as error:
             return self.failed(error, "Training ended before its first step")
+        if fit is None:
+            return 0  # also after a signal: the report alone may be missing, and sampling stops by itself
         if number:
             say(f"Stopped by signal {number} before the first step; the same command goes on from step {step}.")
             return 128 + number
-        if fit is None:
-            return 0
-        status = fit.go(path, say)
-        if self.folder.steps()[:1] > [step]:
-            got_on()
-        return status
+        return fit.go(path, say)
 
     def _begin(self, say: Callable[[str], None]) -> tuple[int, Path | None]:
         """The newest sound checkpoint, its step and file, and the folder without what came after it."""
@@ -280,6 +277,7 @@ class Run:
             gallery.make()
             if self.ranks.main:
                 path = save_grid(self.folder, step, gallery)
+                got_on()
                 for logger in self.loggers:
                     logger.log_picture(path, step)
 
@@ -313,6 +311,7 @@ class Run:
                 working=self.ranks.working,
             )
             self.folder.add_results(rows)
+            got_on()
             gallery.remove()
         prefix = "final" if final and scored.every_steps and self._looked_otherwise() else "eval"
         for logger in self.loggers:

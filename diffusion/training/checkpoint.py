@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion.files import replacing, sha256_of, write_atomically
 from diffusion.training.agreement import Agreement
+from diffusion.training.ranks import got_on
 from diffusion.training.run_folder import OnError, RunFolder, fault
 from diffusion.training.signals import Signals
 from diffusion.training.untrusted import UntrustedConfig
@@ -214,6 +215,7 @@ class Saver(Callback):
         self._saved, self._saved_at = step, time.monotonic()
 
     def _in_place(self, path: Path) -> None:
+        got_on()
         self.folder.point_last_to(path)
         best = self.folder.point_best()
         for old in self.folder.steps()[self.keep :]:

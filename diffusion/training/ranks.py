@@ -129,7 +129,9 @@ class Ranks:
 
 
 def got_on() -> None:
-    """Tell the shell of a SLURM job that this start of it was not in vain: slurm/job.sh looks for the file."""
+    """Tell the batch script of a SLURM job that this start has made progress which the next one finds: removes the file
+    that slurm/job.sh looks for. To be called when something has been saved. Only a process on the node of the batch
+    script reaches that file, as rank 0 does."""
     mark = os.environ.get("DIFFUSION_NOT_YET")
     if mark:
         Path(mark).unlink(missing_ok=True)
