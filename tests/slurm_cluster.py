@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,13 @@ class Cluster:
         self.testbed("node", node, "kill")
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
         self.testbed("node", node, "start")
+
+    def pause_node(self, node: str, seconds: float) -> None:
+        """The node does not answer for so long."""
+        pid = int((self.directory / "run" / f"slurmd.{node}.proc").read_text().split()[0])
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
 
     def testbed(self, *words: str) -> None:
         subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)

@@ -78,6 +78,7 @@ def test_a_signal_in_training_and_one_at_the_start_requeue_a_job_of_four_tasks(c
     logged = Files(run)  # rank 0 ends them, while the others have ended with 138 and --kill-on-bad-exit sees it
     assert [[r.exit.exit_code for r in found if r.HasField("exit")] for found in logged.records] == [[138], [0]]
     assert len({r.run.run_id for r in logged.all("run")}) == 1
+    assert "Traceback" not in text(output)
 
 
 def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(cluster, whole, digits, tmp_path):
@@ -163,32 +164,164 @@ def test_ranks_that_are_refused_one_after_another_end_with_status_2(cluster, tmp
     assert text(output).count("error: data.batch_size=6") == 4
 
 
-def test_a_job_that_is_warned_again_and_again_before_it_has_got_on_is_given_up_unless_it_is_preempted(
-    cluster, tmp_path
-):
-    script, output = tmp_path / "script", tmp_path / "output"
+# ---- what counts as progress, and what as an interruption ----
+
+RECORD = "fruitless_starts="
+
+
+def comment(cluster, job):
+    """The comment of a job; what the user and slurm/job.sh have put there."""
+    return cluster.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%k")
+
+
+def script_of(tmp_path, work, *lines):
+    """A batch script whose tasks do this in bash, which traps a TERM only if it has not been started deaf to it."""
+    path = tmp_path / "script"
+    path.write_text(
+        "\n".join(
+            [
+                "#!/bin/bash",
+                *lines,
+                "source slurm/job.sh",
+                f"tasks env --default-signal=TERM bash -c {shlex.quote(work)}",
+                "",
+            ]
+        )
+    )
+    return path
+
+
+def starts(cluster, tmp_path, plan, *flags):
+    """(job, output) of a job, each of whose starts is warned once it is up, as the letters say: g got on before, f did
+    not, p is preempted as well, and did not; e ends by itself."""
+    output = tmp_path / "output"
     work = (
-        "trap 'exit 138' USR1; [ $SLURM_RESTART_COUNT != 4 ] || rm $DIFFUSION_NOT_YET; echo begun $SLURM_RESTART_COUNT"
+        f"trap 'exit 138' USR1; N=${{SLURM_RESTART_COUNT:-0}}; PLAN={plan}; echo begun $N; "
+        "case ${PLAN:N:1} in g) rm $DIFFUSION_NOT_YET ;; e) exit 0 ;; esac; while :; do sleep 0.1; done"
     )
-    work = f"SLURM_RESTART_COUNT=${{SLURM_RESTART_COUNT:-0}}; {work}; while :; do sleep 0.1; done"
-    script.write_text(
-        f"#!/bin/bash\n#SBATCH --ntasks-per-node=1\nsource slurm/job.sh\ntasks bash -c {shlex.quote(work)}\n"
+    job = cluster.submit(
+        output, "--requeue", "--open-mode=append", "--signal=USR1@120", *flags, script_of(tmp_path, work)
     )
-    job = cluster.submit(output, "--requeue", "--open-mode=append", "--signal=USR1@120", script)
-    for start in range(6):
+    for start, letter in enumerate(plan):
         cluster.until(lambda: f"begun {start}\n" in text(output), job, output)  # noqa: B023
-        if start == 3:
+        if letter == "p":
             urgent = cluster.submit(
                 tmp_path / "urgent", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2"
             )
             cluster.until(lambda: cluster.info(job, "JobState") == "PENDING", job, output)
             cluster.finish(urgent, tmp_path / "urgent")
-        else:
+        elif letter != "e":
             assert cluster.signal(job)
+    return job, output
+
+
+def test_a_fruitless_start_after_three_that_got_on_is_requeued(cluster, tmp_path):
+    note = 'a note "of mine", seed=3'
+    job, output = starts(cluster, tmp_path, "gggfe", "--ntasks-per-node=1", f"--comment={note}")
+    cluster.finish(job, output)
+    assert (cluster.info(job, "ExitCode"), cluster.info(job, "Restarts")) == ("0:0", "4")
+    assert text(output).count(f"Job {job} is requeued and continues from its last checkpoint.") == 4
+    assert comment(cluster, job) == note
+
+
+def test_a_job_is_given_up_after_four_fruitless_starts_in_a_row(cluster, tmp_path):
+    """A preempted one is not counted, and ends the row."""
+    job, output = starts(cluster, tmp_path, "fffpffff", "--ntasks-per-node=1", "--comment=mine")
     cluster.finish(job, output, state="FAILED")
-    assert (cluster.info(job, "ExitCode"), cluster.info(job, "Restarts")) == ("138:0", "5")
-    assert text(output).count("is requeued and goes on") == 5
-    assert f"Job {job} was warned before it had got on, and was started 6 times: it is not requeued." in text(output)
+    assert (cluster.info(job, "ExitCode"), cluster.info(job, "Restarts")) == ("138:0", "7")
+    assert text(output).count("is requeued and continues") == 7
+    assert f"Job {job} made no progress in 4 starts in a row: it is not requeued." in text(output)
+    assert comment(cluster, job) == "mine"
+
+
+def test_the_count_of_fruitless_starts_waits_in_the_comment(cluster, tmp_path):
+    job, output = starts(cluster, tmp_path, "ff", "--ntasks-per-node=1", "--comment=mine")
+    cluster.until(lambda: text(output).count("is requeued") == 2, job, output)
+    cluster.until(lambda: comment(cluster, job) == f"mine {RECORD}2", job, output)
+    cluster.run("scancel", job)
+
+
+@pytest.mark.parametrize(
+    "end, status", [("exit 1", {"1:0", "143:0"}), ("exit 2", {"2:0", "143:0"}), ("kill -9 $$", {"137:0", "143:0"})]
+)
+def test_a_job_one_of_whose_tasks_fails_is_not_requeued(end, status, cluster, tmp_path):
+    """Though SLURM then ends the others, whose status is the highest."""
+    work = f"trap 'exit 143' TERM; [ $SLURM_PROCID != 3 ] || {{ sleep 0.5; {end}; }}; while :; do sleep 0.1; done"
+    output = tmp_path / "output"
+    job = cluster.submit(output, "--nodes=2", "--ntasks-per-node=2", script_of(tmp_path, work))
+    cluster.finish(job, output, state="FAILED")
+    assert cluster.info(job, "ExitCode") in status and cluster.info(job, "Restarts") == "0"
+    assert "requeued" not in text(output)
+
+
+ONCE = "N=${SLURM_RESTART_COUNT:-0}; echo begun $N; [ $N = 0 ] || exit 0; rm -f $DIFFUSION_NOT_YET; "
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_kill_that_comes_while_the_job_runs_requeues_it(heard, cluster, tmp_path):
+    """As one does that SLURM repeats, of the start before; tasks that do not obey are killed a while later."""
+    work = ONCE + f"trap '{'exit 143' if heard else ''}' TERM; while :; do sleep 0.1; done"
+    output = tmp_path / "output"
+    job = cluster.submit(output, "--open-mode=append", "--nodes=2", "--ntasks-per-node=2", script_of(tmp_path, work))
+    cluster.until(lambda: text(output).count("begun 0\n") == 4, job, output)
+    assert cluster.signal(job, "TERM")
+    if not heard:
+        time.sleep(1)
+        assert cluster.signal(job, "KILL")
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+    assert text(output).count("is requeued and continues") == 1
+
+
+def test_a_job_that_its_time_limit_ends_without_a_warning_is_requeued(cluster, tmp_path):
+    """As where the warning came before there were tasks."""
+    work = ONCE + "trap 'exit 143' TERM; while :; do sleep 0.1; done"
+    output = tmp_path / "output"
+    flags = ["--time=1", "--open-mode=append", "--nodes=2", "--ntasks-per-node=1"]
+    job = cluster.submit(output, *flags, script_of(tmp_path, work))
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+    assert "DUE TO TIME LIMIT" in text(output) and text(output).count("is requeued and continues") == 1
+
+
+def test_a_job_whose_tasks_cannot_be_started_is_requeued(cluster, tmp_path):
+    output, ready = tmp_path / "output", tmp_path / "ready"
+    wait = f'if [ -z "$SLURM_RESTART_COUNT" ]; then touch {ready}; sleep 1.5; fi'
+    path = script_of(tmp_path, ONCE + "sleep 100", wait)
+    job = cluster.submit(output, "--open-mode=append", "--nodes=2", "--ntasks-per-node=1", path)
+    cluster.until(ready.exists, job, output)
+    cluster.pause_node("node2", 10)  # longer than what the job may start there holds
+    cluster.until(lambda: "is requeued" in text(output), job, output)
+    assert "launch failed" in text(output)
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1"
+
+
+def test_a_signal_before_and_in_the_imports_requeues_the_job_quietly(cluster, digits, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    words = [*PLAIN, "trainer.max_steps=4", f"data.root={digits}", f"run_dir={run}"]
+    job = cluster.submit(output, "slurm/train.sbatch", *words)
+    for start, (name, pause) in enumerate([("USR1", 0.0), ("TERM", 0.7), ("USR1", 2.0)], 1):
+        cluster.until(lambda: text(output).count("+ srun") == start, job, output)  # noqa: B023
+        time.sleep(pause)
+        while not cluster.signal(job, name):
+            time.sleep(0.02)
+        cluster.until(lambda: text(output).count("is requeued") == start, job, output)  # noqa: B023
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "3" and newest(run) == 4
+    ours = (
+        "Job ",
+        "+ srun ",
+        "Training ",
+        "  data ",
+        "  model ",
+        "  steps ",
+        "Stopped by signal ",
+        "Report: ",
+        "step ",
+    )
+    slurms = ("srun: ", "slurmstepd")
+    assert [line for line in text(output).splitlines() if not line.startswith((*ours, *slurms))] == []
 
 
 # ---- arrays ----
