@@ -3,19 +3,20 @@
 #
 # A start of a job is interrupted when it ends by something other than its own decision:
 #   a warning (USR1)        before the time limit (--signal in the scripts) or a preemption; the tasks save and end
-#   a kill (TERM)           of the tasks, while SLURM still counts the job as running: SLURM repeats a kill that a node has
+#   a kill (TERM)           of the tasks, while SLURM still counts the job as running: it repeats a kill that a node has
 #                           not answered, and such a kill can reach the next start of the job
 #   the time limit itself   where the warning has not reached the tasks, as it came before they were started
 #   a failed launch         SLURM could not start the tasks
-# An interrupted job is requeued; of an array, that task alone. A job that was cancelled stays away, and so does one that
-# failed. The status of srun does not tell them apart: with --kill-on-bad-exit, which ends all tasks when one has ended
-# badly, it is the highest of all tasks. What counts is how the first task ended, which srun says on its stderr.
+# An interrupted job is requeued; of an array, that task alone. A job that was cancelled stays away, and so does one
+# that failed. The status of srun does not tell them apart: with --kill-on-bad-exit, which ends all tasks when one has
+# ended badly, it is the highest of all tasks. What counts is how the first task ended, which srun says on its stderr.
 #
-# A job that makes no progress would be requeued for ever. So the command removes the file $DIFFUSION_NOT_YET when it has
-# saved something, and a job is given up when its fourth start in a row is interrupted while this file is still there.
+# A job that makes no progress would be requeued for ever. So the command removes the file $DIFFUSION_NOT_YET when it
+# has saved something, and a job is given up when its fourth start in a row is interrupted while this file is there.
 # SLURM keeps no such count, and a job moves from node to node: the count is kept in the job's comment, behind what the
-# user has put there, as fruitless_starts=N. Each start takes it out, and puts it back increased if it was fruitless. So a
-# start that made progress, or that ended without its shell, ends the row. A preempted start is not counted.
+# user has put there, as fruitless_starts=N. Each start takes it out, and puts it back increased if it was fruitless.
+# So a start that made progress, or that ended without its shell, ends the row. A preempted start is not counted. Where
+# the comment cannot be changed, the job is requeued without a count: better too many starts than a run that is lost.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE # without .pyc files importing lightning takes 19 s instead of 7
 
@@ -159,8 +160,8 @@ again() {
   trap '' TERM INT USR1 # the requeue ends this shell and what it runs
   [ ! -e "$DIFFUSION_NOT_YET" ] || preempted || fruitless=$((FRUITLESS + 1))
   if ((fruitless > 3)); then
-    echo "Job $JOB made no progress in $fruitless starts in a row: it is not requeued. If it needs more time to start," \
-      "give it a longer time limit, by --time." >&2
+    echo "Job $JOB made no progress in $fruitless starts in a row: it is not requeued. If it needs more time to" \
+      "start, give it a longer time limit, by --time." >&2
   elif scontrol requeue "$JOB"; then
     echo "Job $JOB is requeued and continues from its last checkpoint."
     # only now: the comment of a job that is over by its time limit cannot be changed before

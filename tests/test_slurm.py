@@ -571,3 +571,26 @@ def test_checkpoints_are_scored_by_the_tasks_of_an_array_two_processes_each(clus
         cluster.finish(f"{job}_{k}", tmp_path / f"output{k}")
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert sorted(r["step"] for r in rows) == [2, 4]
+
+
+def test_checkpoints_of_one_job_that_are_scored_are_not_scored_again_after_a_requeue(cluster, tmp_path):
+    """By a stand-in for Python that shows what it is called with: what is tested is the batch script."""
+    output, python = tmp_path / "output", tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        """#!/bin/bash
+trap 'exit 138' USR1
+echo "${SLURM_RESTART_COUNT:-0}: $3"
+[ "$3" != checkpoint=fails ] || exit 1
+while [ "$3 $SLURM_RESTART_COUNT" = "checkpoint=b " ]; do sleep 0.1; done
+"""
+    )
+    python.chmod(0o755)
+    words = ["--comment=mine", f"--export=ALL,DIFFUSION_VENV={tmp_path / 'venv'}", "slurm/evaluate.sbatch"]
+    job = cluster.submit(output, *words, "a", "fails", "b", "c")
+    cluster.until(lambda: "0: checkpoint=b\n" in text(output), job, output)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.finish(job, output, state="FAILED")
+    scored = re.findall(r"^(\d): checkpoint=(\w+)$", text(output), re.M)
+    assert scored == [("0", "a"), ("0", "fails"), ("0", "b"), ("1", "fails"), ("1", "b"), ("1", "c")]
+    assert cluster.info(job, "ExitCode") == "1:0" and comment(cluster, job) == "mine scored=0,2,3"
