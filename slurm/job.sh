@@ -122,10 +122,11 @@ launch() {
 # When a task has ended badly, srun ends the others, and SLURM kills those that are left after KillWait. Both miss tasks
 # that are started later than that, which would wait for the first one for ever.
 end_stragglers() {
-  local quiet
+  local quiet wait
   exec {quiet}<>"$STATE/quiet" # nothing comes: a sleep without a process
   until grep -qE "$END" "$STATE/said"; do read -rt 5 -u "$quiet" || :; done
-  read -rt 60 -u "$quiet" || :
+  wait=$(scontrol show config 2>/dev/null | sed -nE 's/^KillWait *= *([0-9]+).*/\1/p') || :
+  read -rt $((${wait:-30} + 15)) -u "$quiet" || :
   kill -TERM "$(<"$STATE/srun")"
 }
 

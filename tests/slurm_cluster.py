@@ -84,12 +84,15 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
         self.testbed("node", node, "start")
 
-    def pause_node(self, node: str, seconds: float) -> None:
-        """The node does not answer for so long."""
+    @contextlib.contextmanager
+    def paused(self, node: str) -> Iterator[None]:
+        """Inside, the node does not answer."""
         pid = int((self.directory / "run" / f"slurmd.{node}.proc").read_text().split()[0])
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def testbed(self, *words: str) -> None:
         subprocess.run([TESTBED, words[0], self.directory, *words[1:]], check=True, capture_output=True)

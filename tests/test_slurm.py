@@ -290,11 +290,30 @@ def test_a_job_whose_tasks_cannot_be_started_is_requeued(cluster, tmp_path):
     path = script_of(tmp_path, ONCE + "sleep 100", wait)
     job = cluster.submit(output, "--open-mode=append", "--nodes=2", "--ntasks-per-node=1", path)
     cluster.until(ready.exists, job, output)
-    cluster.pause_node("node2", 10)  # longer than what the job may start there holds
+    with cluster.paused("node2"):
+        time.sleep(10)  # longer than the permission to start something there lasts
     cluster.until(lambda: "is requeued" in text(output), job, output)
     assert "launch failed" in text(output)
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "1"
+
+
+def test_tasks_that_a_signal_has_missed_as_they_were_not_there_yet_do_not_keep_the_job(cluster, tmp_path):
+    output, ready = tmp_path / "output", tmp_path / "ready"
+    wait = f'if [ -z "$SLURM_RESTART_COUNT" ]; then touch {ready}; sleep 1; fi'
+    work = "trap 'exit 138' USR1; " + ONCE + "while :; do sleep 0.1; done"
+    path = script_of(tmp_path, work, wait)
+    job = cluster.submit(output, "--open-mode=append", "--nodes=2", "--ntasks-per-node=1", path)
+    cluster.until(ready.exists, job, output)
+    with cluster.paused("node2"):
+        cluster.until(lambda: "begun 0" in text(output), job, output)  # on node1
+        step = cluster.info(job, "JobId") + ".0"
+        signalling = subprocess.Popen(["scancel", "--signal=USR1", step], env=cluster.env, stderr=subprocess.DEVNULL)
+        cluster.until(lambda: "Exited with exit code 138" in text(output), job, output)
+    signalling.wait()
+    cluster.finish(job, output)
+    assert cluster.info(job, "Restarts") == "1" and text(output).count("begun 0") == 2
+    assert text(output).count("is requeued and continues") == 1
 
 
 def test_a_signal_before_and_in_the_imports_requeues_the_job_quietly(cluster, digits, tmp_path):
