@@ -14,6 +14,11 @@ the run (or to out=FILE), each with all that it depends on, and shown inside the
 task=sweep measures FID at each of sweep.num_steps for each of sweep.eta, and writes sweep.csv and sweep.png.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +31,7 @@ from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.data.remote import is_remote
 from diffusion.files import obstacle, write_atomically, writing
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import Signals
+from diffusion.training.signals import handled
 
 if TYPE_CHECKING:
     from diffusion.app.evaluation import Evaluation
@@ -37,7 +42,7 @@ TASKS = ("score", "sweep")
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    with Signals() as signals, refusing(cfg.debug):
+    with handled() as signals, refusing(cfg.debug):
         check(cfg, typed())
         check_paths(cfg)
         check_launcher(cfg)

@@ -10,6 +10,11 @@
 `out` is data/NAME unless given. Stopped in the middle, the same command goes on; a finished set is left as it is.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 import sys
 import time
 

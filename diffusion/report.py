@@ -12,6 +12,11 @@ at which they part, and whether by their weights, their average, the optimizer's
 status 0 if they are the same at all steps that both have logged, 1 if they part, 2 if there is nothing to compare.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 import os
 import sys
 from collections.abc import Iterator

@@ -10,6 +10,11 @@ another sampling in `out` are refused, or replaced with overwrite=true. `out` be
 samples.npz (arr_0: uint8 NHWC, arr_1: labels); png=true adds single files.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -18,12 +23,12 @@ from diffusion.app.check import check, check_guidance, refuse_overwriting
 from diffusion.app.compose import Refusal, command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank
 from diffusion.files import Room, writing
-from diffusion.training.signals import Signals
+from diffusion.training.signals import handled
 
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    with Signals() as signals, refusing(cfg.debug):
+    with handled() as signals, refusing(cfg.debug):
         check(cfg, typed())
         out = Path(cfg.out)
         check_paths(cfg, out)

@@ -8,6 +8,11 @@ The same command again goes on where it stopped. All that a run leaves is in its
 metrics.csv, samples/, results.jsonl, report.html.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 import signal
 import sys
 from typing import Any
@@ -18,12 +23,12 @@ from diffusion.app.check import check, check_data
 from diffusion.app.compose import command, refusing, typed
 from diffusion.app.launcher import check_launcher, main_rank, ranks
 from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import Signals, ignore
+from diffusion.training.signals import Signals, handled
 
 
 @command("train", experiment="digits")
 def main(cfg: DictConfig) -> None:
-    with Signals() as signals:
+    with handled() as signals:
         status = train(cfg, signals)
     if status:
         sys.exit(status)
@@ -71,7 +76,4 @@ def finished(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        ignore()
+    main()

@@ -39,6 +39,8 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from diffusion.training.signals import end_if_interrupted, handled  # noqa: E402
+
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "other", "runs", "reference")
 PATH_KEYS += ("samples", "data.root", "data.remote.folder", "extractor.weights")
@@ -543,6 +545,7 @@ def refusing(debug: bool = False) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as e:
+        end_if_interrupted()
         if debug:
             traceback.print_exc()
         cause = e.__cause__ if isinstance(e, HydraException) and isinstance(e.__cause__, ValueError) else e
@@ -574,6 +577,13 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
+            with handled() as signals:
+                try:
+                    called()
+                finally:
+                    signals.over()
+
+        def called() -> None:
             flags, words = split_words(sys.argv[1:])
             doc = sys.modules[main.__module__].__doc__ or ""
             debug = any(w.replace(" ", "").lower() == "debug=true" for w in words)
@@ -621,9 +631,7 @@ def _task(main: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it is from
     try:
         main(cfg)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
     except Exception:  # no refusal but a failure: the whole story, and a status of its own
+        end_if_interrupted()
         traceback.print_exc()
         sys.exit(1)

@@ -15,7 +15,7 @@ from diffusion.training.fingerprint import Fingerprints
 from diffusion.training.meter import Bar, Meter
 from diffusion.training.nonfinite import Finite
 from diffusion.training.ranks import NEVER, Ranks
-from diffusion.training.signals import Signals
+from diffusion.training.signals import STEP, Signals
 
 if TYPE_CHECKING:
     from diffusion.app.run import Run
@@ -112,8 +112,9 @@ class Fit:
         """Train from this checkpoint, or from the beginning; the exit status: 0, 128 + the signal that stopped it, or
         that of `Run.failed`."""
         try:
-            self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
-            self.saver.finish()
+            with self.signals.held(finishing=STEP):
+                self.trainer.fit(self.run.module, datamodule=self.run.data, ckpt_path=path, weights_only=True)
+                self.saver.finish()
         except Exception as error:
             if path is not None and not self.steps.begun and not isinstance(error, OSError | ValueError):
                 first = (str(error).splitlines() or [""])[0]

@@ -8,6 +8,7 @@ import os
 from omegaconf import DictConfig
 
 from diffusion.app.compose import Refusal
+from diffusion.training.signals import speaks
 
 
 def layout(cfg: DictConfig) -> tuple[int, int]:
@@ -52,11 +53,7 @@ def main_rank(cfg: DictConfig) -> bool:
     mistake, meet at the lock."""
     if ranks(cfg) == 1:
         return True
-    if under_torchrun():  # also within a task of srun: in the order of processes.environment
-        names: tuple[str, ...] = ("RANK",)
-    else:
-        names = ("SLURM_PROCID",) if under_srun() else ("LOCAL_RANK", "NODE_RANK")
-    return all(int(os.environ.get(name, 0)) == 0 for name in names)
+    return speaks()
 
 
 def check_launcher(cfg: DictConfig) -> None:

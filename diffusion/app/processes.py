@@ -5,8 +5,6 @@ Under torchrun or srun the processes are there; else this one starts the others 
 
 import logging
 import os
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +28,7 @@ from omegaconf import DictConfig
 from diffusion.app.build import Place
 from diffusion.app.launcher import layout, main_rank, under_srun, under_torchrun
 from diffusion.training.ranks import NEVER, Abandoned, Ranks
-from diffusion.training.signals import SIGNALS, Signals
+from diffusion.training.signals import BATCH, Signals
 from diffusion.training.watchdog import Watchdog, connect, forget, how
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
@@ -54,32 +52,24 @@ def meeting(
     main: bool,
     started: Callable[[], Sequence[subprocess.Popen]],
     ended: Callable[[], dict[int, int]],
-    told: Callable[[], int | None],
+    signals: Signals,
     timeout: float,
 ) -> Iterator[None]:
-    """While the ranks look for each other: end this process if it gets a signal, if one that it has started is over, if
-    the one that has started it is, or if they have not met after `timeout` seconds (0: as long as it takes).
-
-    The main thread waits in torch and runs no handler, so signals come through a pipe.
+    """While the ranks look for each other: end this process if one that it has started is over, if the one that has
+    started it is, or if they have not met after `timeout` seconds (0: as long as it takes). A signal ends it as well:
+    there is nothing yet that could be saved.
     """
     met, parent = threading.Event(), os.getppid()
     own = "LOCAL_RANK" in os.environ and not under_torchrun() and not under_srun()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-
-    def signal_within(seconds: float) -> int | None:
-        ready, _, _ = select.select([reading], [], [], seconds)
-        return next((number for number in os.read(reading, 64) if number in SIGNALS), None) if ready else None
 
     def watch() -> None:
-        number, over, late, begun = None, {}, False, time.monotonic()
-        while not (number or over or late):
-            number, over = signal_within(0.5) or told(), ended()
-            if met.is_set():
+        over, late, begun = {}, False, time.monotonic()
+        while not (over or late):
+            if met.wait(0.5):
                 return
             if own and os.getppid() != parent:
                 os._exit(1)
-            late = bool(timeout) and time.monotonic() - begun > timeout
+            over, late = ended(), bool(timeout) and time.monotonic() - begun > timeout
         if late:
             rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
             at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -88,42 +78,40 @@ def meeting(
                 f"error: the ranks have not met within trainer.timeout={timeout:g} s; {where} waits for the others.",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-        number = number or signal_within(2.0)  # Ctrl-C goes to all, and is the cause then
-        if main and number:
-            print(f"Stopped by signal {number}; the same command goes on from there.", flush=True)
-        elif main and over:
+        elif met.wait(2.0) or signals.number:  # Ctrl-C goes to all, is the cause then, and ends this one too
+            return
+        elif main:
             ranks = ", ".join(f"rank {rank} with {how(code)}" for rank, code in over.items())
             print(f"error: before the ranks had met there ended {ranks}.", file=sys.stderr, flush=True)
         for process in started():
             process.kill()
-        os._exit(128 + number if number else 1)
+        os._exit(1)
 
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
-        yield
+        with signals.held([]):
+            signals.obey()
+            yield
     finally:
         met.set()
-        signal.set_wakeup_fd(before)
         watching.join()
-        os.close(reading)
-        os.close(writing)
 
 
 def together(
     cfg: DictConfig,
     where: Place,
-    told: Callable[[], int | None] = lambda: None,
+    signals: Signals,
     last_words: Callable[[], None] = lambda: None,
 ) -> tuple[Ranks, Place]:
     """This process's place among the ranks that the `trainer` group asks for, all of which are there now, and its
     device. To be called once, by each of them.
 
     Args:
-        told: the number of the signal that this process has got, or None.
+        signals: of this process.
         last_words: called before this process is ended because another has failed.
     """
+    told = lambda: signals.number  # noqa: E731
     devices, nodes = layout(cfg)
     if devices * nodes == 1:
         return Ranks(told=told), where
@@ -146,7 +134,7 @@ def together(
 
     if backend == "nccl":  # else it ends the processes that are left before the watchdog has said why
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    with meeting(main_rank(cfg), started, ended, told, cfg.trainer.timeout):
+    with meeting(main_rank(cfg), started, ended, signals, cfg.trainer.timeout):
         fabric.launch()
     rank, size, store = fabric.global_rank, fabric.world_size, connect()
     if rank == 0:
@@ -165,8 +153,8 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], s
     Raises:
         SystemExit: with 128 + the number of a signal, if one has stopped it.
     """
-    with signals.held():
-        ranks, where = together(cfg, where, lambda: signals.number)
+    with signals.held(finishing=BATCH):
+        ranks, where = together(cfg, where, signals)
         try:
             work(ranks, where)
         except Abandoned:

@@ -42,7 +42,7 @@ from diffusion.training.ranks import Abandoned, Ranks, got_on
 from diffusion.training.run_folder import RECORDED, OnError, RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import describe, score
-from diffusion.training.signals import Signals
+from diffusion.training.signals import BATCH, Signals
 
 FAILURES = (BadSample, Unreachable, OSError, NotFinite, ValueError)  # what can end a run without a bug of ours
 
@@ -136,9 +136,8 @@ class Run:
 
     def work(self, say: Callable[[str], None]) -> int:
         """What all ranks do: train, then look for a last time; the exit status. Signals are held: each part asks."""
-        told = lambda: self.signals.number  # noqa: E731
         with self.signals.held():
-            self.ranks, self.place = together(self.cfg, self.place, told, self._write_to_the_end)
+            self.ranks, self.place = together(self.cfg, self.place, self.signals, self._write_to_the_end)
             return self.train(say) or self.finish(say)
 
     def part(self) -> None:
@@ -274,7 +273,8 @@ class Run:
         cfg = self.cfg.callbacks.grid
         sampling = build.sampling(self.cfg, self.denoiser, self.place, self.image_shape, cfg.batch_size, self.ranks)
         with self.gallery(f"grid_{step:08d}", sampling, cfg.num_images, step) as gallery:
-            gallery.make()
+            with self.signals.held(finishing=BATCH):
+                gallery.make()
             if self.ranks.main:
                 path = save_grid(self.folder, step, gallery)
                 got_on()
@@ -296,7 +296,8 @@ class Run:
         reference = self.reference()
         assert self.extractor is not None
         with self.gallery(f"score_{step:08d}{'_final' if final else ''}", sampling, number, step) as gallery:
-            gallery.make(self.extractor)
+            with self.signals.held(finishing=BATCH):
+                gallery.make(self.extractor)
             if not self.ranks.main:
                 return []
             about = {"by": "train", "step": step, "weights": "ema", "data": cfg.data.name, "split": cfg.data.split}

@@ -11,6 +11,11 @@
 Each writes tables, pictures and its page of report.html below out (lab, or the folder lab of the checkpoint's run).
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from diffusion.training.signals import install
+
+    install()
+
 import importlib
 from pathlib import Path
 
