@@ -111,8 +111,10 @@ class MetricsCsv(RunLogger):
 
 
 class Meter(Callback):
-    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate, images/s, and on a GPU the
-    most memory held so far, to all loggers; in the first row of several ranks, what each step sends of gradients.
+    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate, images/s, of several ranks
+    what each step sends of gradients, and on a GPU the most memory held so far, to all loggers.
+
+    But for images/s and memory, a row is a function of its step alone, wherever the run was interrupted before.
 
     Args:
         every: steps between two rows.
@@ -125,7 +127,6 @@ class Meter(Callback):
         self.every, self.batch_size = every, batch_size
         self.latest: dict[str, float] = {}
         self.stand_ins = 0
-        self._first = True
         self._seen, self._since = 0, (0, 0.0)
 
     def state_dict(self) -> dict[str, int]:
@@ -156,9 +157,8 @@ class Meter(Callback):
             row[STAND_INS] = self.stand_ins
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
-        if trainer.world_size > 1 and self._first:
+        if trainer.world_size > 1:
             row["train/allreduced_mb"] = allreduced_bytes(trainer.strategy.model) / 1e6
-        self._first = False
         if module.device.type == "cuda":
             row["train/peak_memory_gb"] = torch.cuda.max_memory_allocated(module.device) / 1e9
         self._since, self.latest = (step, now), row

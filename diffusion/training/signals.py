@@ -32,8 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 1.2  # seconds for the main thread to end the process by itself
 STEP = "the training step under way is finished and saved first"
 BATCH = "the batch of images under way is finished and saved first"
-ECHO = 0.3  # seconds in which a further Ctrl-C is the same one, come by another way
-ECHO_OF_TORCHRUN = 3.0  # its agent gets the terminal's Ctrl-C too, and then sends it to its processes once more
+ECHO = 0.3  # seconds in which a further Ctrl-C is the same one: a launcher may hand on what the terminal has sent to all
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar has hidden
 CLEAR_LINE = "\r\x1b[2K"  # of a progress bar, or of ^C
 
@@ -125,7 +124,6 @@ class Signals:
         """Read the pipe until it says 0."""
         poll = select.poll()
         poll.register(self._reading, select.POLLIN)
-        echo = ECHO_OF_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else ECHO
         first: float | None = None  # when the first signal came
         deadline: float | None = None  # for the main thread to end the process
         ending = 0  # the signal it is to end by
@@ -138,7 +136,7 @@ class Signals:
                 if number not in SIGNALS:
                     continue
                 held = number in self._holding or self._over
-                if first is not None and number == signal.SIGINT and now - first > echo:
+                if first is not None and number in self._impatient() and now - first > ECHO:
                     self._end(number, "Stopped at once; the same command goes on from what is on disk." if held else "")
                 if self.number is None:
                     self.number = number
@@ -152,6 +150,11 @@ class Signals:
                 if ending not in self._holding:
                     self._end(ending)
                 deadline = None  # the main thread has come to a part that holds it, and obeys at its end
+
+    def _impatient(self) -> tuple[int, ...]:
+        """What a second Ctrl-C comes as. torchrun's processes get the first from their agent, and then SIGTERM."""
+        handed_on = "TORCHELASTIC_RUN_ID" in os.environ and self.number == signal.SIGINT
+        return (signal.SIGINT, signal.SIGTERM) if handed_on else (signal.SIGINT,)
 
     def _answer_to(self, number: int, held: bool) -> str:
         if not held:
