@@ -8,7 +8,7 @@ it has been killed so often. Half of the kills are SIGKILL, the others SIGTERM, 
 a file is being written, a third while the command starts, the others in a step, a look, or the scores of the end.
 
 Whenever the training has finished, all this must be that of the whole one, to the byte: weights, average, optimizer and
-counters in the last checkpoint, the names of the files kept, metrics.csv but for its columns of speed, results.jsonl, all
+counters in the last checkpoint, the names of the files kept, metrics.csv but for its speeds, results.jsonl, all
 pictures, and the fingerprints of all steps. Exit status 0 if it is, else 1.
 """
 

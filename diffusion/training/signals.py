@@ -233,7 +233,11 @@ def speaks() -> bool:
 def descendants(pid: int) -> list[int]:
     """The processes that this one has started, and those that they have, but for the sessions of others (as W&B's
     service, which ends by itself). Where there is no /proc: none; they notice that their parent is gone."""
-    parents, session = {}, os.getsid(pid)
+    parents: dict[int, int] = {}
+    try:
+        session = os.getsid(pid)
+    except ProcessLookupError:
+        return []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = path.read_text().rpartition(")")[2].split()  # state, parent, group, session, ...
