@@ -239,7 +239,7 @@ def test_a_damaged_config_is_read_from_the_newest_checkpoint(text, place, runs, 
 def test_lines_that_are_no_results_are_named_once_left_and_not_used(place, capfd):
     run = place / "run"
     odd = [
-        "123", "null", '[[{"a": 1}]]', '{"name": "fid", "metric": "FID", "value": NaN}', '{"name": "fid", "metric": "x"}',
+        "123", "null", '[[{"a": 1}]]', '{"name": "fid", "metric": "FID", "value": NaN}', '{"name": "a", "metric": "x"}',
         '{"name": ["fid"], "metric": "FID", "value": 1}', '{"name": "fid", "metric": "FID", "value": 1, "step": "x"}',
         '{"name": "fid", "metric": "FID", "value": 1, "versions": [1]}',
     ]  # fmt: skip
