@@ -86,8 +86,11 @@ def told_by_disk(error: BaseException | None, *rooms: Room) -> str | None:
             said = f"{room.key}={room.folder}: {error.strerror}"
             if error.errno == errno.EROFS:
                 return f"{said}. Give a folder that can be written to."
+            if error.errno == errno.EFBIG:
+                return f"{said}. What is finished stays: raise the limit (ulimit -f) and give the same command."
             needed = f"{size_of(room.needs)} are needed for {room.what}, " if room.needs else ""
-            return f"{said}: {needed}{size_of(room.free)} are free. What is finished stays: make room and repeat it."
+            said += f": {needed}{size_of(room.free)} are free"
+            return f"{said}. What is finished stays: make room and give the same command."
     return None
 
 

@@ -1,5 +1,6 @@
 """Remote data sets, from a real HTTP server that fails, truncates and is slow, and from commands."""
 
+import errno
 import hashlib
 import itertools
 import multiprocessing
@@ -26,6 +27,7 @@ from diffusion.data.remote import Access, FileCache, SourceChanged, Unreachable,
 from diffusion.data.samples import Samples
 from diffusion.data.shards import CachedShards
 from diffusion.data.stream import StreamLoader
+from diffusion.files import Unwritable
 
 QUICK = Access(attempts=6, timeout=5.0)
 
@@ -243,6 +245,37 @@ def test_a_limit_below_what_is_in_use_is_refused(serve, tmp_path):
     with pytest.raises(ValueError, match=r"data\.remote\.gigabytes=1e-06 is too small for the files"):
         samples_of(server.url, tmp_path, 1000)[0]
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_named_at_once_and_not_taken_for_a_broken_connection(folder, serve, tmp_path):
+    server, small = serve(), tmp_path / "disk"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", small], check=True)
+    try:
+        samples = samples_of(server.url, small / "cache")
+        asked, message = (
+            len(server.asked),
+            rf"^data\.remote\.folder={small}/cache: No space left on device: [\d.]+ kB are ",
+        )
+        with pytest.raises(Unwritable, match=message + r"needed for http://.*\.tar, [\d.]+ k?B are free\."):
+            for number in range(len(samples)):
+                samples[number]
+        assert len(server.asked) - asked <= 3
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+
+
+def test_a_folder_that_is_only_read_serves_what_it_holds(folder, serve, tmp_path, monkeypatch):
+    """As on a read-only file system, where not even the time of use can be noted."""
+    server, cache = serve(), tmp_path / "cache"
+    before = samples_of(server.url, cache)[0]
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.utime", refuse)
+    assert (samples_of(server.url, cache)[0][0] == before[0]).all()
 
 
 # ---- one file ----

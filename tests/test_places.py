@@ -281,7 +281,7 @@ def filling(monkeypatch):
 def full(key: str, folder: Path, what: str) -> str:
     """What is said of a disk that has filled up."""
     needed = rf"[\d.]+ k?M?B are needed for {what}, " if what else ""
-    cure = r"What is finished stays: make room and repeat it\."
+    cure = r"What is finished stays: make room and give the same command\."
     return rf"{key}={re.escape(str(folder))}: No space left on device: {needed}[\d.]+ k?B are free\. {cure}"
 
 

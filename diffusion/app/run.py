@@ -175,11 +175,9 @@ class Run:
         the images that are scored."""
         cfg, there = self.cfg, self.folder.steps()
         left, every = cfg.trainer.max_steps - (there[0] if there else 0), cfg.save.every_steps
-        saves = max(-(-left // every) if every else 1, 0) if left > 0 else 0
         kept = cfg.save.keep + 1 + (1 if cfg.callbacks.enabled and cfg.callbacks.score.every_steps else 0)
-        if cfg.save.every_minutes and left > 0:
-            saves = kept
-        number = max(min(kept, len(there) + saves) - len(there), min(saves, 1))
+        saves = -(-left // every) if every else kept if cfg.save.every_minutes else 1
+        number = max(min(kept, len(there) + saves) - len(there), 1) if left > 0 else 0
         parameters, states = count_parameters(self.denoiser.network), states_of(build.optimizer(cfg))
         one = 4 * parameters * (2 + states)  # the weights, their average, and what the optimizer keeps of each
         what = f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}" if number else "images to score"

@@ -22,6 +22,7 @@ from diffusion.data.changes import BadSample, DataChanged, shared
 from diffusion.data.index import Index, sample_digest
 from diffusion.data.remote import Unreachable
 from diffusion.data.shards import CURE, LocalShards, ShardReader, Shards, changed, named, wrong_sample
+from diffusion.files import Unwritable
 
 CACHES = ("auto", "memory", "none")
 ON_BAD_SAMPLE = ("error", "skip")
@@ -152,7 +153,7 @@ class Samples(Dataset):
         Raises:
             IndexError: no sample has this number.
             BadSample: it cannot be read or decoded; a DataChanged if it is not the one that the set was made with.
-            Unreachable: its shard is remote and cannot be had.
+            Unreachable: its shard is remote and cannot be had. Unwritable: or has no room on this machine.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
@@ -172,7 +173,7 @@ class Samples(Dataset):
             data, label_data = self._bytes(which, place)
             image = decode_image(data, self.index.channels, self.index.image_size)
             label = decode_label(label_data, self.index.classes) if self.index.classes else 0
-        except (Unreachable, DataChanged):
+        except (Unreachable, Unwritable, DataChanged):
             raise
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
             raise self._complaint(which, place, error) from error
@@ -197,7 +198,7 @@ class Samples(Dataset):
                     return image, label
                 elif reader.unchanged() and (wrong := wrong_sample(self.index, self.shards[which], reader, place)):
                     raise wrong
-            except (Unreachable, DataChanged):
+            except (Unreachable, Unwritable, DataChanged):
                 raise
             except (OSError, ValueError) as error:
                 problem = error

@@ -30,6 +30,7 @@ from diffusion.data.layout import Layout
 from diffusion.data.order import Plan
 from diffusion.data.remote import Unreachable
 from diffusion.data.samples import BadSample, Samples
+from diffusion.files import Unwritable
 
 PLANNED = 8192  # places that are looked up at once
 
@@ -94,7 +95,7 @@ class Decoder:
     def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Failed:
         try:
             images, labels, stand_ins = self.samples.batch(work.numbers)
-        except (BadSample, Unreachable) as error:
+        except (BadSample, Unreachable, Unwritable) as error:
             return Failed(error)
         small = {"position": work.places}  # as arrays: each tensor takes a file of shared memory of its own
         if labels is not None:
@@ -151,7 +152,7 @@ class StreamLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Raises BadSample or Unreachable here, whatever process met it."""
+        """Raises BadSample, Unreachable or Unwritable here, whatever process met it."""
         self.source.start = self.begin() if callable(self.begin) else self.begin
         batches = super().__iter__()
         known = weakref.ref(batches)
