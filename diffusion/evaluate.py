@@ -80,6 +80,8 @@ def check_paths(cfg: DictConfig) -> None:
         raise Refusal(f"images={cfg.images} needs reference=PATH: a data set, a folder of pictures or an .npz.")
     if cfg.images is not None and cfg.samples is not None:
         raise Refusal(f"samples={cfg.samples}: with images={cfg.images} nothing is sampled.")
+    if cfg.overwrite and cfg.samples is None:
+        raise Refusal("overwrite=true is for samples=FOLDER, which is not given.")
     if cfg.per_class and "fid" not in cfg.metrics:
         raise Refusal(f"per_class=true is of fid, which metrics={list(cfg.metrics)} leaves out.")
     if cfg.task == "sweep" and cfg.checkpoint is None:

@@ -350,6 +350,7 @@ WRONG = {
     "classes without FID": (["metrics=[is]", "per_class=true"], "per_class=true is of fid"),
     "samples in a file": (["samples=large.npz"], "samples=large.npz: large.npz is a file"),
     "samples where there are some": (["samples=."], "samples=. already holds png"),
+    "nothing to overwrite": (["overwrite=true"], "overwrite=true is for samples=FOLDER"),
     "samples of a sweep": (["task=sweep", "samples=s", "out=sweep"], "of a sweep no samples are kept"),
     "half a step": (["task=sweep", "sweep.num_steps=[2.5]", "out=sweep"], "sweep.num_steps=[2.5]"),
     "a sweep of nothing": (["task=sweep", "sweep.num_steps=[]", "out=sweep"], "The sweep has no point"),
