@@ -19,8 +19,8 @@ yours instead. Exit status 0 if all bars hold, 1 if one does not.
 overhead trains the digits with all that lets a run survive and with none of it, by turns, on the CPU. Exit status 0 if
 a step costs at most 1 % more, or no more than the machine's own spread lets one tell, 1 if it does.
 
-digests times our loader on 32x32 PNGs and 256x256 JPEGs with the checks that a sample is the one the set was made with,
-and without them. Exit status 0 if they cost at most 1 % of the CPU time, 1 if they cost more.
+digests times how our loader makes batches of 32x32 PNGs and 256x256 JPEGs with the checks that the samples are those
+the set was made with, and without them. Exit status 0 if they cost at most 1 % of the CPU time, 1 if they cost more.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
