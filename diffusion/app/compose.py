@@ -13,7 +13,6 @@ import ast
 import difflib
 import functools
 import hashlib
-import math
 import os
 import re
 import sys
@@ -279,7 +278,7 @@ def fitted(key: str, value: Any, wanted: Any, default: Any) -> Any:
         return int(value)
     if type(value) is not wanted and not (wanted is float and type(value) is int):
         raise Refusal(f"{key}={shown(value)} is not {kind(wanted)}{beside}.")
-    if wanted is float and not math.isfinite(value):
+    if wanted is float and not abs(value) <= sys.float_info.max:  # nan too
         raise Refusal(f"{key}={value} is not a finite number{beside}.")
     if value == "":
         raise Refusal(f"{key}= is empty: give {kind(wanted)}{beside}.")

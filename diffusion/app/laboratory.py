@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion.app import build, door
 from diffusion.app.check import check
-from diffusion.app.compose import Refusal, conf_dir, groups, kind, lookup, nearest, typed, unknown
+from diffusion.app.compose import Refusal, check_kind, conf_dir, groups, lookup, nearest, parse, plain, typed, unknown
 from diffusion.app.effect import OF_IMAGES, OF_POINTS, refuse_idle
 from diffusion.files import csv_text, write_atomically
 from diffusion.lab.verdict import Walk
@@ -232,16 +232,17 @@ def named(words: str) -> Named:
         parent, last, there = lookup(cfg, key)
         if not there:
             raise Refusal(f"samplers: {words!r}: {unknown(key, parent, last)}")
-        given = OmegaConf.create(f"v: {value}").v
-        if type(given) is not type(parent[last]) and not (type(parent[last]) is float and type(given) is int):
-            raise Refusal(f"samplers: {words!r}: {key}={value} is not {kind(parent[last])}.")
+        try:
+            given = check_kind(f"sampler.{key}", plain(parse(setting).value()), parent[last])
+        except Refusal as e:
+            raise Refusal(f"samplers: {words!r}: {e}") from e
         OmegaConf.update(cfg, key, given)
     check(OmegaConf.create({"sampler": cfg}))
     taken = build.without(cfg, "num_steps", "spacing", "visits", "clip_x0")
     make = lambda schedule: build.make(taken, "samplers", schedule=schedule)  # noqa: E731
-    plain, visits = cfg.num_steps == 1, cfg.get("visits", 1)
+    stays, visits = cfg.num_steps == 1, cfg.get("visits", 1)
     anneals = visits > 1 or str(cfg._target_).endswith("AnnealedLangevin")
-    return Named(words, make, 1 if plain else visits, plain, anneals)
+    return Named(words, make, 1 if stays else visits, stays, anneals)
 
 
 def group(name: str, option: str) -> DictConfig:
