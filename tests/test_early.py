@@ -95,10 +95,10 @@ def test_what_scores_and_logs_need_is_tried_first(words, mention, digits, call, 
 def test_an_extractor_is_tried_on_two_images(wrong, says):
     extractor = Extractor("own", Odd(wrong), channels=1, image_size=None, digest="")
     with pytest.raises(ValueError, match="own") as refused:
-        extractor.try_out(8, ["fid", "is"])
+        extractor.try_out(1, 8, ["fid", "is"])
     assert says in str(refused.value)
     if wrong == "one class":
-        extractor.try_out(8, ["fid"])
+        extractor.try_out(1, 8, ["fid"])
 
 
 def test_a_metric_needs_enough_real_images(digits, call, tmp_path):

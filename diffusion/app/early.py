@@ -41,7 +41,7 @@ def look(run: "Run") -> None:
     if extractor is None and (weights := classifier_of(cfg.extractor, run.data)) is not None:
         extractor = build.digit_extractor([weights], cfg.extractor.sha256, None)
     if extractor is not None:
-        extractor.try_out(cfg.data.image_size, cfg.metrics)
+        extractor.try_out(cfg.data.channels, cfg.data.image_size, cfg.metrics)
     if is_remote(run.data.root) or (Path(run.data.root) / INDEX_NAME).is_file():
         check_number([m for m in cfg.metrics if m in OF_BOTH], run.data.num_images, f"data.root={run.data.root}")
         warn_of_reference(run.data)

@@ -95,11 +95,11 @@ class Extractor:
         return features
 
     @torch.no_grad()
-    def try_out(self, image_size: int, metrics: Iterable[str] = ()) -> None:
-        """ValueError unless two images of this size give what these metrics are computed of."""
-        self.check(self.channels, image_size)
+    def try_out(self, channels: int, image_size: int, metrics: Iterable[str] = ()) -> None:
+        """ValueError unless two images of this kind give what these metrics are computed of."""
+        self.check(channels, image_size)
         device = next(self.network.parameters()).device
-        shape, generator = (TRIED, self.channels, image_size, image_size), torch.Generator().manual_seed(0)
+        shape, generator = (TRIED, channels, image_size, image_size), torch.Generator().manual_seed(0)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         try:
             found = self.network(images.to(device))
