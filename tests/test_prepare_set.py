@@ -296,7 +296,7 @@ WRONG = {
     "png with quality": (["source=x", "quality=90"], "quality=90, but format=png"),
     "validation": (["source=x", "validation=1.5"], "validation=1.5 is neither a share"),
     "all is validation": (["source=x", "validation=30"], "validation=30: there are only 30"),
-    "size": (["source=x", "image_size=big"], "image_size=big must be an integer"),
+    "size": (["source=x", "image_size=big"], "image_size=big is not an integer"),
     "processes": (["source=x", "processes=0"], "processes=0 must be"),
     "mixed sizes": (["source=mixed"], "image_size is needed: the images of source=mixed are 8x8, 9x8"),
     "unreadable": (["source=bad"], "none of the first images can be read"),
