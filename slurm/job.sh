@@ -3,7 +3,7 @@
 #
 # A start of a job is interrupted when it ends by something other than its own decision:
 #   a warning (USR1)        before the time limit (--signal in the scripts) or a preemption; the tasks save and end
-#   a kill (TERM)           of the tasks, while SLURM still counts the job as running: it repeats a kill that a node has
+#   a kill (TERM, KILL)     of the tasks, while SLURM still counts the job as running: it repeats a kill that a node has
 #                           not answered, and such a kill can reach the next start of the job
 #   the time limit itself   where the warning has not reached the tasks, as it came before they were started
 #   a failed launch         SLURM could not start the tasks
@@ -137,15 +137,12 @@ END='^srun: error: [^ ]+: tasks?[ :].*: '
 
 # Whether it was something other than their own decision that has ended the tasks.
 interrupted() {
-  local first before
+  local first
   first=$(grep -m 1 -E "$END" "$STATE/said" 2>/dev/null | sed -E "s/$END//") || :
   case $first in
     'Exited with exit code 2') return 1 ;; # refused, whatever has come since
-    'Exited with exit code 138' | 'Exited with exit code 143' | 'User defined signal 1'* | Terminated* | '') return 0 ;;
-    Killed*) # after a TERM that the tasks did not obey, or out of memory
-      before=$(sed -E "/$END/,\$d" "$STATE/said")
-      [[ -n $told || $before == *' CANCELLED AT '* ]]
-      ;;
+    'Exited with exit code 138' | 'Exited with exit code 143' | 'User defined signal 1'*) return 0 ;;
+    Terminated* | Killed* | '') return 0 ;; # nothing: SLURM could not start them
     *) [ -n "$told" ] ;;
   esac
 }

@@ -7,7 +7,8 @@ digits is left alone, and an array of the same training, `--array=0-4%2` as a ru
 moments, from the start of its batch script, through the imports, to its steps and its saves.
 
     warn     USR1 to its tasks, as before the time limit
-    kill     TERM to its tasks, as when SLURM repeats an old kill
+    term     TERM to its tasks, as when SLURM repeats an old kill
+    kill     KILL to its tasks, the same
     requeue  scontrol requeue
     node     one of its nodes loses its power, and with it every other job there
     drain    one of its nodes is drained and the job requeued
@@ -32,8 +33,8 @@ from slurm_cluster import LIVING, Cluster, NoCluster, newest, text, up
 
 WORDS = ["callbacks=none", "trainer.threads=1", "data.batch_size=12", f"save.every_steps={EVERY}", "save.keep=2"]
 WORDS += ["log_every=1", "fingerprint_every=1"]
-KINDS = ("warn", "warn", "kill", "requeue", "node", "drain")
-SIGNALS = {"warn": "USR1", "kill": "TERM"}
+KINDS = ("warn", "warn", "term", "kill", "requeue", "node", "drain")
+SIGNALS = {"warn": "USR1", "term": "TERM", "kill": "KILL"}
 PATIENCE = 400  # seconds in which no job begins, ends or saves anything
 NOISE = re.compile(
     r"Traceback|Exception ignored|Fatal Python error|terminate called|made no progress|cannot be changed"
@@ -61,7 +62,7 @@ class Job:
     ) -> None:
         self.name, self.run, self.output, self.number = name, run, output, number
         self.draw, self.start_up = draw, start_up
-        self.state, self.id, self.restarts, self.nodes = "PENDING", "", 0, [""]
+        self.state, self.reason, self.restarts, self.nodes = "PENDING", "", 0, ""
         self.made: list[Disturbance] = []
         self._begin(-1, 0.0)
 
@@ -80,7 +81,7 @@ class Job:
 
     def look(self, fields: dict[str, str], now: float) -> None:
         """Take in what `scontrol show job` says. Raises Wrong if the job has ended and should not."""
-        self.state, self.id, self.restarts = fields["JobState"], fields["JobId"], int(fields["Restarts"])
+        self.state, self.reason, self.restarts = fields["JobState"], fields["Reason"], int(fields["Restarts"])
         self.nodes = fields["NodeList"]
         if self.state == "COMPLETED":
             if self.restarts < self.number:
@@ -101,9 +102,9 @@ class Job:
         return self.due is not None and now >= self.due
 
     def may_be_hurried(self, now: float) -> bool:
-        """Whether it waits to be started again. One that has been started a moment ago waits the whole time that SLURM
-        wants it to: the node would still refuse it."""
-        return self.state == "PENDING" and self.start >= 0 and now - self.began > 15
+        """Whether it waits as a requeued job does. One that has been started a moment ago waits the whole time that
+        SLURM wants it to: the node would still refuse it."""
+        return self.state == "PENDING" and self.reason == "BeginTime" and now - self.began > 15
 
     def disturb(self, cluster: Cluster, back: dict[str, float], now: float) -> None:
         """Do what is due; nodes that are drained are put into `back`, with the time of their return."""
@@ -133,7 +134,9 @@ def shown(cluster: Cluster) -> dict[str, dict[str, str]]:
     """What SLURM knows of each job, by JOB or ARRAY_TASK."""
     found = {}
     for line in cluster.run("scontrol", "-o", "show", "job").splitlines():
-        fields = dict(re.findall(r"(?:^| )(JobId|ArrayJobId|ArrayTaskId|JobState|Restarts|NodeList)=(\S*)", line))
+        fields = dict(
+            re.findall(r"(?:^| )(JobId|ArrayJobId|ArrayTaskId|JobState|Reason|Restarts|NodeList)=(\S*)", line)
+        )
         if "ArrayJobId" in fields:
             found[f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"] = fields
         elif fields:
