@@ -111,7 +111,9 @@ launch() {
   copy=$!
   end_stragglers &
   watch=$!
-  (echo "$BASHPID" >"$STATE/srun" && exec "$@") 2>"$STATE/pipe" || status=$?
+  { # without a word of bash about a srun that is killed
+    (echo "$BASHPID" >"$STATE/srun" && exec "$@") 2>"$STATE/pipe" || status=$?
+  } 2>/dev/null
   kill "$watch" 2>/dev/null || :
   for watch in "$watch" "$copy"; do
     while kill -0 "$watch" 2>/dev/null; do wait "$watch" 2>/dev/null || :; done # a signal ends a wait
