@@ -62,7 +62,7 @@ class Job:
     ) -> None:
         self.name, self.run, self.output, self.number = name, run, output, number
         self.draw, self.start_up = draw, start_up
-        self.state, self.reason, self.restarts, self.nodes = "PENDING", "", 0, ""
+        self.state, self.restarts, self.nodes = "PENDING", 0, ""
         self.made: list[Disturbance] = []
         self._begin(-1, 0.0)
 
@@ -81,8 +81,7 @@ class Job:
 
     def look(self, fields: dict[str, str], now: float) -> None:
         """Take in what `scontrol show job` says. Raises Wrong if the job has ended and should not."""
-        self.state, self.reason, self.restarts = fields["JobState"], fields["Reason"], int(fields["Restarts"])
-        self.nodes = fields["NodeList"]
+        self.state, self.restarts, self.nodes = fields["JobState"], int(fields["Restarts"]), fields["NodeList"]
         if self.state == "COMPLETED":
             if self.restarts < self.number:
                 raise Wrong(f"job {self.name} ended after {self.restarts} restarts: give it more --steps")
@@ -100,11 +99,6 @@ class Job:
         if self.due is None and newest(self.run) > self.from_step:
             self.due = now + self.pause
         return self.due is not None and now >= self.due
-
-    def may_be_hurried(self, now: float) -> bool:
-        """Whether it waits as a requeued job does. One that has been started a moment ago waits the whole time that
-        SLURM wants it to: the node would still refuse it."""
-        return self.state == "PENDING" and self.reason == "BeginTime" and now - self.began > 15
 
     def disturb(self, cluster: Cluster, back: dict[str, float], now: float) -> None:
         """Do what is due; nodes that are drained are put into `back`, with the time of their return."""
@@ -134,9 +128,7 @@ def shown(cluster: Cluster) -> dict[str, dict[str, str]]:
     """What SLURM knows of each job, by JOB or ARRAY_TASK."""
     found = {}
     for line in cluster.run("scontrol", "-o", "show", "job").splitlines():
-        fields = dict(
-            re.findall(r"(?:^| )(JobId|ArrayJobId|ArrayTaskId|JobState|Reason|Restarts|NodeList)=(\S*)", line)
-        )
+        fields = dict(re.findall(r"(?:^| )(JobId|ArrayJobId|ArrayTaskId|JobState|Restarts|NodeList)=(\S*)", line))
         if "ArrayJobId" in fields:
             found[f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"] = fields
         elif fields:
@@ -156,8 +148,6 @@ def disturb(cluster: Cluster, jobs: list[Job]) -> None:
                 job.look(found[job.name], now)
             if job.is_due(now):
                 job.disturb(cluster, back, now)
-            if job.may_be_hurried(now):
-                cluster.attempt("scontrol", "update", f"JobId={job.name}", "StartTime=now")
         for node in [node for node, when in back.items() if now > when]:
             cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
             del back[node]
