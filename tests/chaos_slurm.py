@@ -118,10 +118,8 @@ class Job:
             cluster.attempt("scontrol", "requeue", self.name)  # refused if it has just ended
         self.done = True
         self.made.append(Disturbance(self.kind, early, step))
-        print(
-            f"{self.name:8} {len(self.made):4}  {self.restarts:7}  {self.kind:7}  {step:4}{'  early' if early else ''}"
-        )
-        sys.stdout.flush()
+        when = f"early, at step {step}" if early else f"after step {step}"
+        print(f"{self.name:8} {len(self.made):11}  {self.restarts:7}  {self.kind:7}  {when}", flush=True)
 
 
 def shown(cluster: Cluster) -> dict[str, dict[str, str]]:
