@@ -73,6 +73,7 @@ remember() {
 }
 
 FRUITLESS=$(recall fruitless_starts) || FRUITLESS=0 # starts in a row before this one
+[[ $FRUITLESS =~ ^[0-9]$ ]] || FRUITLESS=0
 [ "$FRUITLESS" = 0 ] || remember fruitless_starts || :
 
 # ---- tasks ----
