@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import os
+import resource
 import shutil
 import stat
 import sys
@@ -264,11 +265,46 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def reason(error: Exception) -> str:
-    """An error in a sentence; of the system's, the file and what it says."""
+def reason(error: BaseException) -> str:
+    """An error in a sentence, which is never empty: what the process has run out of; of the system's errors the file
+    and what it says; of one without a text its type."""
+    if words := shortage(error):
+        return words
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return str(error)
+    return str(error).strip() or f"{type(error).__name__}, without a message."
+
+
+def shortage(error: BaseException) -> str | None:
+    """What the process, or the machine, has run out of, if that is behind an error: the limit, and the cure. Not of a
+    full disk, which names its file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number, text = getattr(seen, "errno", None), str(seen)
+        if number == errno.EMFILE or "Too many open files" in text or "items of ancillary data" in text:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return (
+                f"Too many open files: a process may have {limit} here (ulimit -n). Raise the limit, as by `ulimit -n "
+                f"{max(4096, 2 * limit)}`, or give fewer data.num_workers."
+            )
+        if number == errno.ENFILE:
+            return "Too many open files on this machine (fs.file-max). Close other programs, or raise the limit."
+        forking = isinstance(seen, BlockingIOError) and seen is error  # else of a lock, of which its holder speaks
+        if forking or "can't start new thread" in text:
+            limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+            known = "no limit" if limit == resource.RLIM_INFINITY else str(limit)
+            return (
+                f"No further process or thread can be started: {known} for this user here (ulimit -u), or less in a "
+                "container. Raise the limit, or give fewer data.num_workers and trainer.threads."
+            )
+        if number == errno.ENOMEM or isinstance(seen, MemoryError):
+            return (
+                "There is not enough memory. Give a smaller data.batch_size, fewer data.num_workers or data.cache=none."
+            )
+        if "shared memory" in text and ("No space left" in text or "Bus error" in text or "unable to" in text):
+            return "/dev/shm, the memory that processes share, is full. Enlarge it, or give fewer data.num_workers."
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> str:

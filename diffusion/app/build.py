@@ -73,9 +73,9 @@ def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
         return instantiate(cfg, _convert_="all")(**arguments)
     except InstantiationException as e:
         cause = e.__cause__ or e
-        raise Refusal(f"{group}: {str(cause).splitlines()[0]}") from e
+        raise Refusal(f"{group}: {reason(cause).splitlines()[0]}") from e
     except TypeError as e:  # an argument that a partial's class does not have
-        raise Refusal(f"{group}: {e}") from e
+        raise Refusal(f"{group}: {reason(e)}") from e
 
 
 # ---- where it runs ----
@@ -226,7 +226,7 @@ def code_of(thing: Any) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return reason(error).splitlines()[0]
 
 
 def classifier_places(module: ImageShardsDataModule | None, beside: str | Path) -> list[Path]:

@@ -38,6 +38,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from diffusion.files import reason, shortage  # noqa: E402
 from diffusion.training.signals import end_if_interrupted, handled  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -548,7 +549,7 @@ def refusing(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         cause = e.__cause__ if isinstance(e, HydraException) and isinstance(e.__cause__, ValueError) else e
-        message = str(cause).strip()
+        message = shortage(e) or str(cause).strip() or reason(cause)
         if not isinstance(cause, Refusal) and isinstance(cause, HydraException | OmegaConfBaseException):
             key = getattr(cause, "full_key", None)
             message = (f"{key}: " if key else "") + message.splitlines()[0]

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from diffusion.app.build import Place
 from diffusion.app.launcher import layout, main_rank, under_srun, under_torchrun
+from diffusion.files import reason
 from diffusion.training.ranks import NEVER, Abandoned, Ranks
 from diffusion.training.signals import BATCH, Signals
 from diffusion.training.watchdog import Watchdog, connect, forget, how
@@ -169,7 +170,8 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], s
             cause, _ = ranks.failed(error)
             if not isinstance(error, ValueError) or cfg.debug:
                 traceback.print_exception(error)
-            print(f"error: {error if str(error) in str(cause) else cause}", file=sys.stderr, flush=True)
+            own = cause is None or str(error) in cause
+            print(f"error: {reason(error) if own else cause}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(2 if isinstance(error, ValueError) else 1)
         ranks.part()

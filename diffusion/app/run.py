@@ -190,7 +190,7 @@ class Run:
         try:
             self.writer.wait()
         except Exception as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            print(f"warning: {reason(error)}", file=sys.stderr, flush=True)
 
     def train(self, say: Callable[[str], None]) -> int:
         """From the newest sound checkpoint to max_steps; the exit status."""

@@ -11,25 +11,27 @@ import json
 import math
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from xxhash import xxh3_64_intdigest
 
 from diffusion.data.changes import BadSample, DataChanged, shared
 from diffusion.data.index import Index, sample_digest
 from diffusion.data.remote import Unreachable
 from diffusion.data.shards import CURE, LocalShards, ShardReader, Shards, changed, named, wrong_sample
-from diffusion.files import Unwritable
+from diffusion.files import Unwritable, shortage
 
 CACHES = ("auto", "memory", "none")
 ON_BAD_SAMPLE = ("error", "skip")
 CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
 NPY_HEADER = 1024  # bytes, at most
 OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; a process may usually have 1024 files
+Allocate = Callable[[tuple[int, ...]], Tensor]  # a shape -> memory for it, uint8
 
 
 def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
@@ -177,6 +179,8 @@ class Samples(Dataset):
         except (Unreachable, Unwritable, DataChanged):
             raise
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
+            if shortage(error):  # of the process, which is no fault of the sample
+                raise
             raise self._complaint(which, place, error) from error
         return image, label
 
@@ -264,12 +268,15 @@ class Samples(Dataset):
 
     # ---- many ----
 
-    def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def batch(
+        self, numbers: np.ndarray, allocate: Allocate | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Images uint8 (b, C, H, W) in any memory layout; labels int64 (b,) if there are classes; and if bad samples
         are skipped, bool (b,): where another one stands in.
 
         Args:
             numbers: int64 (b,).
+            allocate: gives the memory for the images; new memory unless given.
 
         Raises:
             BadSample: one cannot be decoded and is not to be skipped, or too many have been.
@@ -277,15 +284,16 @@ class Samples(Dataset):
             Unreachable: a remote shard cannot be had.
         """
         self._where.glance()
+        allocate = allocate or _new
         labels = torch.zeros(len(numbers), dtype=torch.int64)
         stand_ins = torch.zeros(len(numbers), dtype=torch.bool) if self.on_bad_sample == "skip" else None
         if self._cache is not None and self._cache.known[numbers].all():
-            chosen, images = torch.from_numpy(numbers), _to_hand_over(self._shape(len(numbers)))
+            chosen, images = torch.from_numpy(numbers), allocate(self._shape(len(numbers)))
             torch.index_select(self._cache.images, 0, chosen, out=images)
             torch.index_select(self._cache.labels, 0, chosen, out=labels)
         else:
             count, channels, height, width = self._shape(len(numbers))
-            images = _to_hand_over((count, height, width, channels)).permute(0, 3, 1, 2)  # as pictures are decoded
+            images = allocate((count, height, width, channels)).permute(0, 3, 1, 2)  # as pictures are decoded
             pixels = images.numpy()
             for i, number in enumerate(numbers.tolist()):
                 if stand_ins is None:
@@ -329,11 +337,8 @@ def check_values(cache: str, on_bad_sample: str, max_bad_share: float) -> None:
         raise ValueError(f"data.max_bad_share={max_bad_share} is outside [0, 1].")
 
 
-def _to_hand_over(shape: tuple[int, ...]) -> Tensor:
-    """uint8, uninitialised; in a loader process in memory that the trainer sees as well, so that it is not copied."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+def _new(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 class _Cache:

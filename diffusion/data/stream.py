@@ -14,9 +14,11 @@ This module knows one rank's part of the work; it does not know who trains on it
 
 import atexit
 import itertools
+import math
+import mmap
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,23 +88,68 @@ class Source(IterableDataset):
                 yield Work(row, samples)
 
 
+class Slots:
+    """Memory in which loader processes hand images over: shared and without a name, so that neither the open files of a
+    process nor the room of /dev/shm limit it. To be made before the processes are forked.
+
+    A process uses its SLOTS places in turn. DataLoader asks it for a further batch when one of its PREFETCHED has been
+    taken, and that is copied before the next is asked for: a place is not written to again before.
+    """
+
+    PREFETCHED = 2  # batches of each process that are made ahead
+    SLOTS = PREFETCHED + 1
+    _known: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()
+    _numbers = itertools.count()
+
+    def __init__(self, workers: int, size: int) -> None:
+        self.number, self._size, self._turn = next(self._numbers), size, itertools.count()
+        self._bytes = torch.frombuffer(mmap.mmap(-1, max(workers * self.SLOTS * size, 1)), dtype=torch.uint8)
+        self._known[self.number] = self
+        self.last = 0  # the place that was used last, in bytes
+
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """The next place of this loader process, uint8."""
+        info = get_worker_info()
+        self.last = (info.id * self.SLOTS + next(self._turn) % self.SLOTS) * self._size
+        return self._bytes[self.last : self.last + math.prod(shape)].view(shape)
+
+    @classmethod
+    def view(cls, number: int, at: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        return cls._known[number]._bytes.as_strided(shape, strides, at)
+
+
+class Sent:
+    """A batch on its way from a loader process: small arrays, and where its images are."""
+
+    def __init__(self, slots: Slots, images: Tensor, small: dict[str, np.ndarray]) -> None:
+        self.images, self.small = (slots.number, slots.last, images.shape, images.stride()), small
+
+    def taken(self) -> dict[str, Tensor | np.ndarray]:
+        return {"image": Slots.view(*self.images).clone()} | self.small
+
+    def pin_memory(self) -> dict[str, Tensor | np.ndarray]:
+        """Called by DataLoader's thread for page-locked memory."""
+        return {"image": Slots.view(*self.images).pin_memory()} | self.small
+
+
 class Decoder:
     """Work -> a batch, or what prevented it."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
+        self.slots: Slots | None = None  # in a loader process
 
-    def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Failed:
+    def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Sent | Failed:
         try:
-            images, labels, stand_ins = self.samples.batch(work.numbers)
-        except (BadSample, Unreachable, Unwritable) as error:
+            images, labels, stand_ins = self.samples.batch(work.numbers, self.slots and self.slots.room)
+        except (BadSample, Unreachable, Unwritable, OSError, MemoryError) as error:
             return Failed(error)
-        small = {"position": work.places}  # as arrays: each tensor takes a file of shared memory of its own
+        small = {"position": work.places}
         if labels is not None:
             small["label"] = labels.numpy()
         if stand_ins is not None:
             small["stand_in"] = stand_ins.numpy()
-        return {"image": images} | small
+        return Sent(self.slots, images, small) if self.slots else {"image": images} | small
 
 
 def ignore_signals(worker: int) -> None:
@@ -141,25 +188,31 @@ class StreamLoader(DataLoader):
         pin_memory: bool = False,
     ) -> None:
         self.source, self.begin = Source(plan, layout, announce=samples.announce), start
+        pixels = samples.index.channels * samples.index.image_size**2
+        self.decoder, self._size = Decoder(samples), layout.micro_batch_size * pixels
         super().__init__(
-            DataPipeline(self.source, mapped(Decoder(samples))),
+            DataPipeline(self.source, mapped(self.decoder)),
             batch_size=None,  # the pipeline makes the batches
             collate_fn=_as_it_is,
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=ignore_signals,
+            prefetch_factor=Slots.PREFETCHED if num_workers else None,
             multiprocessing_context="fork" if num_workers else None,
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Raises BadSample, Unreachable or Unwritable here, whatever process met it."""
+        """Raises BadSample, Unreachable, Unwritable, or OSError and MemoryError of a process that has run out of
+        something, here, whatever process met it."""
         self.source.start = self.begin() if callable(self.begin) else self.begin
+        self.decoder.slots = Slots(self.num_workers, self._size) if self.num_workers else None
+        slots = self.decoder.slots  # kept while batches come, whoever else iterates
         batches = super().__iter__()
         known = weakref.ref(batches)
 
         def end() -> None:
             """Workers heed no SIGTERM, by which multiprocessing would end them, and wait for them without end."""
-            if self.num_workers and (left := known()) is not None:
+            if slots and (left := known()) is not None:
                 left._shutdown_workers()
 
         atexit.register(end)
@@ -167,6 +220,8 @@ class StreamLoader(DataLoader):
             for batch in batches:
                 if isinstance(batch, Failed):
                     raise batch.error
+                if isinstance(batch, Sent):
+                    batch = batch.taken()
                 yield {key: v if isinstance(v, Tensor) else torch.from_numpy(v) for key, v in batch.items()}
         finally:
             atexit.unregister(end)

@@ -17,7 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from diffusion.files import replacing, sha256_of, write_atomically
+from diffusion.files import reason, replacing, sha256_of, write_atomically
 from diffusion.training.agreement import Agreement
 from diffusion.training.ranks import got_on
 from diffusion.training.run_folder import OnError, RunFolder, fault
@@ -140,7 +140,7 @@ def _cause(error: Exception) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
-    return str(error).splitlines()[0]
+    return reason(error).splitlines()[0]
 
 
 class Saver(Callback):

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from diffusion.files import reason
+
 BEAT = 1.0  # seconds between two signs of life
 ENDED, CALLED = "ended", "called"  # keys of the store
 
@@ -88,10 +90,10 @@ class Watchdog:
             while self.cause is None and time.monotonic() < deadline:
                 time.sleep(0.1)
         if self.cause is None:
-            cause = f"rank {self.rank} failed at step {self._step}: {type(error).__name__}: {error}"
+            cause = f"rank {self.rank} failed at step {self._step}: {type(error).__name__}: {reason(error)}"
             self._judge(cause, exit_status(error))
             time.sleep(3 * BEAT)  # the others have seen it before the store may go with this process
-        return self.cause or str(error), self.status
+        return self.cause or reason(error), self.status
 
     def stop(self) -> None:
         """Training is over on this rank."""
