@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from numbered import damaged
 from omegaconf import OmegaConf
 from reporting import SIZE, reporting
@@ -27,7 +29,7 @@ from diffusion.app.fit import Fit
 from diffusion.app.launcher import main_rank
 from diffusion.data.index import read_index
 from diffusion.data.order import Plan
-from diffusion.files import Room
+from diffusion.files import Room, reason, shortage
 from diffusion.training.checkpoint import contents
 from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
@@ -309,6 +311,58 @@ def test_a_disk_that_is_full_at_the_start_is_named(digits, command_inside, small
     assert re.search(rf"^error: run_dir={run}: No space left on device: ", done.stderr, re.M)
     filler.unlink()
     command_inside("train", *words, f"run_dir={run}", "trainer.max_steps=4", check=0)
+
+
+# ---- what a process runs out of ----
+
+
+def limited(words: list[str], folder: Path, limit: str) -> tuple[int, str]:
+    """A training under a limit of the shell's: status and output."""
+    script = f'{limit}; exec "{sys.executable}" -m diffusion.train "$@"'
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    "files", [31, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 25, 28, 30, 32, 33, 34, 35, 36, 38, 40))]
+)
+def test_too_few_open_files_are_named_with_the_limit_and_the_cure_or_are_enough(files, digits, tmp_path):
+    words = [*ALONE, f"data.root={digits}", "trainer.max_steps=4", "data.num_workers=2", "run_dir=run"]
+    status, output = limited(words, tmp_path, f"ulimit -n {files}")
+    assert "Traceback" not in output and "error: \n" not in output
+    if status:
+        message = f"error: Too many open files: a process may have {files} here (ulimit -n). Raise the limit, as by "
+        assert status in (1, 2) and message in output and "fewer data.num_workers" in output and "sample" not in output
+    else:
+        assert RunFolder(tmp_path / "run").steps()[0] == 4
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError(), "RuntimeError, without a message."),
+        (OSError(), "OSError, without a message."),
+        (AssertionError(" "), "AssertionError, without a message."),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device."),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files: a process may have "),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "No further process or thread can be "),
+        (RuntimeError("can't start new thread"), "No further process or thread can be started: "),
+        (RuntimeError("unable to write to shared memory: No space left on device (28)"), "/dev/shm, the memory that "),
+        (MemoryError(), "There is not enough memory."),
+    ],
+)
+def test_a_reason_is_never_empty_and_names_what_has_run_out(error, said):
+    assert reason(error).startswith(said)
+    outer = ValueError()
+    outer.__cause__ = error
+    if shortage(error) and not isinstance(error, BlockingIOError):  # of a lock, where it is the cause of another
+        assert reason(outer).startswith(said)
+    else:
+        assert reason(outer) == "ValueError, without a message."
 
 
 # ---- folders without locks ----

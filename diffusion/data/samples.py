@@ -34,6 +34,10 @@ OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; a process may 
 Allocate = Callable[[tuple[int, ...]], Tensor]  # a shape -> memory for it, uint8
 
 
+def _new(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
 def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
     """PNG, JPEG, WebP, or .npy of uint8 (C, H, W) -> uint8 (C, H, W). Told apart by their first bytes, never unpickled.
 
@@ -284,7 +288,6 @@ class Samples(Dataset):
             Unreachable: a remote shard cannot be had.
         """
         self._where.glance()
-        allocate = allocate or _new
         labels = torch.zeros(len(numbers), dtype=torch.int64)
         stand_ins = torch.zeros(len(numbers), dtype=torch.bool) if self.on_bad_sample == "skip" else None
         if self._cache is not None and self._cache.known[numbers].all():
@@ -335,10 +338,6 @@ def check_values(cache: str, on_bad_sample: str, max_bad_share: float) -> None:
         raise ValueError(f"data.on_bad_sample={on_bad_sample} is not one of {', '.join(ON_BAD_SAMPLE)}.")
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share={max_bad_share} is outside [0, 1].")
-
-
-def _new(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
 
 
 class _Cache:

@@ -141,7 +141,7 @@ class Decoder:
 
     def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Sent | Failed:
         try:
-            images, labels, stand_ins = self.samples.batch(work.numbers, self.slots and self.slots.room)
+            images, labels, stand_ins = self.samples.batch(work.numbers, *((self.slots.room,) if self.slots else ()))
         except (BadSample, Unreachable, Unwritable, OSError, MemoryError) as error:
             return Failed(error)
         small = {"position": work.places}

@@ -32,7 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 1.2  # seconds for the main thread to end the process by itself
 STEP = "the training step under way is finished and saved first"
 BATCH = "the batch of images under way is finished and saved first"
-ECHO = 0.3  # seconds in which a further Ctrl-C is the same one: a launcher may hand on what the terminal sent to all
+ECHO = 0.3  # seconds in which a further Ctrl-C is the same one, sent by the terminal and by a launcher
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar has hidden
 CLEAR_LINE = "\r\x1b[2K"  # of a progress bar, or of ^C
 
