@@ -174,10 +174,12 @@ def kill(training: Training, number: signal.Signals, phase: str, share: float) -
         training.wait_for_checkpoint()
         training.wait_until(lambda: False, share * training.work / 2)
     else:
+        pause = share * LONGEST_WRITE
         while training.wait_until(training.writes):
-            time.sleep(share * LONGEST_WRITE)
-            if training.writes():  # else it was over before
+            time.sleep(pause)
+            if training.writes():
                 break
+            pause /= 2  # it was over before
     if phase != "start":
         phase = "write" if training.writes() else "look" if training.looks() else "steps"
     children = descendants(training.process.pid)
