@@ -327,9 +327,7 @@ def limited(words: list[str], folder: Path, limit: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize(
-    "files", [31, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 28, 33, 36, 40))]
-)
+@pytest.mark.parametrize("files", [31, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 28, 33, 36, 40))])
 def test_too_few_open_files_are_named_with_the_limit_and_the_cure_or_are_enough(files, digits, tmp_path):
     words = [*ALONE, f"data.root={digits}", "trainer.max_steps=4", "data.num_workers=2", "run_dir=run"]
     status, output = limited(words, tmp_path, f"ulimit -n {files}")
