@@ -24,6 +24,7 @@ from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.remote import SCHEMES
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.files import sha256_of
+from diffusion.models.resolutions import resolutions
 from diffusion.process.schedule import Schedule
 from diffusion.training.checkpoint import load
 from diffusion.training.ema import load_average
@@ -164,9 +165,15 @@ def _network(config: UntrustedConfig, path: Path, state: Mapping[str, Tensor]) -
         raise Refusal(f"checkpoint={path}: model.multipliers has more levels than there are weights.")
     learned = config.at("objective.variance") == "learned"
     channels = settings.at("channels")
-    outputs = {"out_channels": 2 * channels} if learned and isinstance(channels, int) else {}
+    own: dict[str, Any] = {"out_channels": 2 * channels} if learned and isinstance(channels, int) else {}
+    size, levels, asked = (settings.at(key) for key in ("image_size", "multipliers", "attention_resolutions"))
+    if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
+        there = resolutions(
+            size, len(levels)
+        )  # runs of former versions may ask for attention at sizes that never occur
+        own["attention_resolutions"] = [resolution for resolution in asked if resolution in there]
     with torch.device("meta"):
-        network = _made(config, "model", path, **outputs)
+        network = _made(config, "model", path, **own)
     _check_shapes(path, "state_dict", {f"network.{n}": t for n, t in network.state_dict().items()}, state)
     network.to_empty(device="cpu")
     network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
@@ -200,7 +207,7 @@ def _made(config: UntrustedConfig, group: str, path: Path, **arguments: Any) -> 
             raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer up to {limit:,}.")
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)(**values, **arguments)
+        return getattr(importlib.import_module(module), name)(**values | arguments)
     except Exception as error:  # values of any kind, in code that expects those of conf/
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise Refusal(f"checkpoint={path}: its {group} settings cannot be used: {first}") from error

@@ -35,6 +35,12 @@ class Steps(Callback):
         self.ranks.step(trainer.global_step)
 
 
+class NotRestored(ValueError):
+    """A checkpoint holds states that are not those of the run."""
+
+    exit_status = 2  # the same command ends the same way
+
+
 class Fit:
     """The Trainer of a run, ready to go on from the newest sound checkpoint.
 
@@ -118,7 +124,7 @@ class Fit:
         except Exception as error:
             if path is not None and not self.steps.begun and not isinstance(error, OSError | ValueError):
                 first = (str(error).splitlines() or [""])[0]
-                error = ValueError(
+                error = NotRestored(
                     f"{path} cannot be restored: its states are not those of this run ({type(error).__name__}: "
                     f"{first}). Move it away to train from the checkpoint before it."
                 )

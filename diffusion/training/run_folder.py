@@ -239,7 +239,10 @@ class RunFolder:
 
     def refuse_links(self) -> None:
         """ValueError if a folder in the run folder, or in one of its folders, is a link that leads out of it: what is
-        written and removed there would be elsewhere."""
+        written and removed there would be elsewhere. Likewise if a lock is something other than a file."""
+        for lock in (self.path / ".lock", self.path / ".results.lock"):
+            if lock.is_symlink() or (lock.exists() and not lock.is_file()):
+                raise ValueError(f"{lock} is not a regular file, so it cannot be a lock. Remove it.")
         inside = self.path.resolve()
         try:
             first = list(os.scandir(self.path))
