@@ -272,9 +272,7 @@ class Samples(Dataset):
 
     # ---- many ----
 
-    def batch(
-        self, numbers: np.ndarray, allocate: Allocate | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def batch(self, numbers: np.ndarray, allocate: Allocate = _new) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Images uint8 (b, C, H, W) in any memory layout; labels int64 (b,) if there are classes; and if bad samples
         are skipped, bool (b,): where another one stands in.
 
