@@ -108,7 +108,7 @@ def check_outputs(cfg: DictConfig) -> None:
     if cfg.out is None and run is not None:
         files, folders = ["results.jsonl", ".results.lock", "report.html"], ["evaluations", "likelihood"]
         files += [f"evaluations/sweep.{kind}" for kind in ("csv", "png")] if cfg.task == "sweep" else []
-        refuse_blocked("checkpoint", run, files, folders)
+        refuse_blocked("checkpoint", run, files, folders, "out=FOLDER" if cfg.task == "sweep" else "out=FILE")
     elif cfg.out is not None and cfg.task == "sweep":
         refuse_blocked("out", Path(cfg.out), ["sweep.csv", "sweep.png"], [])
     elif cfg.out is not None:

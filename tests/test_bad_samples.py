@@ -91,13 +91,14 @@ def test_a_sample_that_was_never_an_image_is_no_change(tmp_path, data):
 
 # ---- in training ----
 
-WORDS = ["callbacks=none", "data.batch_size=64", "data.lanes=8", "log_every=2", "data.max_bad_share=0.02"]
+WORDS = ["callbacks=none", "data.batch_size=64", "data.lanes=8", "log_every=2"]
 
 
 def test_training_goes_on_counts_and_says_so(digits, command_inside, tmp_path):
     bad = list(range(0, 1797, 60))
     data = damaged(digits, tmp_path / "set", bad, per_shard=225)
     words = [*WORDS, f"data.root={data}", "save.every_steps=3", "data.on_bad_sample=skip"]
+    words += ["data.max_bad_share=0.02"]
     index = read_index(data)
     met = np.isin(Plan([shard.samples for shard in index.shards], 64, 8, seed=0).locate(np.arange(640))[1], bad)
     for steps in (5, 10):  # the second goes on counting

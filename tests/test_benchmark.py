@@ -144,7 +144,7 @@ def test_the_script_takes_the_interpreter_it_is_given():
 @pytest.mark.parametrize(
     "words, mentions",
     [
-        ([], ["task is needed"]),
+        ([], ["task=NAME"]),
         (["task=gpu"], ["task=gpu", "gpu_check"]),
         (["task=gpu_check", "gpu_check.steps=9"], ["gpu_check.steps=9", "at least 100"]),
         (["task=gpu_check", "out=."], ["out=.", ".json"]),

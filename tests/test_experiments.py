@@ -109,6 +109,7 @@ def test_every_option_of_a_group_builds(group):
         conditional = ["model.num_classes=10", "objective.label_dropout=0.1"]
         words = [f"{group}={option}"] + (conditional if option == "classifier_free" else [])
         words += ["objective=hybrid"] if option == "ancestral_learned" else []
+        words += ["data.image_size=8"] if option == "unet_8" else []
         cfg = composed("+experiment=cifar10", *words)
         if cfg.model.image_size % 2 ** (len(cfg.model.get("multipliers") or [1]) - 1) == 0:
             check(cfg)

@@ -22,7 +22,7 @@ def test_the_words_are_of_every_kind():
     import numpy as np
 
     for command in BASES:
-        words = [chance_word(np.random.default_rng(n), command) for n in range(300)]
+        words = [chance_word(np.random.default_rng(n), command) for n in range(900)]
         assert any(word.startswith(f"{key}=") for key in keys_of(command) for word in words)
         for mark in ("~", "+", "=null", "=nan", "=[]", "=-1", "${"):
             assert any(mark in word for word in words), (command, mark)

@@ -223,7 +223,10 @@ def test_only_the_finite_values_of_a_column_make_its_curve(tmp_path):
     assert metrics.steps == [5, 10, 15, 20]
     assert metrics.curve("a") == ([5, 15], [1.5, 2.5]) and metrics.curve("b") == ([15, 20], [-3.0, 4.0])
     assert metrics.curve("absent") == ([], [])
-    assert metrics.notes == ["Not drawn: values that are no finite numbers, in 3 rows of metrics.csv."]
+    assert metrics.notes == [
+        "Not drawn: 1 damaged line of metrics.csv.",
+        "Not drawn: values that are no finite numbers, in 3 rows of metrics.csv.",
+    ]
 
 
 def test_a_thinned_curve_keeps_its_mean_and_every_extreme():
@@ -328,7 +331,7 @@ def test_the_command_makes_one_report_again(tmp_path):
         ("runs=absent", "runs=absent: there is no such folder"),
         ("runs=empty", "runs=empty: no run below it has been scored"),
         ("runs=unscored", "runs=unscored: no run below it has been scored"),
-        ("run_dir=empty", "run_dir=empty is no run folder"),
+        ("run_dir=empty", "run_dir=empty is not a run folder"),
         ("runs=scored out=a_file/below", "out=a_file/below cannot be written to"),
         ("sort=value", "Unknown setting: sort."),
     ],

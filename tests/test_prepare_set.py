@@ -214,11 +214,11 @@ def with_bad(path):
 
 def test_bad_images_are_an_error_and_leave_nothing_or_are_skipped_and_listed(call, tmp_path):
     with_bad(tmp_path / "x.zip")
-    words = ["source=x.zip", "image_size=32", "labels_from=none", "max_bad_share=0.2"]
+    words = ["source=x.zip", "image_size=32", "labels_from=none"]
     status, output = call("prepare", *words)
     assert status == 2 and "cannot be used" in output and "on_bad_sample=skip" in output and "Traceback" not in output
     assert [p.name for p in tmp_path.iterdir()] == ["x.zip"]
-    status, output = call("prepare", *words, "on_bad_sample=skip")
+    status, output = call("prepare", *words, "on_bad_sample=skip", "max_bad_share=0.2")
     assert status == 0 and "skipped  5, listed in data/x/skipped.csv" in output, output
     rows = (tmp_path / "data" / "x" / "skipped.csv").read_text().splitlines()
     assert len(rows) == 6 and {row.split(",")[0] for row in rows[1:]} == set(BAD)
@@ -228,8 +228,9 @@ def test_bad_images_are_an_error_and_leave_nothing_or_are_skipped_and_listed(cal
 
 def test_what_was_finished_before_an_error_is_used_when_the_bad_ones_are_skipped(call, tmp_path):
     with_bad(tmp_path / "x.zip")
-    words = ["source=x.zip", "image_size=32", "labels_from=none", "max_bad_share=1", "shard_samples=1", "processes=1"]
+    words = ["source=x.zip", "image_size=32", "labels_from=none", "shard_samples=1", "processes=1"]
     assert call("prepare", *words)[0] == 2
+    words.append("max_bad_share=1")
     kept = len(list((tmp_path / "data" / "x").glob("*.tar")))
     assert not (tmp_path / "data" / "x" / "index.json").exists()
     assert call("prepare", *words, "on_bad_sample=skip")[0] == 0

@@ -79,7 +79,7 @@ def test_killed_three_times_ends_with_the_same_bits(words, digits, tmp_path):
     for step in (6, 18, 30):
         process = start([*words, "run_dir=killed"], tmp_path)
         wait_for(killed / "checkpoints" / f"step_{step:08d}.ckpt", process)
-        time.sleep(0.02 * step)  # somewhere in the steps that follow
+        time.sleep(0.005 * step)  # somewhere in the steps that follow
         process.send_signal(signal.SIGKILL)
         process.communicate()
         time.sleep(0.1)  # 100 ms later the lock must be free

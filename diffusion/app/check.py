@@ -378,14 +378,16 @@ def refuse_overwriting(key: str, folder: Path, overwrite: bool) -> None:
         raise Refusal(f"{key}={folder} already holds {', '.join(there)}: give another folder, or overwrite=true.")
 
 
-def refuse_blocked(key: str, folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+def refuse_blocked(
+    key: str, folder: Path, files: Iterable[str], folders: Iterable[str], cure: str = "another folder"
+) -> None:
     """Refuse a folder in which a file that is to be written is a folder, a folder is a file, or nothing can be written.
 
     Args:
-        key: that gives the folder. files, folders: names in it of what will be written.
+        key: that gives the folder. files, folders: names in it of what will be written. cure: what to give instead.
     """
     if why := obstacle(folder):
-        raise Refusal(f"{key}={folder}: {why}, so nothing can be kept there: give another folder.")
+        raise Refusal(f"{key}={folder}: {why}, so nothing can be kept there: give {cure}.")
     for name in files:
         if (folder / name).is_dir():
             raise Refusal(f"{key}={folder}: {name} is a folder, but a file is to be written there: move it.")
