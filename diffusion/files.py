@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+MOST_TEXT = 1 << 30  # bytes of a table or a log that is read whole
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes nothing more
 
 
@@ -46,7 +47,8 @@ class Room(NamedTuple):
     @property
     def lack(self) -> str | None:
         """What is missing, as a sentence; None where the disk has enough."""
-        return None if self.needs <= self.free else f"{self}."
+        size = shutil.disk_usage(nearest_folder(self.folder)).total  # 0 where a file system does not tell
+        return None if self.needs <= self.free or not size else f"{self}."
 
     def check(self) -> None:
         """Unwritable if the disk has less than is needed."""
@@ -340,12 +342,24 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The content of a regular file. OSError for what is none, as a pipe, which would be waited for, and for one that
+    is larger than `most` bytes: who reads files of other people takes neither."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"has more than {size_of(most)}", str(path))
+        return file.read(most + 1)
+
+
 def read_csv(path: str | os.PathLike) -> tuple[list[dict[str, str]], int]:
     """The rows of a CSV file with a line of names, and the number of lines that are no rows: with more or fewer values
     than there are names, or with bytes that are not UTF-8. A last line that a kill has cut off does not count. Rows are
     lines: no value holds a line break."""
-    with open(path, "rb") as file:
-        names, *lines = file.read().split(b"\n")
+    names, *lines = read_regular(path, MOST_TEXT).split(b"\n")
     found, unread, columns = [], 0, _csv_values(names)
     for number, line in enumerate(lines, 1):
         values = _csv_values(line)
@@ -357,11 +371,15 @@ def read_csv(path: str | os.PathLike) -> tuple[list[dict[str, str]], int]:
 
 
 def keep_damaged(path: Path) -> None:
-    """Copy a file that will be written again without its damaged lines to `NAME.damaged`, unless that is there."""
-    copy = path.with_name(f"{path.name}.damaged")
-    if not copy.exists():
-        write_atomically(copy, path.read_bytes())
-        print(f"warning: {path} has damaged lines. They are left out; the file as it was is {copy}.", file=sys.stderr)
+    """Copy a file that will be written again without its damaged lines to `NAME.damaged`, or `NAME.damaged.2` and so on
+    where that is another one."""
+    content, number = read_regular(path, MOST_TEXT), 1
+    while (copy := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'.{number}'}")).exists():
+        if read_regular(copy, MOST_TEXT) == content:
+            return
+        number += 1
+    write_atomically(copy, content)
+    print(f"warning: {path} has damaged lines. They are left out; the file as it was is {copy}.", file=sys.stderr)
 
 
 def _csv_values(line: bytes) -> list[str] | None:

@@ -133,15 +133,16 @@ end_stragglers() {
   kill -TERM "$(<"$STATE/srun")"
 }
 
-# How srun says that a task has ended, other than with status 0; what follows is how.
-END='^srun: error: [^ ]+: tasks?[ :].*: '
+# How srun says that a task has ended, other than with status 0; what follows is how. A task's own last line may stand
+# before it, if it has no line end.
+END='srun: error: [^ ]+: tasks?[ :].*: '
 
 # ---- after their end ----
 
 # Whether it was something other than their own decision that has ended the tasks.
 interrupted() {
   local first
-  first=$(grep -m 1 -E "$END" "$STATE/said" 2>/dev/null | sed -E "s/$END//") || :
+  first=$(grep -m 1 -E "$END" "$STATE/said" 2>/dev/null | sed -E "s/.*$END//") || :
   case $first in
     'Exited with exit code 2') return 1 ;; # refused, whatever has come since
     'Exited with exit code 138' | 'Exited with exit code 143' | 'User defined signal 1'*) return 0 ;;
@@ -151,7 +152,12 @@ interrupted() {
 }
 
 # Whether the job may be requeued: it runs (SIGNALING: a signal is still under way), or is over by its time limit.
-living() { [[ $(field '%T %r') =~ ^(RUNNING|SIGNALING)\ |\ TimeLimit$ ]]; }
+# Where SLURM does not answer, it is tried.
+living() {
+  local state
+  state=$(field '%T %r') || { echo "warning: SLURM does not tell the state of job $JOB." >&2 && return; }
+  [[ $state =~ ^(RUNNING|SIGNALING)\ |\ TimeLimit$ ]]
+}
 
 preempted() { [[ $(scontrol -o show job "$JOB") =~ PreemptTime=[0-9] ]]; }
 

@@ -66,7 +66,8 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
     """Instantiate a group, with these arguments beside its keys; what its class refuses is answered in the user's
     words."""
-    assert isinstance(cfg, DictConfig), f"{group}: only what was composed for this command is built"
+    if not isinstance(cfg, DictConfig):
+        raise TypeError(f"{group}: only what was composed for this command is built")
     try:
         if not cfg.get("_partial_"):
             return instantiate(cfg, _convert_="all", **arguments)

@@ -148,6 +148,10 @@ RULES: dict[str, tuple[Test, str]] = {
     "gpu_check.steps": at_least(100),
     "overhead.steps": at_least(1),
     "overhead.rounds": at_least(1),
+    "digests.rounds": at_least(1),
+    "digests.images": at_least(1),
+    "digests.batch_size": at_least(1),
+    "digests.image_size": at_least(8),
     "loader.images": at_least(1),
     "loader.image_size": at_least(8),
     "loader.batch_size": at_least(1),
@@ -227,7 +231,8 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         if cfg.get("checkpoint") is None:
             raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is measured by diffusion.evaluate checkpoint=PATH.")
     if cfg.get("checkpoint") is not None and "metrics" in cfg:
-        check_number(cfg.metrics, cfg.num_images, f"num_images={cfg.num_images}")
+        measured = ["fid"] if cfg.get("task") == "sweep" else cfg.metrics
+        check_number(measured, cfg.num_images, f"num_images={cfg.num_images}")
     if "extractor" in cfg and cfg.extractor.name not in EXTRACTORS and "target" not in cfg.extractor:
         raise Refusal(
             f"extractor.name={cfg.extractor.name} is none of {', '.join(EXTRACTORS)}; another module is given by "
@@ -374,7 +379,8 @@ def refuse_overwriting(key: str, folder: Path, overwrite: bool) -> None:
     if why := obstacle(folder):
         raise Refusal(f"{key}={folder}: {why}, so no samples can be kept there: give another folder.")
     there = [name for name in SAMPLES if (folder / name).exists()]
-    if there and not overwrite:
+    begun = (folder / ".batches" / "about.json").is_file()  # interrupted while they were put together
+    if there and not overwrite and not begun:
         raise Refusal(f"{key}={folder} already holds {', '.join(there)}: give another folder, or overwrite=true.")
 
 
@@ -391,7 +397,8 @@ def refuse_blocked(
     for name in files:
         if (folder / name).is_dir():
             raise Refusal(f"{key}={folder}: {name} is a folder, but a file is to be written there: move it.")
-        if (folder / name).exists() and not os.access(folder / name, os.W_OK):
+        in_place = name.endswith((".lock", ".csv"))  # others are replaced whole, whatever their own permissions
+        if in_place and (folder / name).exists() and not os.access(folder / name, os.W_OK):
             raise Refusal(f"{key}={folder}: {name} cannot be written to: make it writable.")
     for name in folders:
         if (folder / name).exists() and (why := obstacle(folder / name)):

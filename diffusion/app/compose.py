@@ -527,6 +527,15 @@ def typed() -> Typed:
     return Typed(str(hydra_cfg.job.config_name), tuple(words))
 
 
+def check_shown(command: str, words: list[str]) -> None:
+    """Refuse to show a configuration that the command would refuse; one that lacks a setting is shown."""
+    from diffusion.app.check import check  # which takes its words from here
+
+    cfg = composed(command, words)
+    if not OmegaConf.missing_keys(cfg):
+        check(cfg, Typed(command, tuple(words)))
+
+
 def sweep_folder(run_dir: str, words: list[str]) -> str:
     """The run folder of one job of a sweep: below the common one, named by its overrides, the same on every start."""
     own = sorted(w.lstrip("+") for w in words if not w.lstrip("+").startswith(("run_dir=", "experiment=")))
@@ -605,6 +614,8 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                     from diffusion.app.sweep import check_jobs
 
                     check_jobs(config_name, words)
+                elif not sweep and {"-c", "--cfg"} & {flag.partition("=")[0] for flag in flags}:
+                    check_shown(config_name, words)
                 sys.argv[1:] = [*flags, *words]
             application = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
             try:

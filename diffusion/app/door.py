@@ -142,9 +142,9 @@ def trained(given: str, ema: bool = True) -> Trained:
     path = checkpoint_path(given)
     found = load(path)
     network = _network(found.config, path, found.state_dict)
-    kind = found.config.at("objective.prediction", "epsilon")
+    schedule, kind = _schedule(found.config, path), found.config.at("objective.prediction", "epsilon")
     try:
-        denoiser = NetworkDenoiser(network, _schedule(found.config, path), kind)
+        denoiser = NetworkDenoiser(network, schedule, kind)
     except ValueError as error:
         raise Refusal(f"checkpoint={path}: its settings cannot be used: {error}") from error
     if ema:
@@ -161,8 +161,9 @@ def _network(config: UntrustedConfig, path: Path, state: Mapping[str, Tensor]) -
     for key in ("blocks", "blocks_per_level"):  # each block has weights of its own
         if isinstance(settings.at(key), int) and settings.at(key) > len(state):
             raise Refusal(f"checkpoint={path}: model.{key}={settings.at(key)}, but it holds {len(state)} weights.")
-    if isinstance(settings.at("multipliers"), list) and len(settings.at("multipliers")) > len(state):
-        raise Refusal(f"checkpoint={path}: model.multipliers has more levels than there are weights.")
+    levels, each = settings.at("multipliers"), settings.at("blocks_per_level")
+    if isinstance(levels, list) and len(levels) * (each if isinstance(each, int) else 1) > len(state):
+        raise Refusal(f"checkpoint={path}: model.multipliers asks for more blocks than there are weights.")
     learned = config.at("objective.variance") == "learned"
     channels = settings.at("channels")
     own: dict[str, Any] = {"out_channels": 2 * channels} if learned and isinstance(channels, int) else {}
@@ -171,7 +172,7 @@ def _network(config: UntrustedConfig, path: Path, state: Mapping[str, Tensor]) -
         there = resolutions(
             size, len(levels)
         )  # runs of former versions may ask for attention at sizes that never occur
-        own["attention_resolutions"] = [resolution for resolution in asked if resolution in there]
+        own["attention_resolutions"] = [resolution for resolution in there if resolution in asked]
     with torch.device("meta"):
         network = _made(config, "model", path, **own)
     _check_shapes(path, "state_dict", {f"network.{n}": t for n, t in network.state_dict().items()}, state)
@@ -203,8 +204,8 @@ def _made(config: UntrustedConfig, group: str, path: Path, **arguments: Any) -> 
         limit = MOST.get(f"{group}.{key}")
         if isinstance(value, UntrustedConfig) or (isinstance(value, list) and any(map(_no_scalar, value))):
             raise Refusal(f"checkpoint={path}: {group}.{key} is a group of settings, where a plain value belongs.")
-        if limit is not None and not (type(value) is int and 0 <= value <= limit):
-            raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer up to {limit:,}.")
+        if limit is not None and not (type(value) is int and 1 <= value <= limit):
+            raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer from 1 to {limit:,}.")
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)(**values | arguments)
@@ -262,16 +263,16 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
         **skip,
     )
     made.kept_beside = root is not None
-    wanted = (config.at("data.image_size"), config.at("data.channels"))
+    wanted = model.image_shape[1], model.image_shape[0]
     if (found := (made.index.image_size, made.index.channels)) != wanted:
         raise Refusal(
             f"data.root={where} holds images of {found[0]} pixels and {found[1]} channel(s), the model of "
             f"checkpoint={path} was trained on {wanted[0]} pixels and {wanted[1]} channel(s): give another data.root."
         )
-    if made.index.classes != config.at("data.num_classes") and config.at("data.num_classes"):
+    for classes in {config.at("data.num_classes") or 0, model.num_classes} - {0, made.index.classes}:
         raise Refusal(
             f"data.root={where} has {made.index.classes} classes, the model of checkpoint={path} was trained on "
-            f"{config.at('data.num_classes')}: give another data.root."
+            f"{classes}: give another data.root."
         )
     return made
 
@@ -287,7 +288,11 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
             f"checkpoint={path} {does}: {root}. Nothing is run or fetched because a checkpoint says so. If you trust "
             f"it, give data.root='{root}'."
         )
-    if not (Path(root) / INDEX_NAME).is_file():
+    try:
+        there = (Path(root) / INDEX_NAME).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        there, root = False, f"{root[:60]}..."
+    if not there:
         raise Refusal(
             f"checkpoint={path} was trained on data.root={root}, where there is no data set now: give data.root=FOLDER "
             f"with {model.data_name}, which python -m diffusion.prepare makes."
@@ -297,7 +302,13 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
 def _points(model: Trained, target: str) -> MixtureDataModule:
     """The mixture, which is drawn and not read."""
     given = model.config.group("data")
-    number = given.at("num_points", 1)
+    number = given.at("num_points") or 0
     if not 1 <= number <= MOST["data.num_points"]:
         raise Refusal(f"checkpoint={model.path}: data.num_points={number}, expected up to {MOST['data.num_points']:,}.")
-    return MixtureDataModule(given.at("toy", ""), number, batch_size=1, digest=given.at("digest"))
+    made = MixtureDataModule(given.at("toy") or "", number, batch_size=1, digest=given.at("digest"))
+    if model.image_shape != (shape := (made.channels, made.image_size, made.image_size)):
+        raise Refusal(
+            f"checkpoint={model.path}: the points of data.toy={made.toy} are {shape}, its network takes "
+            f"{model.image_shape} (channels, height, width)."
+        )
+    return made

@@ -64,7 +64,7 @@ def warn_of_reference(module: ImageShardsDataModule) -> None:
     if len(blocked) == len(folders):
         print(
             f"warning: the features of the real images cannot be kept ({', '.join(blocked)}), and are computed again "
-            f"each time they are needed. Give data.remote.folder=FOLDER to keep them there.",
+            f"each time they are needed. Set XDG_CACHE_HOME to a folder that can be written to.",
             file=sys.stderr,
             flush=True,
         )

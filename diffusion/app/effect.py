@@ -45,6 +45,7 @@ def swept(cfg: DictConfig) -> bool:
 def all_visited(cfg: DictConfig) -> bool:
     """Whether a sampler visits every level of its schedule, of which there is one order only."""
     steps, levels = cfg.sampler.get("num_steps"), OmegaConf.select(cfg, "schedule.num_timesteps")
+    levels = levels if cfg.get("checkpoint") is None else None  # a checkpoint has levels of its own
     return not swept(cfg) and "spacing" in cfg.sampler and (steps is None or steps == levels)
 
 
@@ -86,7 +87,7 @@ TABLE = (
     Idle(ANY, "sampler.corrector.*", lambda cfg: cfg.sampler.get("visits") == 1,
          "with sampler.visits=1 every step is the predictor's", "sampler.visits=2"),
     # ---- training ----
-    Idle("train", "metrics extractor extractor.* callbacks.grid.* callbacks.score.*",
+    Idle("train", "metrics extractor.* callbacks.grid.* callbacks.score.*",
          lambda cfg: not cfg.callbacks.enabled, "callbacks=none samples and scores nothing", "callbacks=default"),
     Idle("train", "extractor extractor.* callbacks.score.*", no_scores, "metrics=[] scores nothing", "metrics=[fid]"),
     Idle("train", "callbacks.score.during.*",
@@ -94,7 +95,7 @@ TABLE = (
          "callbacks.score.every_steps=0 scores at the end alone", "callbacks.score.every_steps=N"),
     Idle("train", "model.fourier_scale", lambda cfg: cfg.model.get("time_embedding") == "positional",
          "model.time_embedding=positional", "model.time_embedding=fourier {word}"),
-    Idle("train", "data.remote.gigabytes data.remote.attempts data.remote.timeout",
+    Idle("train", "data.remote.*",
          lambda cfg: not is_remote(cfg.data.root), "data.root={data.root} is a folder of this machine"),
     Idle("train", "data.max_bad_share", lambda cfg: cfg.data.get("on_bad_sample") == "error",
          "data.on_bad_sample=error stops at the first one", "data.on_bad_sample=skip {word}"),
@@ -105,6 +106,8 @@ TABLE = (
     Idle("train", "max_nonfinite", lambda cfg: cfg.on_nonfinite == "stop",
          "on_nonfinite=stop stops at the first one", "on_nonfinite=skip {word}"),
     # ---- evaluate ----
+    Idle("evaluate", "data.root", lambda cfg: of_images(cfg) or data_set(cfg.reference),
+         "it is where a checkpoint's own data are, which are not read here"),
     Idle("evaluate", "num_images sampler sampler.* guidance guidance.* ema batch_size seed", of_images,
          "with images={images} nothing is sampled", "checkpoint=PATH in the place of images"),
     Idle("evaluate", "num_images sampler sampler.* guidance guidance.* batch_size neighbours split extractor "
@@ -118,9 +121,11 @@ TABLE = (
          "likelihood.probes=0 computes the exact trace", "likelihood.probes=1"),
     Idle("evaluate", "likelihood.variance", lambda cfg: cfg.likelihood.by == "ode",
          "likelihood.by=ode has no reverse steps", "likelihood.by=bound {word}"),
-    Idle("evaluate", "images_split", lambda cfg: not data_set(cfg.images), "images={images} is no data set of shards"),
+    Idle("evaluate", "images_split", lambda cfg: cfg.images is None, "there is no images=PATH whose split it could be"),
+    Idle("evaluate", "images_split", lambda cfg: not data_set(cfg.images),
+         "images={images} is not a data set of shards"),
     Idle("evaluate", "split", lambda cfg: cfg.reference is not None and not data_set(cfg.reference),
-         "reference={reference} is no data set of shards"),
+         "reference={reference} is not a data set of shards"),
     Idle("evaluate", "sweep sweep.*", lambda cfg: not swept(cfg), "task={task}", "task=sweep {word}"),
     Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.variance sampler.visits "
          "sampler.step_size sampler.convention sampler.denoise sampler.predictor.* sampler.corrector.*", swept,
@@ -140,6 +145,7 @@ TABLE = (
          "task=errors, reverse or modes"),
     Idle("lab", "schedule schedule.*", lambda cfg: cfg.checkpoint is not None,
          "with checkpoint={checkpoint} the noise levels are those the model was trained on"),
+    Idle("lab", "data.root", lambda cfg: cfg.checkpoint is None, "there is no checkpoint"),
     Idle("lab", "ema batch_size sampler.clip_x0 errors.num_images errors.split", lambda cfg: cfg.checkpoint is None,
          "there is no checkpoint", "checkpoint=PATH"),
     Idle("lab", "gaussian gaussian.*", lambda cfg: cfg.checkpoint is not None,
@@ -161,20 +167,23 @@ TABLE = (
          "source=digits is made as conf/data/digits.yaml says"),
     Idle("prepare", "max_bad_share", lambda cfg: cfg.on_bad_sample == "error",
          "on_bad_sample=error stops at the first one", "on_bad_sample=skip {word}"),
-    Idle("prepare", "crop resize", lambda cfg: cfg.image_size is None and cfg.dataset is None,
+    Idle("prepare", "crop resize", lambda cfg: cfg.image_size is None and cfg.dataset is None
+         and {cfg.crop, cfg.resize} - {None, "none"} != set(),
          "without image_size all images must have one size, and are kept as they are", "image_size=PIXELS {word}"),
     Idle("benchmark", "gpu_check gpu_check.*", task_is_not("gpu_check"), "task={task}", "task=gpu_check"),
     Idle("benchmark", "loader loader.*", task_is_not("loader"), "task={task}", "task=loader"),
     Idle("benchmark", "overhead overhead.*", task_is_not("overhead"), "task={task}", "task=overhead"),
+    Idle("benchmark", "digests digests.*", task_is_not("digests"), "task={task}", "task=digests"),
     Idle("benchmark", "loader.image_size", lambda cfg: cfg.loader.root is not None,
          "the images of loader.root={loader.root} have their own size"),
 )  # fmt: skip
 
 OF_POINTS = (  # of a checkpoint, which has to be looked at: a model of points, or one of images
-    Idle("lab", "guidance guidance.* sampler.clip_x0 batch_size errors.num_images errors.split", lambda cfg: True,
-         "checkpoint={checkpoint} is a model of points"),
+    Idle("lab", "guidance guidance.* sampler.clip_x0 batch_size errors.num_images errors.split data.root",
+         lambda cfg: True, "checkpoint={checkpoint} is a model of points"),
 )  # fmt: skip
 OF_IMAGES = (
+    Idle("lab", "samplers errors.num_steps", lambda cfg: True, "checkpoint={checkpoint} is a model of images"),
     Idle("lab", "errors.num_points", lambda cfg: True, "checkpoint={checkpoint} is a model of images",
          "errors.num_images=N"),
 )  # fmt: skip

@@ -90,7 +90,7 @@ class Evaluation:
         else:
             self.extractor.check(*self.model.image_shape[:2])
             size = self.model.image_shape[1:]
-        self.extractor.try_out(self.extractor.channels, size[0], cfg.metrics)
+        self.extractor.try_out(self.extractor.channels, size[0], ["fid"] if cfg.task == "sweep" else cfg.metrics)
         of_both = [metric for metric in cfg.metrics if metric not in ("is", *FROM_MODEL)]
         check_number(of_both, len(image_set(self.real)), f"reference={cfg.reference or self.real.root}")
         if cfg.per_class:

@@ -124,13 +124,13 @@ def held_out(lab: Laboratory) -> tuple[ImageShardsDataModule, str]:
     return of(split), split
 
 
-def chosen_images(module: Any, number: int, seed: int) -> tuple[Tensor, Tensor]:
+def chosen_images(module: Any, number: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """So many images of a split, at most all, chosen and put in order by the seed: (N, C, H, W) in [-1, 1], labels."""
     numbers = permutation(module.num_images, seed, Stream.BOUND)[:number]
     order = numbers.argsort()
     found, labels, *_ = module.samples.batch(numbers[order])
     back = torch.from_numpy(order.argsort())
-    return from_uint8(found)[back], labels[back]
+    return from_uint8(found)[back], None if labels is None else labels[back]
 
 
 def known_images(module: Any, wanted: int, seed: int, conditional: bool, device: torch.device) -> Known:
@@ -139,7 +139,7 @@ def known_images(module: Any, wanted: int, seed: int, conditional: bool, device:
     dim = module.channels * module.image_size**2
     number = max(wanted, min(KNOWN, int((DISTANCES / dim) ** 0.5)))
     x0, labels = chosen_images(module, number, seed)
-    return Known(x0.to(device), labels.to(device) if conditional else None, spectrum(x0))
+    return Known(x0.to(device), labels.to(device) if conditional and labels is not None else None, spectrum(x0))
 
 
 def first(known: Known, number: int) -> tuple[Tensor, Tensor | None]:

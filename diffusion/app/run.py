@@ -39,7 +39,7 @@ from diffusion.training.meter import MetricsCsv, RunLogger, count_parameters
 from diffusion.training.module import DiffusionModule
 from diffusion.training.nonfinite import NotFinite
 from diffusion.training.ranks import Abandoned, Ranks, got_on
-from diffusion.training.run_folder import RECORDED, OnError, RunFolder
+from diffusion.training.run_folder import OF_ANOTHER_RUN, RECORDED, OnError, RunFolder
 from diffusion.training.sampling import Sampling
 from diffusion.training.scoring import describe, score
 from diffusion.training.signals import BATCH, Signals
@@ -48,6 +48,12 @@ FAILURES = (BadSample, Unreachable, OSError, NotFinite, ValueError)  # what can 
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is the user's to choose
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
+
+
+class NotOfThisRun(ValueError):
+    """The checkpoints of the folder belong to another run."""
+
+    exit_status = 2
 
 
 class Run:
@@ -158,7 +164,7 @@ class Run:
         self.failure = 1
         cause, self.failure = self.ranks.failed(error)
         self._write_to_the_end()
-        aside = distrust(self.folder, error)
+        aside = self._distrusted(error)
         own = cause is None or str(error) in cause
         if own and (self.cfg.debug or not isinstance(error, FAILURES)):
             traceback.print_exception(error)
@@ -170,6 +176,13 @@ class Run:
         print(*said, sep="\n", file=sys.stderr, flush=True)
         return self.failure
 
+    def _distrusted(self, error: Exception) -> list[str]:
+        """What rank 0 has set aside after a change of the data; the others leave a note of it for the next start."""
+        try:
+            return distrust(self.folder, error, aside=self.ranks.main)
+        except OSError as problem:
+            return [f"warning: {reason(problem)}"]
+
     def room(self) -> Room:
         """What the run folder has yet to take: checkpoints, of which a new one is written before an old one goes, and
         the images that are scored."""
@@ -180,10 +193,14 @@ class Run:
         number = max(min(kept, len(there) + saves) - len(there), 1) if left > 0 else 0
         parameters, states = count_parameters(self.denoiser.network), states_of(build.optimizer(cfg))
         one = 4 * parameters * (2 + states)  # the weights, their average, and what the optimizer keeps of each
-        what = f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}" if number else "images to score"
-        pixels = cfg.data.channels * cfg.data.image_size**2
-        scored = cfg.callbacks.score.num_images if cfg.callbacks.enabled and cfg.metrics else 0
-        return Room("run_dir", self.folder.path, number * one + scored * pixels, what)
+        what = [f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}"] if number else []
+        wanted = set(cfg.metrics) - self.folder.own_scores(cfg.trainer.max_steps) if cfg.callbacks.enabled else set()
+        scored = cfg.callbacks.score.num_images if wanted else 0
+        images = scored * cfg.data.channels * cfg.data.image_size**2
+        made = self.folder.evaluations / f"score_{cfg.trainer.max_steps:08d}_final"
+        images -= sum(path.stat().st_size for path in made.glob("images_*.npz")) if scored else 0
+        what += [f"{scored:,} images to score"] if images > 0 else []
+        return Room("run_dir", self.folder.path, number * one + max(images, 0), " and ".join(what))
 
     def _write_to_the_end(self) -> None:
         """Let the checkpoint that is being written be written."""
@@ -213,6 +230,11 @@ class Run:
         step, path, complaints = self.ranks.from_main(self._newest() if self.ranks.main else None)
         for complaint in aside + complaints:
             say(complaint)
+        if step == 0 and (others := [c for c in complaints if OF_ANOTHER_RUN in c]):
+            raise NotOfThisRun(
+                f"run_dir={self.folder.path}: no checkpoint is of this configuration, and nothing is changed. "
+                f"{others[0]} Start the run as it was, or give another run_dir."
+            )
         if self.ranks.main:
             for damaged in [s for s in self.folder.steps() if s > step]:
                 self.folder.set_aside(damaged)

@@ -23,6 +23,7 @@ import sys
 from array import array
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -220,17 +221,28 @@ def write_index(index: Index) -> None:
 
 
 def _check_values(index: Index) -> None:
-    """What every index fulfils; a shard lies below the root, whatever the file says."""
-    assert isinstance(index.name, str), "name"
+    """AssertionError unless an index fulfils what every one does; a shard lies below the root, whatever the file
+    says."""
+
+    def need(holds: bool, what: str) -> None:  # an `assert` is left out by python -O
+        if not holds:
+            raise AssertionError(what)
+
+    def count(value: Any, lowest: int) -> bool:
+        return type(value) is int and lowest <= value < 1 << 62
+
+    need(isinstance(index.name, str), "name")
     for key, lowest in (("image_size", 1), ("channels", 1), ("classes", 0)):
-        assert type(getattr(index, key)) is int and getattr(index, key) >= lowest, key
-    assert index.shards, "no shards"
+        need(count(getattr(index, key), lowest), key)
+    need(bool(index.shards), "no shards")
     for shard in index.shards:
+        need(isinstance(shard.path, str), "path of a shard")
         path = PurePosixPath(shard.path)
-        assert not path.is_absolute() and ".." not in path.parts and "\0" not in shard.path, f"path {shard.path}"
-        assert type(shard.samples) is int and shard.samples > 0, f"samples of {shard.path}"
-        assert type(shard.bytes) is int and shard.bytes > 0, f"bytes of {shard.path}"
-        assert isinstance(shard.split, str), f"split of {shard.path}"
+        need(not path.is_absolute() and ".." not in path.parts and "\0" not in shard.path, f"path {shard.path}")
+        need(count(shard.samples, 1), f"samples of {shard.path}")
+        need(count(shard.bytes, 1), f"bytes of {shard.path}")
+        need(isinstance(shard.split, str), f"split of {shard.path}")
         digests = (shard.sha256, shard.offsets_sha256, shard.digests_sha256)
         for digest in digests[: 2 if shard.digests_sha256 is None else 3]:
-            assert isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest), f"sha256 of {shard.path}"
+            sound = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+            need(sound, f"sha256 of {shard.path}")

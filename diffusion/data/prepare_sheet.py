@@ -27,7 +27,7 @@ def contact_sheet(index: Index, classes: list[str]) -> bytes:
         at, size, label_at, label_size = (int(x) for x in index.offsets(shards[which])[place - first])
         with open(index.path(shards[which]), "rb") as file:
             file.seek(at)
-            picture = Image.open(io.BytesIO(file.read(size))).convert("RGB")
+            picture = Image.open(io.BytesIO(file.read(size)), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
             file.seek(label_at)
             label = file.read(label_size)
         if picture.size != (side, side):

@@ -31,6 +31,7 @@ from diffusion.files import UNWRITABLE, Room, writing
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "pipe:")
 CHUNK = 1 << 18
+MOST_UNKNOWN = 1 << 28  # bytes of a file whose size is not known, as index.json
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two attempts; doubled each time
 REFUSALS = (400, 401, 403, 404, 405, 410)  # HTTP answers that the same question gets again
 
@@ -134,7 +135,7 @@ class Access:
 
     def _once(self, url: str, file: BinaryIO, size: int | None) -> None:
         if url.startswith(("http://", "https://")):
-            _read_http(url, file, self.timeout)
+            _read_http(url, file, self.timeout, MOST_UNKNOWN if size is None else size)
         else:
             file.seek(0)
             file.truncate()
@@ -162,8 +163,9 @@ def _check(file: BinaryIO, size: int | None, sha256: str | None) -> None:
         raise Differs(f"{met} bytes came with another size or sha256 than index.json states")
 
 
-def _read_http(url: str, file: BinaryIO, timeout: float) -> None:
-    """Append what is missing of the file; from the beginning where the server knows no ranges."""
+def _read_http(url: str, file: BinaryIO, timeout: float, most: int) -> None:
+    """Append what is missing of the file; from the beginning where the server knows no ranges. Differs, and the file is
+    emptied, if more than `most` bytes come."""
     have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -177,6 +179,10 @@ def _read_http(url: str, file: BinaryIO, timeout: float) -> None:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 came += len(chunk)
+                if have + came > most:
+                    file.seek(0)
+                    file.truncate()
+                    raise Differs(f"more than {most} bytes came")
             if expected is not None and came < int(expected):
                 raise OSError(f"the connection ended after {have + came} of {have + int(expected)} bytes")
     except urllib.error.HTTPError as error:

@@ -8,12 +8,13 @@ works it out, with that function's own words.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion.files import write_atomically
+from diffusion.files import MOST_TEXT, read_regular, write_atomically
 from diffusion.page.chart import Chart, inline
 from diffusion.page.pictures import picture
 from diffusion.page.words import shown
@@ -98,8 +99,14 @@ def write_laboratory(folder: Path) -> Path:
     """report.html of all tasks that have a page below the folder, in the order of their names; its path."""
     pages = []
     for path in sorted(folder.glob(f"*/{PAGE}")):
-        kept = json.loads(path.read_text())
-        pages.append({"name": path.parent.name, "title": kept["title"], "html": kept["html"]})
+        try:
+            kept = json.loads(read_regular(path, MOST_TEXT))
+        except (OSError, ValueError, RecursionError):
+            kept = None
+        if isinstance(kept, dict) and all(isinstance(kept.get(key), str) for key in ("title", "html")):
+            pages.append({"name": path.parent.name, "title": kept["title"], "html": kept["html"]})
+        else:
+            print(f"warning: {path} is damaged and left out of the report.", file=sys.stderr, flush=True)
     text = environment().get_template("laboratory.html").render({"title": "Laboratory", "pages": pages})
     write_atomically(folder / "report.html", text)
     return folder / "report.html"

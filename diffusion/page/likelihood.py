@@ -5,12 +5,14 @@ rmse_255 (of the estimate of x0 from x_t, on a scale of 0 to 255).
 """
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion.files import MOST_TEXT, read_regular
 from diffusion.metrics.published.papers import DDPM_RATE_DISTORTION
 from diffusion.page.chart import Chart, Series
 from diffusion.page.metrics_csv import MAX_POINTS, number
@@ -42,8 +44,8 @@ def read_bound(folder: Path) -> Bound | None:
     ]
     for step, path in sorted(files, reverse=True):
         try:
-            with open(path, newline="", encoding="utf-8", errors="replace") as f:
-                terms = [{name: number(row.get(name) or "") for name in COLUMNS} for row in csv.DictReader(f)]
+            text = io.StringIO(read_regular(path, MOST_TEXT).decode(errors="replace"), newline="")
+            terms = [{name: number(row.get(name) or "") for name in COLUMNS} for row in csv.DictReader(text)]
         except (csv.Error, OSError):  # a line longer than any number, a folder of that name
             continue
         terms = sorted((term for term in terms if term["t"] >= 1), key=lambda term: term["t"])

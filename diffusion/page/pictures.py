@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusion.files import read_regular
+
 MAX_THUMBNAILS = 12
 THUMBNAIL_PIXELS = 320
+MAX_FILE = 1 << 28  # bytes of a picture
 MAX_EMBEDDED = 4_000_000  # bytes of a file that goes into the page as it is; a larger one is recoded as JPEG
 
 
@@ -42,10 +45,10 @@ def picture(path: Path, step: int, limit: int | None = None) -> dict[str, Any] |
     from PIL import Image
 
     try:
-        content = path.read_bytes()
-        image = Image.open(io.BytesIO(content))
+        content = read_regular(path, MAX_FILE)
+        image = Image.open(io.BytesIO(content), formats=("PNG", "GIF"))  # others run programs, or are none of ours
         image.load()
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a file that is cut off or no picture
+    except Exception:  # Pillow raises many kinds for a file that is cut off, too large or no picture
         return None
     shrink = limit is not None and max(image.size) > limit
     if shrink:

@@ -12,12 +12,18 @@ import json
 from collections.abc import Callable
 
 from diffusion.data.changes import DataChanged
-from diffusion.files import write_atomically
+from diffusion.files import read_regular, write_atomically
 from diffusion.training.ranks import Ranks
 from diffusion.training.run_folder import RunFolder
 
 NOTE = "changed_data.json"  # in the run folder: since when checkpoints are not to be trusted
 SUFFIX = "other_data"  # of a checkpoint that is set aside
+
+
+class NoteDamaged(ValueError):
+    """Nobody knows which checkpoints are to be trusted."""
+
+    exit_status = 2
 
 
 def look_together(look: Callable[[], None], ranks: Ranks) -> None:
@@ -32,23 +38,27 @@ def look_together(look: Callable[[], None], ranks: Ranks) -> None:
         raise found or first
 
 
-def distrust(folder: RunFolder, error: BaseException) -> list[str]:
-    """Set aside the checkpoints that may come from other data, if the error says since when; a line about each."""
+def distrust(folder: RunFolder, error: BaseException, aside: bool = True) -> list[str]:
+    """Note since when checkpoints may come from other data, if the error says so, and set them aside; a line about
+    each. `aside` False: only note it."""
     if not isinstance(error, DataChanged) or error.since is None:
         return []
     write_atomically(folder.path / NOTE, json.dumps({"since": error.since, "why": str(error)}) + "\n")
-    return _set_aside(folder, error.since)
+    return _set_aside(folder, error.since) if aside else []
 
 
 def distrust_noted(folder: RunFolder) -> list[str]:
     """At the start of a run: set aside what was not yet there when the change was found; a line about each."""
     note = folder.path / NOTE
     try:
-        since = float(json.loads(note.read_bytes())["since"])
+        since = float(json.loads(read_regular(note, 1 << 20))["since"])
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, RecursionError):  # edited by hand: nothing is to be trusted
-        since = 0.0
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise NoteDamaged(
+            f"{note} is damaged. It says since when the checkpoints of this run may come from changed data: move those "
+            f"away that you do not trust, and remove the note."
+        ) from error
     lines = _set_aside(folder, since)
     note.unlink()
     return lines

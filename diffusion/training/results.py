@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from diffusion.files import write_atomically
+from diffusion.files import MOST_TEXT, read_regular, write_atomically
 
 NUMBERS = (
     "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps", "nfe",
@@ -83,7 +83,7 @@ class Results:
         """The lines as they stand; bytes that are not UTF-8 survive in them."""
         if not self.path.is_file():
             return []
-        text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
+        text = read_regular(self.path, MOST_TEXT).decode("utf-8", errors="surrogateescape")
         return [line for line in text.split("\n") if line.strip()]
 
     def rows(self) -> list[Row]:

@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from diffusion.files import locked, reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.files import locked, read_regular, reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.models.resolutions import resolutions
 from diffusion.training.checkpoint_head import Head, read_head
 from diffusion.training.results import Results
 from diffusion.training.untrusted import UntrustedConfig
@@ -37,6 +37,7 @@ ALIKE = (  # what two FIDs have in common that may be compared
     "split",
 )  # fmt: skip
 Config = Mapping[str, Any]
+OF_ANOTHER_RUN = "it belongs to another run"
 MOST_BYTES = 1 << 20  # of config.yaml
 RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
@@ -54,7 +55,7 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Config, new: Config) -> list[str]:
     """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
     recorded value."""
-    old, new = flatten(old), flatten(new)
+    old, new = _effective(flatten(old)), _effective(flatten(new))
     for key in (f"data.{name}" for name in RECORDED):
         if None in (new.get(key), old.get(key)):
             new[key] = old[key] = new.get(key) or old.get(key)
@@ -64,6 +65,18 @@ def differences(old: Config, new: Config) -> list[str]:
         if not free and old.get(key) != new.get(key):
             found.append(f"{key}: was {old.get(key)}, is {new.get(key)}")
     return found
+
+
+def _effective(flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings without what has no effect on what is trained: attention at sizes that never occur, which former
+    versions took without a word, and the scale of an embedding that is not used."""
+    size, levels, asked = (flat.get(f"model.{name}") for name in ("image_size", "multipliers", "attention_resolutions"))
+    if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
+        there = resolutions(size, len(levels))
+        flat["model.attention_resolutions"] = [resolution for resolution in there if resolution in asked]
+    if flat.get("model.time_embedding") == "positional":
+        flat.pop("model.fourier_scale", None)
+    return flat
 
 
 def damage(path: Path) -> str | None:
@@ -79,7 +92,7 @@ def damage(path: Path) -> str | None:
             return None
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+    except Exception as e:  # each way of compressing has errors of its own
         return f"it is cut off or no checkpoint ({e})"
     return f"its record {broken} is damaged" if broken else None
 
@@ -87,7 +100,7 @@ def damage(path: Path) -> str | None:
 def digest_beside(path: Path) -> str | None:
     """The sha256 that was recorded for a checkpoint when it was written; None where there is none, or a damaged one."""
     try:
-        text = path.with_suffix(".sha256").read_bytes()[:100].decode("ascii").strip()
+        text = read_regular(path.with_suffix(".sha256"), 1000).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return text if re.fullmatch("[0-9a-f]{64}", text) else None
@@ -121,7 +134,7 @@ def fault(
         return f"it is of step {head.step}, not of step {step}"
     if config is not None and (found := differences(head.config, config)):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"it belongs to another run ({found[0]}{more})"
+        return f"{OF_ANOTHER_RUN} ({found[0]}{more})"
     if shapes is not None and head.shapes != shapes:
         name = min(name for name in head.shapes.keys() | shapes.keys() if head.shapes.get(name) != shapes.get(name))
         return f"it holds another network ({name} is {head.shapes.get(name)}, here {shapes.get(name)})"
@@ -132,6 +145,14 @@ def _unsafe(head: Head) -> str | None:
     if not head.unsafe:
         return None
     return f"it is unsafe: loading it would call {', '.join(head.unsafe[:5])}, which no checkpoint of this program does"
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without merge keys, which copy what they name: a file of some hundred bytes could take all memory."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("it has merge keys (<<), which no configuration of a run has")
 
 
 class OnError:
@@ -201,13 +222,23 @@ class RunFolder:
         """config.yaml. Raises ValueError if it is damaged."""
         where = str(self.config_path)
         try:
-            if self.config_path.stat().st_size > MOST_BYTES:
-                raise ValueError("it is larger than any configuration")
-            content = yaml.safe_load(self.config_path.read_bytes())
+            content = yaml.load(read_regular(self.config_path, MOST_BYTES), _Plain)
         except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
             detail = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{where} is damaged ({detail})") from error
-        return UntrustedConfig(content, where)
+        config = UntrustedConfig(content, where)
+        if missing := self._lacks(config):
+            raise ValueError(f"{where} is damaged (it lacks {missing}, which the newest checkpoint has)")
+        return config
+
+    def _lacks(self, config: Config) -> str | None:
+        """A setting that the newest checkpoint has and a configuration lacks: a file that is cut off at the end of a
+        line is well formed."""
+        for step in self.steps()[:1]:
+            with contextlib.suppress(ValueError, OSError):
+                recorded = read_head(self.checkpoint_path(step)).config
+                return next(iter(sorted(flatten(recorded).keys() - flatten(config).keys())), None)
+        return None
 
     def refuse_other(self, new: dict) -> None:
         """ValueError if the folder belongs to a run that would train something else.
@@ -282,8 +313,9 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint file, newest first; the files may be damaged."""
-        names = self.checkpoints.glob("step_*.ckpt") if self.checkpoints.is_dir() else ()
-        return sorted((int(m[1]) for p in names if (m := re.fullmatch(r"step_(\d+)\.ckpt", p.name))), reverse=True)
+        names = [path.name for path in self.checkpoints.glob("step_*.ckpt")] if self.checkpoints.is_dir() else ()
+        found = [int(m[1]) for name in names if (m := re.fullmatch(r"step_([0-9]{8,18})\.ckpt", name))]
+        return sorted((step for step in found if self.checkpoint_path(step).name in names), reverse=True)
 
     def latest_valid(
         self,

@@ -5,6 +5,7 @@ neither Hydra nor OmegaConf accepts: `instantiate`, `OmegaConf.create` and `Omeg
 `${oc.env:HOME}` stays this text. What is built from such settings is built in one place (`app/door.py`).
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ def _integer(low: int) -> Any:
 
 
 TEXT = (lambda v: isinstance(v, str), "text")
-NUMBER = (lambda v: type(v) in (int, float), "a number")
+NUMBER = (lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number")
 COUNT, POSITIVE = _integer(0), _integer(1)
 DIGEST = (lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None, "a sha256")
 KINDS = {  # of the values that this program reads; null is allowed in each
@@ -32,7 +33,6 @@ KINDS = {  # of the values that this program reads; null is allowed in each
     "objective.label_dropout": NUMBER,
     "sampler.variance": TEXT, "extractor.name": TEXT, "ema.decay": NUMBER, "trainer.max_steps": POSITIVE,
     "ema.warmup": (lambda v: isinstance(v, bool), "true or false"),
-    "paper.fid": NUMBER, "paper.is": NUMBER, "paper.bits_per_dim": NUMBER,
 }  # fmt: skip
 
 
@@ -51,7 +51,9 @@ class UntrustedConfig(Mapping[str, Any]):
         if not isinstance(content, dict):
             raise ValueError(f"{where} holds {type(content).__name__}, expected settings.")
         self._values = _Reader(where).group(content)
-        for key, (fits, kind) in KINDS.items():
+        published = self.at("paper")
+        kinds = KINDS | {f"paper.{key}": NUMBER for key in published or ()} if isinstance(published, Mapping) else KINDS
+        for key, (fits, kind) in kinds.items():
             value = self.at(key)
             if value is not None and not fits(value):
                 raise ValueError(f"{where}: {key}={_shown(value)}, expected {kind}.")
@@ -107,7 +109,11 @@ class _Reader:
         return {_clean(key): self.value(value, depth + 1) for key, value in content.items()}
 
     def value(self, value: Any, depth: int) -> Any:
-        if value is None or type(value) in (bool, int, float):
+        if value is None or type(value) in (bool, float):
+            return value
+        if type(value) is int:
+            if abs(value) >= 1 << 64:
+                raise ValueError(f"{self.where} holds an integer of more than 64 bits, so it is no configuration.")
             return value
         if isinstance(value, str):
             if len(value) > LONGEST:
