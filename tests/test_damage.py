@@ -265,3 +265,48 @@ def test_a_metrics_csv_with_damaged_lines_is_kept_and_the_sound_rows_are_used(pl
     assert "metrics.csv has damaged lines" in capfd.readouterr().err
     assert (run / "metrics.csv.damaged").read_bytes() == harmed
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "1", "3", "4"]
+
+
+def test_nothing_is_set_aside_because_another_configuration_is_given(place, capfd):
+    """Also where config.yaml was edited to fit it."""
+    run = place / "run"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 3", "seed: 4"))
+    before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} | {
+        name: (run / name).read_bytes() for name in ("metrics.csv", "results.jsonl")
+    }
+    other = [word.replace("seed=3", "seed=4") for word in COMMANDS["train"]]
+    assert inside("train", other, place) == 2
+    assert "no checkpoint is of this configuration" in capfd.readouterr().err
+    for name, content in before.items():
+        path = run / "checkpoints" / name if "step" in name or "ckpt" in name else run / name
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("lines", [20, 60, 100])
+def test_a_config_that_is_cut_at_the_end_of_a_line_is_damaged(lines, place, runs, capfd):
+    path = place / "run" / "config.yaml"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    assert inside("sample", COMMANDS["sample"], place) == 0
+    assert inside("train", COMMANDS["train"], place) == 0
+    assert "config.yaml is damaged (it lacks" in capfd.readouterr().err and same_weights(place / "run", runs / "whole")
+
+
+def test_what_was_damaged_twice_is_kept_twice(place, capfd):
+    path = place / "run" / "metrics.csv"
+    for number in (1, 2):
+        path.write_bytes(path.read_bytes() + b"\xff\n" * number)
+        words = [word.replace(f"max_steps={STEPS}", f"max_steps={STOPPED + number}") for word in COMMANDS["train"]]
+        assert inside("train", words, place) == 0
+        assert "metrics.csv has damaged lines" in capfd.readouterr().err
+    assert (place / "run" / "metrics.csv.damaged").is_file() and (place / "run" / "metrics.csv.damaged.2").is_file()
+
+
+def test_runs_of_former_versions_that_asked_for_attention_nowhere_go_on():
+    from diffusion.training.run_folder import differences
+
+    old = {"model": {"image_size": 48, "multipliers": [1, 2, 2], "attention_resolutions": [16], "fourier_scale": 8.0}}
+    old["model"]["time_embedding"] = "positional"
+    new = {"model": old["model"] | {"attention_resolutions": [], "fourier_scale": 16.0}}
+    assert differences(old, new) == []
+    new["model"] = new["model"] | {"attention_resolutions": [24]}
+    assert differences(old, new) == ["model.attention_resolutions: was [], is [24]"]

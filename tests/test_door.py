@@ -210,6 +210,11 @@ CHECKPOINTS = {
     "an average missing": content_of("ema", lambda c: without(c, "ema")),
     "averages of another shape": content_of("ema", lambda c: {k: torch.zeros(2) for k in c["ema"]}),
     "a pickled command": lambda content, place: content.update(trap=Command(place / "canary")),
+    "a billion laughs as step": content_of("global_step", lambda content: [laughs(content)]),
+    "a number without end": setting("objective.label_dropout", 10**400),
+    "published scores without end": setting("paper", {"kid": float("inf")}),
+    "points of a network of images": several(MIXTURE, setting("data.toy", "modes"), setting("data.num_points", 5)),
+    "a root without end": setting("data.root", "x" * 5000),
     "states of nothing": several(
         content_of("optimizer_states", "x"), content_of("loops", 3), content_of("callbacks", [1]),
         content_of("lr_schedulers", None),
@@ -220,7 +225,7 @@ HARMLESS = {  # what is not looked at by a command that samples
     "no root", "a command as data", "weights of the extractor in a fresh folder", "a command as extractor",
     "its own cache folder", "commands in groups that are not used", "a command as advice", "a name that climbs",
     "a name for a terminal", "a split that climbs", "another digest", "arguments by place", "states of nothing",
-    "points without end", "points of no set",
+    "points without end", "points of no set", "points of a network of images", "a root without end",
 }  # fmt: skip
 
 
@@ -276,7 +281,41 @@ def newest(trick):
 BOMB = b"a: &a [1,1,1,1,1,1,1,1,1]\n" + b"".join(
     b"%c: &%c [%s]\n" % (98 + n, 98 + n, b",".join([b"*%c" % (97 + n)] * 9)) for n in range(12)
 )
+MERGES = b"a0: &a0 {x: 1}\n" + b"".join(
+    b"a%d: &a%d {<<: [%s]}\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 12)
+)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def program(run, place):
+    """A picture for which Pillow would run `gs`, and one of that name."""
+    folder = place / "home" / "bin"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\n{touch(place)}\n")
+    (folder / "gs").chmod(0o755)
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+    for name in (
+        "samples/step_00000002.png",
+        "samples/film_step_00000002.png",
+        "likelihood/progressive_step_00000002.png",
+    ):
+        file(name, EPS)(run, place)
+
+
 RUNS = {
+    "merges of YAML": file("config.yaml", MERGES),
+    "a picture that is a program": program,
+    "a pipe as picture": several(
+        lambda run, place: (run / "samples").mkdir(exist_ok=True), pipe("samples/step_00000009.png")
+    ),
+    "a pipe as digest": pipe("checkpoints/step_00000002.sha256"),
+    "a pipe as note": pipe("changed_data.json"),
+    "a note of no time": file("changed_data.json", b'{"since": 1' + b"0" * 400 + b"}"),
+    "a pipe as bound": several(
+        lambda run, place: (run / "likelihood").mkdir(exist_ok=True), pipe("likelihood/bound_step_1.csv")
+    ),
+    "a page of the laboratory that is a list": file("lab/page.json", b"[]"),
+    "a checkpoint with a short name": file("checkpoints/step_5000.ckpt", b"x"),
     "a command in config.yaml": file("config.yaml", lambda p: f"x: !!python/object/apply:os.system ['{touch(p)}']\n"),
     "a bomb of YAML": file("config.yaml", BOMB),
     "a configuration of nothing": file("config.yaml", b"[]\n"),
@@ -517,6 +556,7 @@ def place(tmp_path, sound, server, monkeypatch):
         (folder / name).mkdir()
     (folder / "victim" / "file").write_text("precious\n")
     monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which a trick may change
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     folder.port, folder.digits, folder.sound = server[0], sound / "digits", sound / "run"
     folder.content = torch.load(folder.sound / "checkpoints" / "last.ckpt", weights_only=True)
@@ -650,3 +690,26 @@ def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(mention)):
             UntrustedConfig(content, "here")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x05\x96" + (50 << 30).to_bytes(8, "little") + b"x.",  # bytes that a file only states
+        b"\x80\x02}" + b")" + b"2\x86" * 60 + b"K\x01s.",  # a key of nested tuples
+        b"\x80\x02" + b"".join(b"cposix\nf%d\n0" % n for n in range(200_000)) + b"N.",  # names without end
+        b"\x80\x04\x8f.", b"\x80\x02]r" + (2**32 - 1).to_bytes(4, "little") + b".", b"(" * (1 << 20) + b".",
+    ],
+)  # fmt: skip
+def test_reading_a_head_takes_little_of_anything(data, tmp_path):
+    import resource
+
+    from diffusion.training.checkpoint_head import read_head
+
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ValueError):
+        assert read_head(path).unsafe
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
