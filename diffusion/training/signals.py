@@ -162,7 +162,7 @@ class Signals:
         doing = "the command is ending" if self._over else self._finishing
         if number == signal.SIGINT:
             return f"Ctrl-C: {doing}. Press Ctrl-C again to stop at once."
-        return f"Signal {number}: {doing}. Press Ctrl-C to stop at once."
+        return f"Signal {number}: {doing}." + (" Press Ctrl-C to stop at once." if os.isatty(2) else "")
 
     def _end(self, number: int, line: str = "") -> None:
         """End the process as a kill does, and those that it has started."""
