@@ -90,7 +90,8 @@ def test_a_run_ends_saves_nothing_more_and_goes_on_exactly(
     assert f"; the same command goes on from step {step}." in done.stderr
     assert step in (12, 18)  # the change came when the first was in place, perhaps during the steps to the second
     assert not list(run.checkpoints.glob("*.other_data"))  # nothing of it was used
-    assert command_inside("train", *words).returncode == 2  # not before it is restored
+    if change is not overwrite_a_sample:  # which the steps that are left may not need
+        assert command_inside("train", *words).returncode == 2  # not before it is restored
     restored(digits, data, kind)
     assert f"going on from step {step}" in command_inside("train", *words, check=0).stdout
     assert_same(whole, run.path)

@@ -107,9 +107,11 @@ def test_a_rank_that_raises_ends_all_of_them_and_is_named(digits, tmp_path):
     process = start(words, tmp_path)
     wait_for(tmp_path / "run" / "config.yaml", process)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert re.search(r"error: data\.root=.*cannot read sample .*\nTraining of rank 2 ended at step [67];", output)
-    assert re.search(r"error: rank 2 failed at step [67]: BadSample: data\.root=.*cannot read sample", output), output
+    assert process.returncode == 2
+    assert re.search(r"error: data\.root=.* has changed: sample .*\nTraining of rank 2 ended at step [67];", output)
+    assert re.search(r"error: rank 2 failed at step [67]: DataChanged: data\.root=.* has changed: sample", output), (
+        output
+    )
     goes_on(tmp_path / "run", [*words, "data.on_bad_sample=skip"], tmp_path)
 
 

@@ -33,7 +33,7 @@ def test_annealed_langevin_makes_digits(digits_run, tmp_path):
     words = [f"checkpoint={digits_run}", "out=s", "num_images=500", "sampler=annealed_langevin", "sampler.num_steps=40"]
     assert inside("sample", [*words, "sampler.visits=4", "sampler.step_size=0.19"], tmp_path) == 0
     images = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
-    classifier = build.digit_extractor(tmp_path / "data" / "digits" / build.CLASSIFIER, None, None)
+    classifier = build.digit_extractor([tmp_path / "data" / "digits" / build.CLASSIFIER], None, None)
     sure, judged = classifier([images]).logits.softmax(1).max(1)
     counts = judged.bincount(minlength=10)
     assert (sure >= 0.9).double().mean() >= 0.9
