@@ -111,6 +111,8 @@ def read_head(path: Path) -> Head:
     Raises:
         ValueError: it is no checkpoint of this program; the message is a clause that goes on from "path: ".
     """
+    if not path.is_file():  # also of a pipe, which would be waited for
+        raise ValueError("there is no such file")
     reader = _Reader(_pickle_of(path))
     try:
         content = reader.load()
