@@ -168,7 +168,7 @@ def test_each_row_of_the_table_is_met(idle):
     ],
 )
 def test_what_has_an_effect_or_holds_anyway_is_taken(command, words):
-    checked(command, words)
+    assert checked(command, words)  # not refused
 
 
 def test_a_scale_of_guidance_that_no_one_has_typed_is_no_other_than_that_of_what_is_done():
@@ -234,7 +234,7 @@ def test_the_network_itself_refuses_attention_at_a_size_that_does_not_occur():
 
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_every_experiment_is_sound(experiment):
-    checked("train", [f"+experiment={experiment}"])
+    assert checked("train", [f"+experiment={experiment}"]).name == experiment
 
 
 @pytest.mark.parametrize("size", [*range(8, 70), 96, 100, 127, 128, 255, 256, 300, 512])

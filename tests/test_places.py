@@ -110,7 +110,7 @@ COMMANDS = {
     ),
     "samples": (["evaluate", *SCORED, "metrics=[fid]", "samples=samples"], "out/r.jsonl"),
     "sample": (["sample", "num_images=6", "png=true"], "out"),
-    "lab": (["lab.__main__", "task=errors", "errors.num_steps=[2,4]", "errors.num_images=4", "errors.times=2"], "out"),
+    "lab": (["lab.__main__", "task=errors", "errors.num_images=4", "errors.times=2"], "out"),
 }
 
 

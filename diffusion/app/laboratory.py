@@ -98,7 +98,8 @@ class Laboratory:
         self.samplers = [named(words) for words in cfg.samplers]
         for sampler in self.samplers:
             sampler.make(self.schedule)
-        self.sampler, self.times = build.sampler(cfg, self.schedule)
+        if cfg.task == "errors":  # no other task takes the setting `sampler`
+            self.sampler, self.times = build.sampler(cfg, self.schedule)
 
     def _beside(self) -> Path:
         return (None if self.model is None else self.model.run_folder) or Path(".")

@@ -77,7 +77,7 @@ def check_task(cfg: DictConfig) -> None:
         raise Refusal("trainer.devices, trainer.num_nodes: the laboratory works in one process.")
     if cfg.out is not None:
         refuse_blocked("out", Path(cfg.out), ["report.html"], [cfg.task])
-    if cfg.checkpoint is None:
+    if cfg.checkpoint is None and cfg.task == "errors":
         check_steps(cfg.sampler, cfg.schedule.num_timesteps)
         check_guidance(cfg.guidance.scale, 0, 0)
 
