@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import resource
 import shutil
 import stat
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+STEP = re.compile("[0-9]{1,18}")  # a step in a table
 MOST_TEXT = 1 << 30  # bytes of a table or a log that is read whole
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes nothing more
 
@@ -182,11 +184,11 @@ def _opened(path: str | os.PathLike, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise OSError(error.errno, "is no regular file", str(path)) from error
+            raise OSError(error.errno, "is not a regular file", str(path)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return descriptor
 
 
@@ -203,7 +205,7 @@ def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait
         wait: until another process releases it.
 
     Raises:
-        ValueError: another process holds it, its file system has no locks, or the path is no regular file.
+        ValueError: another process holds it, its file system has no locks, or the path is not a regular file.
         OSError: the file cannot be made.
     """
     path = Path(path)
@@ -232,11 +234,11 @@ def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
             descriptor = _opened(path, os.O_RDWR)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EISDIR):
-                raise ValueError(f"{named}: {path} is no regular file, and cannot be a lock: remove it.") from error
+                raise ValueError(f"{named}: {path} is not a regular file, and cannot be a lock: remove it.") from error
             raise
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is(descriptor, path):
+            if is_file_of(descriptor, path):
                 return descriptor
             os.close(descriptor)  # of one that its holder has removed meanwhile
         except OSError as error:
@@ -252,7 +254,7 @@ def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
             ) from error
 
 
-def _is(descriptor: int, path: Path) -> bool:
+def is_file_of(descriptor: int, path: Path) -> bool:
     """Whether an open file still is the one of that name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
@@ -349,7 +351,7 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"has more than {size_of(most)}", str(path))
         return file.read(most + 1)

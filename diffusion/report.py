@@ -52,13 +52,13 @@ def main(cfg: DictConfig) -> None:
             sys.exit(1 if found.partings else 0)
         if cfg.run_dir is not None:
             folder = one_run("run_dir", cfg.run_dir)
-            with writing("run_dir", folder.path):
+            with naming("run_dir", folder.path):
                 print(f"Report: {write_report(folder)}")
             return
         runs, key = Path(cfg.runs), "runs" if cfg.out is None else "out"
         out = Path(cfg[key])
         rows = collect(runs, out)
-        with writing(key, out):
+        with naming(key, out):
             with replacing(out / "results.csv") as file:
                 file.write(as_csv(rows).encode())
             write_table(rows, out / "results.html", f"Scores of {runs.resolve().name}")
@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def writing(key: str, folder: Path) -> Iterator[None]:
+def naming(key: str, folder: Path) -> Iterator[None]:
     """An error of the file system becomes a Refusal that names the setting and the folder."""
     try:
         yield

@@ -363,6 +363,6 @@ def test_a_lock_that_is_no_file_is_refused_and_its_target_left_alone(run, call, 
     else:
         lock.symlink_to(victim if kind == "link" else tmp_path / "new")
     status, output = call("sample", f"checkpoint={run}", *QUICK, "num_images=4", "out=s")
-    assert status == 2 and f"out=s: {lock.relative_to(tmp_path)} is no regular file" in output, output
+    assert status == 2 and f"out=s: {lock.relative_to(tmp_path)} is not a regular file" in output, output
     assert victim.read_text() == "precious" and not (tmp_path / "new").exists()
     assert [p.name for p in lock.parent.iterdir()] == [lock.name]

@@ -386,7 +386,7 @@ def test_nothing_is_added_to_the_target_of_a_link(tmp_path, kind):
     path, victim = tmp_path / "metrics.csv", tmp_path / "victim"
     victim.write_text("precious")
     path.symlink_to(victim) if kind == "link" else os.mkfifo(path)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         append(path, "row\n")
     assert victim.read_text() == "precious"
     append(tmp_path / "new.csv", "row\n")

@@ -90,7 +90,7 @@ def test_what_is_no_file_in_a_folder_is_bad_or_left_out_and_nothing_waits_for_it
         except BadEntry as error:
             bad[entry.key.split("/")[1]] = str(error)
     assert bad == {
-        "pipe.png": "it is no regular file", "zero.png": "it is no regular file",
+        "pipe.png": "it is not a regular file", "zero.png": "it is not a regular file",
         "itself.png": "it cannot be read: Too many levels of symbolic links",
         "gone.png": "it cannot be read: No such file or directory",
     }  # fmt: skip

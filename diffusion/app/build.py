@@ -241,7 +241,7 @@ def classifier_places(module: ImageShardsDataModule | None, beside: str | Path) 
     if module is not None:
         index, root = module.index, module.root
     elif not is_remote(root):
-        with contextlib.suppress(ValueError):  # there is no data set, or none that can be read
+        with contextlib.suppress(ValueError):  # the folder has no data set that can be read
             index = read_index(root)
     places = [Path(root) / CLASSIFIER] if module is None or not is_remote(root) else []
     if index is not None:
@@ -254,14 +254,14 @@ def digit_extractor(places: Sequence[Path], sha256: str | None, module: ImageSha
     first place that can and may be written to.
 
     Raises:
-        Refusal: it is not there, and there are no digits to train it on.
+        Refusal: the file does not exist, and no digits are given to train it on.
         Unwritable: none of the places can be written to.
     """
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         if module is None:
             raise Refusal(
-                f"extractor.weights={places[0]}: there is no such file. It is made with the digit shards: "
+                f"extractor.weights={places[0]} does not exist. It is made with the digit shards: "
                 f"python -m diffusion.prepare source=digits"
             )
         images = torch.stack([torch.from_numpy(module.samples[i][0].copy()) for i in range(module.num_images)])

@@ -208,20 +208,11 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         members = list(OmegaConf.select(cfg, key) or ())
         if repeated := [m for k, m in enumerate(members) if m in members[:k]]:
             raise Refusal(f"{key}={shown(members)}: {repeated[0]} is there more than once. Give it once.")
-    if (
-        "guidance" in cfg
-        and unguided(cfg)
-        and cfg.guidance.scale != 1
-        and not (typed and "guidance.scale" in typed.settings)
-    ):
-        raise Refusal(
-            f"guidance.scale={cfg.guidance.scale} has no effect: guidance=none. Give guidance=classifier_free."
-        )
     if OmegaConf.select(cfg, "callbacks.enabled") and OmegaConf.select(cfg, "callbacks.score.every_steps") is None:
         raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
     if typed is not None:
         refuse_idle(cfg, typed)
-    if "guidance" in cfg and unguided(cfg) and cfg.guidance.scale != 1:  # of an experiment's file
+    if "guidance" in cfg and unguided(cfg) and cfg.guidance.scale != 1:  # also where nobody typed it
         word = f"guidance.scale={cfg.guidance.scale}"
         raise Refusal(f"{word} has no effect: guidance=none. Give guidance=classifier_free {word}.")
     for metric in cfg.get("metrics") or ():

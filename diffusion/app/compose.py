@@ -44,7 +44,7 @@ from diffusion.training.signals import end_if_interrupted, handled  # noqa: E402
 PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "other", "runs", "reference")
 PATH_KEYS += ("samples", "data.root", "data.remote.folder", "extractor.weights")
-PATH_KEYS += ("loader.root", "loader.cifar_root", "loader.peers_python", "other")
+PATH_KEYS += ("loader.root", "loader.cifar_root", "loader.peers_python")
 OPEN = {  # kinds of what is null or ??? by default, where a value itself does not show them; [int]: a list of these
     **dict.fromkeys(("name", "task", "data.name", "data.digest", "extractor.name", "extractor.target"), str),
     **dict.fromkeys(("extractor.weights", "extractor.sha256", "logger.entity", "logger.group"), str),

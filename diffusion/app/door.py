@@ -123,10 +123,10 @@ def checkpoint_path(given: str) -> Path:
             print(complaint)
         if found is None:
             detail = " ".join(complaints) or f"{folder.checkpoints} has none."
-            raise Refusal(f"checkpoint={given}: there is no usable checkpoint. {detail}")
+            raise Refusal(f"checkpoint={given} has no usable checkpoint. {detail}")
         return found
     if not path.is_file():
-        raise Refusal(f"checkpoint={given}: there is no such file or run folder.")
+        raise Refusal(f"checkpoint={given} does not exist. Give a run folder or a .ckpt file.")
     return path
 
 
@@ -137,7 +137,7 @@ def trained(given: str, ema: bool = True) -> Trained:
         given: a run folder or a .ckpt. ema: the averaged weights; else the raw ones.
 
     Raises:
-        ValueError: there is no sound checkpoint, or it asks for something other than a model of this package.
+        ValueError: no checkpoint can be used, or it asks for something other than a model of this package.
     """
     path = checkpoint_path(given)
     found = load(path)
@@ -239,7 +239,7 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
             that is a folder of this machine. split: None: the one it was trained on.
 
     Raises:
-        ValueError: there is no such data set, it is another one, or the checkpoint names a command or an address.
+        ValueError: the data set does not exist or is a different one, or the checkpoint names a command or an address.
     """
     config, path = model.config, model.path
     target = _target(config, "data", path)
@@ -294,8 +294,8 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
         there, root = False, f"{root[:60]}..."
     if not there:
         raise Refusal(
-            f"checkpoint={path} was trained on data.root={root}, where there is no data set now: give data.root=FOLDER "
-            f"with {model.data_name}, which python -m diffusion.prepare makes."
+            f"checkpoint={path} was trained on data.root={root}, which is not a data set on this machine. Give "
+            f"data.root=FOLDER, the folder of {model.data_name}; python -m diffusion.prepare makes it."
         )
 
 

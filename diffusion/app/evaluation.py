@@ -25,8 +25,7 @@ from diffusion.metrics.published import counterpart, places
 from diffusion.metrics.reference import Reference
 from diffusion.page import sweep_figure, sweep_table_text, told
 from diffusion.page.sweep import read_sweep, write_sweep
-from diffusion.training.gallery import Gallery
-from diffusion.training.gallery import told as listed
+from diffusion.training.gallery import Gallery, listed
 from diffusion.training.pieces import Pieces
 from diffusion.training.ranks import Ranks
 from diffusion.training.run_folder import RunFolder

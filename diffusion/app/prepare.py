@@ -15,6 +15,7 @@ from diffusion.data.prepare_image import BACKGROUNDS, CROPS, RESIZES, STORED, Ru
 from diffusion.data.prepare_plan import Job, Plan, first_sizes
 from diffusion.data.prepare_shards import SHEET, SKIPPED
 from diffusion.data.sources import open_source, shown
+from diffusion.files import size_of
 from diffusion.models.resolutions import nearest_resolutions, resolutions
 
 TASKS = ("make", "verify")
@@ -209,14 +210,6 @@ def histogram(split: str, classes: tuple[str, ...], counts: list[int]) -> list[s
         for name, n in zip(names, counts, strict=True)
     ]
     return [f"  {split}:", *("  " + bar.rstrip() for bar in bars)]
-
-
-def size_of(number: int) -> str:
-    """1.2 GB, 340.0 MB, 12.5 kB."""
-    for unit, least in (("GB", 1e9), ("MB", 1e6)):
-        if number >= least:
-            return f"{number / least:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
 
 
 def train_command(cfg: DictConfig, job: Job) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusion.files import UNWRITABLE, Room, writing
+from diffusion.files import UNWRITABLE, Room, is_file_of, writing
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "pipe:")
 CHUNK = 1 << 18
@@ -257,7 +257,7 @@ class FileCache:
                     return goal
                 with open(part, "a+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX)  # of this opening: threads of one process exclude each other too
-                    if not _is(file, part) or goal.exists():
+                    if not is_file_of(file.fileno(), part) or goal.exists():
                         continue  # somebody else has finished or given up meanwhile
                     self._make_room(part)
                     self.access.fetch(url, file, size, sha256)
@@ -289,14 +289,6 @@ class FileCache:
                     f"data.remote.gigabytes={self.limit / 1e9:g} is too small for the files that are needed at the "
                     f"same time, {total / 1e9:.3g} GB in {self.folder}: give more, or fewer data.lanes."
                 )
-
-
-def _is(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file still is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _full_size(path: Path) -> int:

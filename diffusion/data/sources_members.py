@@ -103,7 +103,7 @@ class FolderMembers:
             with open(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
-                    raise BadEntry("it is no regular file")
+                    raise BadEntry("it is not a regular file")
                 data = file.read(min(status.st_size, most) + 1)
         except OSError as error:
             raise BadEntry(f"it cannot be read: {error.strerror}") from error

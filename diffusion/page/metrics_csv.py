@@ -1,16 +1,14 @@
 """The columns of metrics.csv, and long curves made short enough to draw."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from diffusion.files import read_csv
+from diffusion.files import STEP, read_csv
 from diffusion.page.words import counted
 
-STEP = re.compile("[0-9]{1,18}")
 MAX_POINTS = 240  # of a curve; a longer one becomes means over stretches, with a band from the lowest to the highest
 
 

@@ -42,8 +42,8 @@ def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint; nothing in it is executed.
 
     Raises:
-        ValueError: the file is missing or damaged, is no checkpoint of this program, or names functions that would be
-            called on loading.
+        ValueError: the file is missing or damaged, is not a checkpoint of this program, or names functions that would
+            be called on loading.
     """
     content = contents(path)
     where = f"checkpoint={path}"

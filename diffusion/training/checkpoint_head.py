@@ -109,7 +109,7 @@ def read_head(path: Path) -> Head:
     """The head of a checkpoint file.
 
     Raises:
-        ValueError: it is no checkpoint of this program; the message is a clause that goes on from "path: ".
+        ValueError: it is not a checkpoint of this program; the message is a clause that goes on from "path: ".
     """
     if not path.is_file():  # also of a pipe, which would be waited for
         raise ValueError("there is no such file")
@@ -126,10 +126,10 @@ def read_head(path: Path) -> Head:
     wanted = ("global_step", "state_dict", "ema", "config")
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"it is no checkpoint of this program: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"it is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
     step = content["global_step"]
     if type(step) is not int or not 0 <= step < 1 << 62:
-        raise ValueError("it is no checkpoint of this program: its global_step is no number of steps")
+        raise ValueError("it is not a checkpoint of this program: its global_step is not a number of steps")
     try:
         config = UntrustedConfig(content["config"], "its configuration")
     except ValueError as error:
@@ -167,7 +167,7 @@ def _pickle_of(path: Path) -> bytes:
     except Exception as error:  # each way of compressing has errors of its own
         raise ValueError(f"it is cut off or no checkpoint ({error})") from error
     if len(data) > MOST_BYTES:
-        raise ValueError(f"its description takes more than {MOST_BYTES >> 20} MB, so it is no checkpoint")
+        raise ValueError(f"its description takes more than {MOST_BYTES >> 20} MB, so it is not a checkpoint")
     return data
 
 

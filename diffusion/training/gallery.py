@@ -77,7 +77,7 @@ class Gallery:
         if extractor is not None and (rest := pieces.missing(self._features(extractor))):
             pieces.make(rest, lambda numbers: self._look(numbers, self._joined(numbers), extractor), "features")
         if pieces.ranks.main and len(sizes := self.batch_sizes()) > 1:
-            print(f"Batch sizes {told(sizes)} were mixed, which changes rounding at most.", flush=True)
+            print(f"Batch sizes {listed(sizes)} were mixed, which changes rounding at most.", flush=True)
 
     def _sample(self, numbers: range, extractor: Extractor | None) -> bool:
         """These images, and their features."""
@@ -148,7 +148,7 @@ class Gallery:
     def record(self) -> dict[str, Any]:
         """What results.jsonl says of the images: how they were sampled, and the work each took."""
         sizes = self.batch_sizes()
-        mixed = {"batch_sizes": told(sizes)} if len(sizes) > 1 else {}
+        mixed = {"batch_sizes": listed(sizes)} if len(sizes) > 1 else {}
         return {**self.sampling.record(), **mixed, "nfe": self.nfe()}
 
     def labels(self) -> Tensor | None:
@@ -192,7 +192,7 @@ def seen(extractor: Extractor) -> int:
     return layers[-1].in_features + layers[-1].out_features if layers else 0
 
 
-def told(sizes: list[int]) -> str:
+def listed(sizes: list[int]) -> str:
     """Several numbers as text: 10, 50 and 64."""
     *first, last = map(str, sizes)
     return f"{', '.join(first)} and {last}" if first else last

@@ -6,7 +6,6 @@ written as one row. That is the only moment at which training waits for the devi
 
 import csv
 import io
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusion.files import append, keep_damaged, read_csv, write_atomically
+from diffusion.files import STEP, append, keep_damaged, read_csv, write_atomically
 from diffusion.training.run_folder import OnError
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
-STEP = re.compile("[0-9]{1,18}")
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
 
 

@@ -105,7 +105,7 @@ class _Reader:
     def group(self, content: dict, depth: int = 0) -> dict[str, Any]:
         self._count(len(content), depth)
         if not all(isinstance(key, str) for key in content):
-            raise ValueError(f"{self.where} has a key that is no text, so it is no configuration.")
+            raise ValueError(f"{self.where} has a key that is not text, so it is not a configuration.")
         return {_clean(key): self.value(value, depth + 1) for key, value in content.items()}
 
     def value(self, value: Any, depth: int) -> Any:
@@ -113,11 +113,13 @@ class _Reader:
             return value
         if type(value) is int:
             if abs(value) >= 1 << 64:
-                raise ValueError(f"{self.where} holds an integer of more than 64 bits, so it is no configuration.")
+                raise ValueError(f"{self.where} holds an integer of more than 64 bits, so it is not a configuration.")
             return value
         if isinstance(value, str):
             if len(value) > LONGEST:
-                raise ValueError(f"{self.where} holds a text of {len(value):,} characters, so it is no configuration.")
+                raise ValueError(
+                    f"{self.where} holds a text of {len(value):,} characters, so it is not a configuration."
+                )
             return _clean(value)
         if isinstance(value, dict):
             return _group(self.group(value, depth))
