@@ -78,7 +78,7 @@ def check_paths(cfg: DictConfig, out: Path) -> None:
     """Refuse a checkpoint that is not there, and a folder in which something would be overwritten."""
     refuse_overwriting("out", out, cfg.overwrite)
     if not Path(cfg.checkpoint).exists():
-        raise Refusal(f"checkpoint={cfg.checkpoint}: there is no such file or run folder.")
+        raise Refusal(f"checkpoint={cfg.checkpoint} does not exist. Give a run folder or a .ckpt file.")
 
 
 if __name__ == "__main__":

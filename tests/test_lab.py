@@ -214,7 +214,7 @@ def test_every_idea_names_functions_that_say_what_they_do():
     [
         (["task=error"], "task=error is none of errors, forward, reverse, modes, equivalence."),
         (["task=errors", "toy=ring"], "toy=ring is none of modes, rings"),
-        (["task=errors", "checkpoint=nowhere"], "checkpoint=nowhere: there is no such file or run folder."),
+        (["task=errors", "checkpoint=nowhere"], "checkpoint=nowhere does not exist. Give a run folder"),
         (["task=modes", "checkpoint=nowhere"], "checkpoint=nowhere is for task=errors and task=equivalence"),
         (
             ["task=errors", "gaussian.mean=[0.1]"],

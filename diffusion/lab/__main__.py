@@ -65,7 +65,7 @@ def check_task(cfg: DictConfig) -> None:
             f"is of exact scores."
         )
     if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
-        raise Refusal(f"checkpoint={cfg.checkpoint}: there is no such file or run folder.")
+        raise Refusal(f"checkpoint={cfg.checkpoint} does not exist. Give a run folder or a .ckpt file.")
     if cfg.checkpoint is not None and cfg.toy is not None:
         raise Refusal(f"toy={cfg.toy}: with checkpoint={cfg.checkpoint} the data are the model's own.")
     if len(cfg.gaussian.mean) != len(cfg.gaussian.stds) or not cfg.gaussian.mean:
