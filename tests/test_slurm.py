@@ -560,7 +560,8 @@ def test_scores_are_made_when_training_has_ended(cluster, digits, tmp_path):
 
 
 def test_there_are_no_scores_of_a_training_that_failed(cluster, tmp_path):
-    words = [f"--output={tmp_path}/train", "data.batch_size=0", f"run_dir={tmp_path / 'run'}"]
+    words = ["+experiment=cifar10", f"data.root={tmp_path / 'missing'}", f"run_dir={tmp_path / 'run'}"]
+    words = [f"--output={tmp_path}/train", *words]
     said = cluster.run("bash", "launch/slurm.sh", *words, "--", f"--output={tmp_path}/evaluate")
     train, evaluate = re.findall(r"^job (\d+)$", said, re.M)
     cluster.finish(evaluate, tmp_path / "evaluate", state="CANCELLED")
