@@ -11,7 +11,8 @@ import json
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ CACHES = ("auto", "memory", "none")
 ON_BAD_SAMPLE = ("error", "skip")
 CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
 NPY_HEADER = 1024  # bytes, at most
+READ_TOGETHER = 32  # samples: their encoded bytes are held at one time
 OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; a process may usually have 1024 files
 Allocate = Callable[[tuple[int, ...]], Tensor]  # a shape -> memory for it, uint8
 
@@ -125,7 +127,7 @@ class Samples(Dataset):
         self.index, self.shards = index, index.of_split(split)
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
-        self._first = np.cumsum(self.counts) - self.counts
+        self._first, self._count = np.cumsum(self.counts) - self.counts, int(self.counts.sum())
         self._where = shards or LocalShards(index, tolerant=on_bad_sample == "skip")
         self._open: OrderedDict[int, ShardReader] = OrderedDict()  # the least lately used first
         self._bad = shared(np.bool_, len(self))
@@ -134,7 +136,7 @@ class Samples(Dataset):
             self._cache = _Cache(self._shape(len(self)))
 
     def __len__(self) -> int:
-        return int(self.counts.sum())
+        return self._count
 
     def _shape(self, count: int) -> tuple[int, int, int, int]:
         return count, self.index.channels, self.index.image_size, self.index.image_size
@@ -162,31 +164,42 @@ class Samples(Dataset):
             BadSample: it cannot be read or decoded; a DataChanged if it is not the one that the set was made with.
             Unreachable: its shard is remote and cannot be had. Unwritable: or has no room on this machine.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        if self._cache is not None and self._cache.known[number]:
-            image, label = self._cache.images[number].numpy(), int(self._cache.labels[number])
-        else:
-            image, label = self._decode(number)
-            if self._cache is not None:
-                self._cache.keep(number, image, label)
+        ((image, label),) = self._decoded(np.array([number]))
         return image, (label if self.index.classes else None)
 
-    def _decode(self, number: int) -> tuple[np.ndarray, int]:
-        """The image and the class (0 in a data set without) from the tar."""
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
-        place = int(number - self._first[which])
-        try:
-            data, label_data = self._bytes(which, place)
-            image = decode_image(data, self.index.channels, self.index.image_size)
-            label = decode_label(label_data, self.index.classes) if self.index.classes else 0
-        except (Unreachable, Unwritable, DataChanged):
-            raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
-            if shortage(error):  # of the process, which is no fault of the sample
-                raise
-            raise self._complaint(which, place, error) from error
-        return image, label
+    def _decoded(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """The image and the class (0 in a data set without) of each, out of the cache or the tar. Some are read, and
+        compared with their digests, before the first of them is decoded, which is faster than in turn."""
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self._count:
+            raise IndexError(f"a sample in [{numbers.min()}, {numbers.max()}] of {self._count}")
+        shards = np.searchsorted(self._first, numbers, side="right") - 1
+        where = list(zip(numbers.tolist(), shards.tolist(), (numbers - self._first[shards]).tolist(), strict=True))
+        for start in range(0, len(where), READ_TOGETHER):
+            encoded = []
+            for number, which, place in where[start : start + READ_TOGETHER]:
+                try:
+                    kept = self._cache is not None and self._cache.known[number]
+                    encoded.append(None if kept else self._bytes(which, place))
+                except Exception as error:
+                    self._fail(which, place, error)
+            for (number, which, place), found in zip(where[start:], encoded, strict=False):
+                if found is None:
+                    yield self._cache.images[number].numpy(), int(self._cache.labels[number])
+                    continue
+                try:
+                    image = decode_image(found[0], self.index.channels, self.index.image_size)
+                    label = decode_label(found[1], self.index.classes) if self.index.classes else 0
+                except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and others on damaged data
+                    self._fail(which, place, error)
+                if self._cache is not None:
+                    self._cache.keep(number, image, label)
+                yield image, label
+
+    def _fail(self, which: int, place: int, error: Exception) -> NoReturn:
+        """Raise what a sample could not be had for: the error, or what it says of the sample."""
+        if isinstance(error, (Unreachable, Unwritable, DataChanged)) or shortage(error):
+            raise error  # no fault of the sample
+        raise self._complaint(which, place, error) from error
 
     def _bytes(self, which: int, place: int) -> tuple[bytes, bytes]:
         """The image and the label (empty in a data set without) of a sample as the set was made with them, encoded.
@@ -296,12 +309,14 @@ class Samples(Dataset):
             count, channels, height, width = self._shape(len(numbers))
             images = allocate((count, height, width, channels)).permute(0, 3, 1, 2)  # as pictures are decoded
             pixels = images.numpy()
-            for i, number in enumerate(numbers.tolist()):
-                if stand_ins is None:
-                    image, label = self[number]
-                else:
+            classes = labels.numpy()
+            if stand_ins is None:
+                for i, found in enumerate(self._decoded(numbers)):
+                    pixels[i], classes[i] = found
+            else:
+                for i, number in enumerate(numbers.tolist()):
                     image, label, stand_ins[i] = self._readable(number)
-                pixels[i], labels[i] = image, label or 0
+                    pixels[i], classes[i] = image, label or 0
         return images, (labels if self.index.classes else None), stand_ins
 
     def _readable(self, number: int) -> tuple[np.ndarray, int | None, bool]:
