@@ -8,7 +8,7 @@ it has been killed so often. Half of the kills are SIGKILL, the others SIGTERM, 
 a file is being written, a third while the command starts, the others in a step, a look, or the scores of the end.
 
 Whenever the training has finished, all this must be that of the whole one, to the byte: weights, average, optimizer and
-counters in the last checkpoint, the names of the files kept, metrics.csv but for its speeds, results.jsonl, all
+counters in the last checkpoint, the files that are there, metrics.csv but for its speeds, results.jsonl, all
 pictures, and the fingerprints of all steps. Exit status 0 if it is, else 1.
 """
 
@@ -232,10 +232,14 @@ def same(ours: Any, theirs: Any) -> bool:
 
 def files(run: Path) -> dict[str, bytes]:
     """What else must be the same: results.jsonl and the pictures, and the names of all files but those of the loggers,
-    whose content is another matter."""
-    found = {}
+    whose content is another matter. Of the checkpoints that last.ckpt and best.ckpt do not point to only the number: a
+    stop saves one between those of save.every_steps, and it is among the newest, which stay."""
+    found, pointed = {}, {path.resolve().stem for path in run.glob("checkpoints/*") if path.is_symlink()}
+    others = sorted({path.stem for path in run.glob("checkpoints/step_*")} - pointed)
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
+        if path.stem in others:
+            name = f"checkpoints/older_{others.index(path.stem)}{path.suffix}"
         whole = name == "results.jsonl" or path.suffix == ".png"
         found[name] = path.read_bytes() if whole else os.readlink(path).encode() if path.is_symlink() else b""
     return found

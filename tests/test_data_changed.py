@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,6 +257,15 @@ def test_a_set_is_recognised_by_the_same_digest_as_before(tmp_path):
     assert all(shard.digests_sha256 for shard in index.shards)
     older = read_index(without_digests(tmp_path))
     assert older.digest == index.digest and not any(shard.digests_sha256 for shard in older.shards)
+
+
+def test_what_is_kept_of_images_is_not_found_for_a_set_with_other_digests(tmp_path):
+    index = read_index(write_arrays(tmp_path))
+    first = index.shards[0]
+    other = replace(index, shards=(replace(first, digests_sha256="0" * 64), *index.shards[1:]))
+    assert other.digest == index.digest and other.content != index.content
+    older = read_index(without_digests(tmp_path))
+    assert older.content == older.digest
 
 
 def test_the_digests_are_those_of_the_samples_and_apart_from_what_older_programs_read(tmp_path):

@@ -245,7 +245,7 @@ def classifier_places(module: ImageShardsDataModule | None, beside: str | Path) 
             index = read_index(root)
     places = [Path(root) / CLASSIFIER] if module is None or not is_remote(root) else []
     if index is not None:
-        places.append(cache_folder() / "classifiers" / f"{index.digest[:16]}.safetensors")
+        places.append(cache_folder() / "classifiers" / f"{index.content[:16]}.safetensors")
     return places
 
 
@@ -314,7 +314,7 @@ def with_fast_sampler(cfg: DictConfig, num_steps: int) -> DictConfig:
 def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks) -> Reference | None:
     """What images are scored against, from a split of shards, kept beside them (of a remote set in its folder on this
     machine) or, where that cannot or may not be written to, in the cache folder."""
-    about = {"data": module.index.digest, "split": module.split, "image_size": module.image_size}
+    about = {"data": module.index.content, "split": module.split, "image_size": module.image_size}
     keep, read_only = reference_folders(module)
     return reference_of(module.samples, extractor, ranks, about, keep, read_only)
 

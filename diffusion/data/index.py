@@ -117,6 +117,16 @@ class Index:
         text = json.dumps([self.image_size, self.channels, self.classes, [shard.record for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def content(self) -> str:
+        """What is kept of the images, outside of the set or beside it, is kept under this: the digest of the set, and
+        of its samples' digests where it has them, for then these decide which bytes are sound, and not the sha256 of
+        the tars. Else a set with another's index could leave its features to be found by the other."""
+        digests = [shard.digests_sha256 for shard in self.shards]
+        if None in digests:
+            return self.digest
+        return hashlib.sha256(json.dumps([self.digest, digests]).encode()).hexdigest()
+
     def path(self, shard: Shard) -> Path:
         """Where the tar of a set that is on this machine is."""
         return self.root / shard.path
