@@ -15,7 +15,7 @@ task=sweep measures FID at each of sweep.num_steps for each of sweep.eta, and wr
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import LEAST_IMAGES, check, refuse_blocked, refuse_overwriting
-from diffusion.app.compose import Refusal, command, refusing, typed
-from diffusion.app.launcher import check_launcher, main_rank
-from diffusion.data.remote import is_remote
+from diffusion.config.check import LEAST_IMAGES, check, refuse_blocked, refuse_overwriting
+from diffusion.config.compose import command, refusing, typed
+from diffusion.data.shards.remote import is_remote
+from diffusion.distributed.launcher import check_launcher, main_rank
+from diffusion.distributed.signals import handled
+from diffusion.errors import Refusal
 from diffusion.files import obstacle, write_atomically, writing
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import handled
+from diffusion.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from diffusion.app.evaluation import Evaluation
+    from diffusion.scoring.evaluation import Evaluation
 
 
 TASKS = ("score", "sweep")
@@ -46,8 +47,8 @@ def main(cfg: DictConfig) -> None:
         check(cfg, typed())
         check_paths(cfg)
         check_launcher(cfg)
-        from diffusion.app.evaluation import Evaluation
-        from diffusion.app.processes import share
+        from diffusion.distributed.processes import share
+        from diffusion.scoring.evaluation import Evaluation
 
         evaluation = Evaluation(cfg)
         evaluation.check_output()
@@ -134,7 +135,7 @@ def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:
     """Print the rows, also where they stand among published ones, and keep them."""
     from diffusion.metrics.published import table_text
     from diffusion.page import told, write_report
-    from diffusion.training.scoring import describe
+    from diffusion.scoring.scores import describe
 
     for row in rows:
         print(describe(row))

@@ -11,7 +11,7 @@
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -22,9 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusion.app.check import check
-from diffusion.app.compose import command, refusing, typed
-from diffusion.app.prepare import (
+from diffusion.build.prepare import (
     check_prepare,
     introduction,
     job_of,
@@ -34,10 +32,12 @@ from diffusion.app.prepare import (
     train_command,
     verdict,
 )  # fmt: skip
-from diffusion.data.index import read_index
-from diffusion.data.prepare_plan import planned
-from diffusion.data.prepare_shards import make_set, refuse_other, settings_of
-from diffusion.data.prepare_verify import verify_set
+from diffusion.config.check import check
+from diffusion.config.compose import command, refusing, typed
+from diffusion.data.prepare.plan import planned
+from diffusion.data.prepare.shards import make_set, refuse_other, settings_of
+from diffusion.data.prepare.verify import verify_set
+from diffusion.data.shards.index import read_index
 from diffusion.files import Room, writing
 
 
@@ -113,7 +113,7 @@ def verify(cfg: DictConfig) -> int:
 def digits(cfg: DictConfig) -> None:
     """The data set that is on every machine, and its classifier."""
     with refusing(cfg.debug):
-        from diffusion.app import build
+        from diffusion.build import parts as build
         from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
 
         out = out_of(cfg)

@@ -13,7 +13,7 @@ status 0 if they are the same at all steps that both have logged, 1 if they part
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -27,13 +27,14 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check
-from diffusion.app.compose import Refusal, command, refusing, typed
+from diffusion.config.check import check, refuse_blocked
+from diffusion.config.compose import command, refusing, typed
+from diffusion.errors import Refusal
 from diffusion.files import Room, csv_text, replacing, told_by_disk
 from diffusion.metrics.published import aligned
 from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
+from diffusion.runs.folder import RunFolder, flatten
 from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
-from diffusion.training.run_folder import RunFolder, flatten
 
 Row = dict[str, Any]
 TASKS = ("make", "compare")
@@ -52,12 +53,14 @@ def main(cfg: DictConfig) -> None:
             sys.exit(1 if found.partings else 0)
         if cfg.run_dir is not None:
             folder = one_run("run_dir", cfg.run_dir)
+            refuse_blocked("run_dir", folder.path, ["report.html"], [])
             with naming("run_dir", folder.path):
                 print(f"Report: {write_report(folder)}")
             return
         runs, key = Path(cfg.runs), "runs" if cfg.out is None else "out"
         out = Path(cfg[key])
         rows = collect(runs, out)
+        refuse_blocked(key, out, ["results.csv", "results.html"], [])
         with naming(key, out):
             with replacing(out / "results.csv") as file:
                 file.write(as_csv(rows).encode())

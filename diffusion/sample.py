@@ -11,7 +11,7 @@ samples.npz (arr_0: uint8 NHWC, arr_1: labels); png=true adds single files.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check, check_guidance, refuse_overwriting
-from diffusion.app.compose import Refusal, command, refusing, typed
-from diffusion.app.launcher import check_launcher, main_rank
+from diffusion.config.check import check, check_guidance, refuse_overwriting
+from diffusion.config.compose import command, refusing, typed
+from diffusion.distributed.launcher import check_launcher, main_rank
+from diffusion.distributed.signals import handled
+from diffusion.errors import Refusal
 from diffusion.files import Room, writing
-from diffusion.training.signals import handled
 
 
 @command("sample")
@@ -33,10 +34,11 @@ def main(cfg: DictConfig) -> None:
         out = Path(cfg.out)
         check_paths(cfg, out)
         check_launcher(cfg)
-        from diffusion.app import build, door
-        from diffusion.app.processes import share
-        from diffusion.training.gallery import Gallery
-        from diffusion.training.ranks import Ranks
+        from diffusion.build import door
+        from diffusion.build import parts as build
+        from diffusion.distributed.processes import share
+        from diffusion.distributed.ranks import Ranks
+        from diffusion.scoring.gallery import Gallery
 
         place = build.place(cfg.trainer)
         model = door.trained(cfg.checkpoint, cfg.ema)

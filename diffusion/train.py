@@ -9,7 +9,7 @@ metrics.csv, samples/, results.jsonl, report.html.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -19,11 +19,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.app.check import check, check_data
-from diffusion.app.compose import command, refusing, typed
-from diffusion.app.launcher import check_launcher, main_rank, ranks
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import Signals, handled
+from diffusion.config.check import check, check_data
+from diffusion.config.compose import command, refusing, typed
+from diffusion.distributed.launcher import check_launcher, main_rank, ranks
+from diffusion.distributed.signals import Signals, handled
+from diffusion.runs.folder import RunFolder
 
 
 @command("train", experiment="digits")
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, signals: Signals) -> int:
         if step := finished(cfg, config, folder):
             say(f"{folder.path} is finished: {step} steps, nothing is missing. See {folder.report_path}")
             return 0
-        from diffusion.app.run import Run  # torch and lightning, now that the configuration is sound
+        from diffusion.run import Run  # torch and lightning, now that the configuration is sound
 
         with refusing(cfg.debug):
             run = Run(cfg, config, folder, signals)

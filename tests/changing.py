@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-from diffusion.data.index import DIGESTS, INDEX_NAME, read_index
+from diffusion.data.shards.index import DIGESTS, INDEX_NAME, read_index
 
 
 def without_digests(root):

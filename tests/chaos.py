@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from diffusion.distributed.signals import descendants  # noqa: E402
 from diffusion.training.fingerprint_log import compare  # noqa: E402
-from diffusion.training.signals import descendants  # noqa: E402
 
 STEPS, EVERY = 40, 5  # of the training; between two checkpoints
 WORDS = ["trainer=cpu", "trainer.threads=1", "data.batch_size=8", "data.num_workers=2", f"save.every_steps={EVERY}"]

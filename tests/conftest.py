@@ -1,10 +1,12 @@
 """What all tests share."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,7 +40,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The root of a data set of digits with its classifier, made once a session."""
-    from diffusion.app import build
+    from diffusion.build import parts as build
 
     root = tmp_path_factory.mktemp("data") / "digits"
     build.prepare_digits(root)
@@ -76,15 +78,19 @@ def command(tmp_path):
     return run
 
 
+def command_module(name: str) -> ModuleType:
+    """The module of a command: a file of the package, or the `__main__` of one of its folders."""
+    folder = (ROOT / "diffusion" / name / "__main__.py").is_file()
+    return importlib.import_module(f"diffusion.{name}" + (".__main__" if folder else ""))
+
+
 def inside(name: str, words: list[str], folder: Path) -> int:
     """A command inside this process and in this folder, which saves the imports; its exit status."""
-    import importlib
-
     argv, here = sys.argv, os.getcwd()
     sys.argv = [f"diffusion.{name}", *words]
     os.chdir(folder)
     try:
-        importlib.import_module(f"diffusion.{name}").main()
+        command_module(name).main()
         return 0
     except SystemExit as e:
         return e.code or 0

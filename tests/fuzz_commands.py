@@ -24,15 +24,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from conftest import command_module
 from omegaconf import OmegaConf
 from PIL import Image
 
-from diffusion.app.compose import composed, groups
-from diffusion.training.run_folder import flatten
+from diffusion.config.compose import composed, groups
+from diffusion.runs.folder import flatten
 
 SECONDS, BYTES, LINES = 120, 1 << 32, 10  # that a case may take, allocate, and say when it refuses
 COMMANDS = ("train", "sample", "evaluate", "lab", "prepare", "report", "benchmark")
-MODULES = {"lab": "lab.__main__"}
 TINY = ["trainer=cpu", "trainer.threads=1", "data.batch_size=4", "trainer.max_steps=1", "model.multipliers=[1]"]
 TINY += ["model.attention_resolutions=[]", "model.blocks_per_level=1", "schedule.num_timesteps=20"]
 TINY += ["schedule.beta_end=0.6", "log_every=1"]
@@ -207,7 +207,7 @@ def child_status(command, words, folder, out, err):
     sys.argv = [f"diffusion.{command}", *words]
     status = 0
     try:
-        importlib.import_module(f"diffusion.{MODULES.get(command, command)}").main()
+        command_module(command).main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         if isinstance(ended.code, str):
@@ -305,9 +305,13 @@ def make(folder):
 
 def import_all():
     for name in COMMANDS:
-        importlib.import_module(f"diffusion.{MODULES.get(name, name)}")
-    for name in ("run", "evaluation", "laboratory", "lab_errors", "lab_modes", "lab_plane", "lab_equivalence"):
-        importlib.import_module(f"diffusion.app.{name}")
+        command_module(name)
+    for name in (
+        "run",
+        "scoring.evaluation",
+        *(f"lab.tasks.{task}" for task in ("errors", "modes", "plane", "equivalence")),
+    ):
+        importlib.import_module(f"diffusion.{name}")
 
 
 def fuzz(numbers, seed, place, loud=False):

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import torch
 
-from diffusion.data.index import read_index
-from diffusion.data.layout import Layout
-from diffusion.data.order import Plan
-from diffusion.data.samples import Samples
-from diffusion.data.stream import StreamLoader
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.layout import Layout
+from diffusion.data.shards.order import Plan
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.stream import StreamLoader
+from diffusion.data.shards.writer import ShardWriter
 
 COUNT, CLASSES, BATCH = 1009, 7, 840  # a prime number of images; a batch that 1 to 8 ranks divide
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from diffusion.app import run  # noqa: E402
+from diffusion import run  # noqa: E402
 
 
 class ProbedRun(run.Run):

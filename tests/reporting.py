@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffusion.training.watchdog import Watchdog, connect
+from diffusion.distributed.watchdog import Watchdog, connect
 
 SIZE = 3
 

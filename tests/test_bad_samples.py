@@ -10,13 +10,13 @@ import torch
 from changing import without_digests
 from numbered import BATCH, CLASSES, damaged, number_of, pixels, plan_of, take
 
-from diffusion.data.changes import BadSample, DataChanged
-from diffusion.data.index import read_index
-from diffusion.data.layout import Layout
-from diffusion.data.order import Plan
-from diffusion.data.samples import Samples
-from diffusion.data.stream import StreamLoader
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.changes import BadSample, DataChanged
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.layout import Layout
+from diffusion.data.shards.order import Plan
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.stream import StreamLoader
+from diffusion.data.shards.writer import ShardWriter
 
 
 def test_another_sample_of_the_shard_stands_in_for_a_bad_one_in_every_layout(root, tmp_path, capfd):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from diffusion.app import gpu_check
-from diffusion.app.gpu_check import BF16, CPU, FLOAT32, Comparison, Step, Way, compare, timed_training
+from diffusion.benchmark import gpu_check
+from diffusion.benchmark.gpu_check import BF16, CPU, FLOAT32, Comparison, Step, Way, compare, timed_training
 from diffusion.training.module import DiffusionModule
 
 CPU_BF16 = Way("CPU bf16", ("trainer=cpu", "trainer.precision=bf16-mixed", "trainer.memory_format=channels_last"))

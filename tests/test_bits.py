@@ -10,14 +10,15 @@ import torch
 from conftest import inside
 from PIL import Image
 
-from diffusion.app import build, door
-from diffusion.app.bits import Bits, Settings, stages, variance_of
-from diffusion.app.compose import Refusal
+from diffusion.build import door
+from diffusion.build import parts as build
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped, NetworkDenoiser
+from diffusion.errors import Refusal
 from diffusion.likelihood.bound import COLUMNS, bound_terms
 from diffusion.models.unet import UNet
-from diffusion.training.untrusted import UntrustedConfig
+from diffusion.runs.untrusted import UntrustedConfig
+from diffusion.scoring.bits import Bits, Settings, stages, variance_of
 
 T = 12
 WHERE = build.Place(torch.device("cpu"), "32", torch.contiguous_format)

@@ -10,8 +10,8 @@ from changing import cut, delete, overwrite, overwrite_a_sample, replace, swap, 
 from conftest import inside
 from test_resume import PLAIN, STEPS, assert_same, start, wait_for
 
-from diffusion.data.index import read_index
-from diffusion.training.run_folder import RunFolder
+from diffusion.data.shards.index import read_index
+from diffusion.runs.folder import RunFolder
 
 CHANGED, OTHER = "train-00003.tar", "train-00005.tar"
 
@@ -113,7 +113,7 @@ def test_checkpoints_that_may_come_from_other_data_are_set_aside(
     digits, whole, command_inside, after_saving, tmp_path, monkeypatch
 ):
     """A label changes through a mapped page that is dirty already, so that no time of the file shows it."""
-    monkeypatch.setattr("diffusion.data.changes.SETTLED", 1000.0)
+    monkeypatch.setattr("diffusion.data.shards.changes.SETTLED", 1000.0)
     data, run = set_of(digits, tmp_path / "set", "without"), RunFolder(tmp_path / "run")
     words = [*PLAIN, f"data.root={data}", "run_dir=run", "data.cache=none"]
     command_inside("train", *words, "trainer.max_steps=6", check=0)
@@ -128,7 +128,7 @@ def test_checkpoints_that_may_come_from_other_data_are_set_aside(
             for at in places:
                 content[at] = ord("0") + (content[at] - ord("0") + 1) % 10
             assert os.stat(data / CHANGED).st_mtime_ns == seen.st_mtime_ns
-            monkeypatch.setattr("diffusion.data.changes.SETTLED", 0.0)  # as if time went by
+            monkeypatch.setattr("diffusion.data.shards.changes.SETTLED", 0.0)  # as if time went by
 
         after_saving(18, change)
         done = command_inside("train", *words, check=2)

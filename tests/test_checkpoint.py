@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 
 from diffusion.noise import key
+from diffusion.runs.folder import RunFolder, damage, differences, flatten
 from diffusion.training.checkpoint import CheckpointWriter, WriteFailed, contents, load
-from diffusion.training.run_folder import RunFolder, damage, differences, flatten
 
 CONTENT = {
     "global_step": 7,

@@ -302,7 +302,7 @@ def test_what_was_damaged_twice_is_kept_twice(place, capfd):
 
 
 def test_runs_of_former_versions_that_asked_for_attention_nowhere_go_on():
-    from diffusion.training.run_folder import differences
+    from diffusion.runs.folder import differences
 
     old = {"model": {"image_size": 48, "multipliers": [1, 2, 2], "attention_resolutions": [16], "fourier_scale": 8.0}}
     old["model"]["time_embedding"] = "positional"

@@ -14,13 +14,13 @@ import pytest
 from changing import CHANGES, HARMLESS, delete, overwrite, overwrite_a_sample, swap, without_digests
 from numbered import BATCH, CLASSES, COUNT, number_of, pixels, plan_of, take
 
-from diffusion.data.changes import BadSample, DataChanged
-from diffusion.data.index import DIGESTS, INDEX_NAME, digests_of, read_index, sample_digest
-from diffusion.data.layout import Layout
-from diffusion.data.samples import Samples
-from diffusion.data.shards import LocalShards
-from diffusion.data.stream import StreamLoader
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.changes import BadSample, DataChanged
+from diffusion.data.shards.index import DIGESTS, INDEX_NAME, digests_of, read_index, sample_digest
+from diffusion.data.shards.layout import Layout
+from diffusion.data.shards.readers import LocalShards
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.stream import StreamLoader
+from diffusion.data.shards.writer import ShardWriter
 from diffusion.files import cache_folder
 
 CHANGED, OTHER = "train-00004.tar", "train-00007.tar"
@@ -31,7 +31,7 @@ SMALL = 24
 def own_cache(tmp_path_factory, monkeypatch):
     """A cache folder of the test's own, and glances that are not waited for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("diffusion.data.shards.LOOKED", 0.02)
+    monkeypatch.setattr("diffusion.data.shards.readers.LOOKED", 0.02)
 
 
 @pytest.fixture(params=["with digests", "without digests"])
@@ -184,7 +184,7 @@ def read_whole(made, notes, workers=0):
 
 def settled(monkeypatch, seconds):
     """How long ago a file must have been written to be remembered as sound."""
-    monkeypatch.setattr("diffusion.data.changes.SETTLED", seconds)
+    monkeypatch.setattr("diffusion.data.shards.changes.SETTLED", seconds)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from diffusion.data.layout import Layout, check_batch, check_lanes, choose_lanes
-from diffusion.data.order import Plan
+from diffusion.data.shards.layout import Layout, check_batch, check_lanes, choose_lanes
+from diffusion.data.shards.order import Plan
 
 UNEVEN = np.random.default_rng(0).integers(40, 260, 64)
 SETS = {
@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_divide_names_the_keys_and_the_nearest_sizes():
 
 
 def test_what_the_config_checker_imports_is_light():
-    modules = "diffusion.data.index, diffusion.data.layout"
+    modules = "diffusion.data.shards.index, diffusion.data.shards.layout"
     code = f"import sys, {modules}; print(*{{'torch', 'webdataset', 'PIL'}} & {{*sys.modules}})"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == ""

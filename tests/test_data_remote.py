@@ -20,13 +20,13 @@ import torch
 from changing import CHANGES, overwrite, overwrite_a_sample, without_digests
 from numbered import BATCH, COUNT, global_batches, number_of, pixels, plan_of
 
-from diffusion.data.index import INDEX_NAME, read_index
-from diffusion.data.layout import Layout
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.remote import Access, FileCache, SourceChanged, Unreachable, address
-from diffusion.data.samples import Samples
-from diffusion.data.shards import CachedShards
-from diffusion.data.stream import StreamLoader
+from diffusion.data.shards.index import INDEX_NAME, read_index
+from diffusion.data.shards.layout import Layout
+from diffusion.data.shards.readers import CachedShards
+from diffusion.data.shards.remote import Access, FileCache, SourceChanged, Unreachable, address
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.stream import StreamLoader
 from diffusion.files import Unwritable
 
 QUICK = Access(attempts=6, timeout=5.0)
@@ -39,7 +39,7 @@ def folder(root):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("diffusion.data.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("diffusion.data.shards.remote.FIRST_PAUSE", 0.01)
 
 
 class Server:
@@ -457,7 +457,7 @@ def test_training_from_a_server_and_with_the_server_gone(digits, serve, command,
 
 
 def test_the_configuration_checker_needs_no_torch_for_an_http_root(serve):
-    code = "import sys, diffusion.data.index as i; i.read_index(sys.argv[1]); print('torch' in sys.modules)"
+    code = "import sys, diffusion.data.shards.index as i; i.read_index(sys.argv[1]); print('torch' in sys.modules)"
     words = [sys.executable, "-c", code, serve().url]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -10,11 +10,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from diffusion.data.changes import BadSample, DataChanged
 from diffusion.data.digits import DigitsDataModule, write_digits
-from diffusion.data.index import INDEX_NAME, MissingData, read_index
-from diffusion.data.samples import Samples, decode_image, decode_label
-from diffusion.data.writer import ShardWriter, encode_png
+from diffusion.data.shards.changes import BadSample, DataChanged
+from diffusion.data.shards.index import INDEX_NAME, MissingData, read_index
+from diffusion.data.shards.samples import Samples, decode_image, decode_label
+from diffusion.data.shards.writer import ShardWriter, encode_png
 from diffusion.files import sha256_of
 
 RNG = np.random.default_rng(0)
@@ -133,7 +133,7 @@ def test_a_set_without_samples_is_refused_and_a_set_that_fails_at_the_last_leave
     def full(index):
         raise OSError("no space left")
 
-    monkeypatch.setattr("diffusion.data.writer.write_index", full)
+    monkeypatch.setattr("diffusion.data.shards.writer.write_index", full)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,15 +18,15 @@ from conftest import ROOT
 from numbered import BATCH, CLASSES, COUNT, Counted, global_batches, number_of, pixels, plan_of, take
 from pytorch_lightning import LightningModule, Trainer
 
-from diffusion.data.index import read_index, write_index
-from diffusion.data.layout import Layout
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.order import Plan
-from diffusion.data.samples import Samples
 from diffusion.data.sets import CelebAHQDataModule, CIFAR10DataModule, LSUNDataModule
-from diffusion.data.shards import LocalShards
-from diffusion.data.stream import StreamLoader
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.index import read_index, write_index
+from diffusion.data.shards.layout import Layout
+from diffusion.data.shards.order import Plan
+from diffusion.data.shards.readers import LocalShards
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.stream import StreamLoader
+from diffusion.data.shards.writer import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_all_ranks_together_open_each_shard_about_once(tmp_path):
 
 
 def test_few_files_stay_open(root, monkeypatch):
-    monkeypatch.setattr("diffusion.data.samples.OPEN_SHARDS", 3)
+    monkeypatch.setattr("diffusion.data.shards.samples.OPEN_SHARDS", 3)
     samples = Samples(read_index(root))
     before = len(os.listdir("/proc/self/fd"))
     for number in range(0, COUNT, 17):

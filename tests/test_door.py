@@ -10,7 +10,6 @@ import contextlib
 import copy
 import hashlib
 import http.server
-import importlib
 import io
 import json
 import os
@@ -25,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import inside
+from conftest import command_module, inside
 from omegaconf import OmegaConf
 from test_fuzz import contents
 
-from diffusion.app.compose import PATH_KEYS, composed, conf_dir
+from diffusion.config.compose import PATH_KEYS, composed, conf_dir
 
 SMALL = "callbacks=none trainer=cpu data.batch_size=16 model.blocks_per_level=1 schedule.num_timesteps=6".split()
 SMALL += ["sampler.num_steps=2", "save.every_steps=1", "log_every=1"]
@@ -522,7 +521,7 @@ class Place(type(Path())):
 def sound(tmp_path_factory):
     """A run of two steps on digits, a checkpoint of each, and its data set with a classifier."""
     folder = tmp_path_factory.mktemp("sound")
-    from diffusion.app import build
+    from diffusion.build import parts as build
 
     build.prepare_digits(folder / "digits")
     words = [f"data.root={folder / 'digits'}", "run_dir=run", "trainer.max_steps=2", "fingerprint_every=1", *SMALL]
@@ -574,7 +573,7 @@ def test_nothing_that_a_file_asks_for_is_done(command, task, number, trick, plac
     allowed += [str(evil)] if kind == "run" and "out=out" not in words and "--" not in words else []
     before = contents(place) | contents(place.sound) | contents(place.digits)
     capfd.readouterr()
-    status = inside("lab.__main__" if command == "lab" else command, words, place / "work")
+    status = inside(command, words, place / "work")
     out, err = capfd.readouterr()
     case = f"{command} {' '.join(words)}: {status}\n{out}\n{err}"
     assert not (place / "canary").exists() and not server[1], case
@@ -614,7 +613,7 @@ def test_each_case_works_without_a_trick(command, task, number, place, capfd):
     kind, words = CASES[command, task][number]
     named = {"evil": sound_input(kind, place), "digits": place.digits, "sound": place.sound}
     words = [word.format(**named) for word in words] + ([] if task is None else [f"task={task}"])
-    status = inside("lab.__main__" if command == "lab" else command, words, place / "work")
+    status = inside(command, words, place / "work")
     out, err = capfd.readouterr()
     unscored = command == "report" and "runs=" in words[0]  # there are no scores to put in a table
     assert status == (2 if unscored else 0), f"{command} {' '.join(words)}\n{out}\n{err}"
@@ -631,8 +630,7 @@ def test_every_command_and_task_has_its_cases():
     assert known == set(commands)
     for command in commands:
         tasks = {task for name, task in CASES if name == command}
-        module = importlib.import_module(f"diffusion.{command}" + (".__main__" if command == "lab" else ""))
-        found = getattr(module, "TASKS", None)
+        found = getattr(command_module(command), "TASKS", None)
         if command == "prepare":
             found = ("make", "verify")
         assert tasks == ({None} if found is None else set(found)), command
@@ -678,17 +676,17 @@ def calls(path):
 def test_checkpoints_are_read_and_built_from_in_one_place():
     """Who reads checkpoints, who builds by name, and who loads pickles is a short list."""
     expected = {
-        "instantiate": {"app/build.py"},
-        "get_object": {"app/build.py"},
+        "instantiate": {"build/parts.py"},
+        "get_object": {"build/parts.py"},
         "torch.load": {"training/checkpoint.py"},
         "importlib.import_module": {
-            "app/door.py",
-            "app/loader_peers.py",
-            "app/loader_sides.py",
-            "benchmark.py",
+            "build/door.py",
+            "benchmark/loader_peers.py",
+            "benchmark/loader_sides.py",
+            "benchmark/__main__.py",
             "lab/__main__.py",
         },
-        "load": {"app/door.py", "app/run.py"},
+        "load": {"build/door.py", "run.py"},
     }
     found = {name: set() for name in expected}
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -701,8 +699,8 @@ def test_checkpoints_are_read_and_built_from_in_one_place():
 def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
     from hydra.utils import instantiate
 
-    from diffusion.app import build
-    from diffusion.training.untrusted import UntrustedConfig
+    from diffusion.build import parts as build
+    from diffusion.runs.untrusted import UntrustedConfig
 
     given = {"data": {"_target_": "os.getpid", "root": "${oc.env:HOME}"}, "seed": 1}
     config = UntrustedConfig(given, "here")
@@ -733,7 +731,7 @@ def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
 def test_reading_a_head_takes_little_of_anything(data, tmp_path):
     import resource
 
-    from diffusion.training.checkpoint_head import read_head
+    from diffusion.runs.checkpoint_head import read_head
 
     path = tmp_path / "x.ckpt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -10,7 +10,7 @@ from conftest import inside
 from inceptions import OWN
 from torch import nn
 
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.writer import ShardWriter
 from diffusion.metrics.extractors import Extractor
 
 TINY = ["trainer=cpu", "trainer.max_steps=1", "data.batch_size=4", "model.multipliers=[1]", "schedule.num_timesteps=20"]

@@ -20,7 +20,7 @@ from inceptions import OWN, write_random_inception
 from PIL import Image
 
 from diffusion import evaluate
-from diffusion.app.bits import Bits
+from diffusion.scoring.bits import Bits
 
 WORDS = ["guidance=classifier_free", "sampler.num_steps=4", "trainer.accelerator=cpu"]
 FIGURES = ("value", "is_std", "kid_std", "real_value", "real_std", "per_class", "nfe")

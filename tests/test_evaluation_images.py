@@ -11,7 +11,7 @@ from conftest import rows
 from inceptions import OWN, small
 from PIL import Image
 
-from diffusion.app import build
+from diffusion.build import parts as build
 
 METRICS = "metrics=[fid,is,kid,precision,recall,nearest]"
 

@@ -6,10 +6,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
-from diffusion.app import build
-from diffusion.app.check import check
-from diffusion.app.compose import Refusal, conf_dir, groups
+from diffusion.build import parts as build
+from diffusion.config.check import check
+from diffusion.config.compose import conf_dir, groups
 from diffusion.denoiser import NetworkDenoiser
+from diffusion.errors import Refusal
 from diffusion.images import from_uint8
 from diffusion.process.ladder import PUBLISHED_OVERLAP, ladder, largest_distance, overlap, step_size
 from diffusion.training.module import DiffusionModule

@@ -25,15 +25,15 @@ from reporting import SIZE, reporting
 from test_resume import finish, start, wait_for
 from torch.distributed import PrefixStore, TCPStore
 
-from diffusion.app.fit import Fit
-from diffusion.app.launcher import main_rank
-from diffusion.data.index import read_index
-from diffusion.data.order import Plan
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.order import Plan
+from diffusion.distributed.launcher import main_rank
 from diffusion.files import Room, reason, shortage
+from diffusion.runs.folder import OnError, RunFolder
 from diffusion.training.checkpoint import contents
+from diffusion.training.fit import Fit
 from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
-from diffusion.training.run_folder import OnError, RunFolder
 
 RANKS = ["trainer=cpu", "trainer.devices=4", "trainer.threads=1", "callbacks=none", "data.batch_size=16", "log_every=2"]
 RANKS += ["save.every_steps=4", "data.lanes=8", "trainer.max_steps=100000"]

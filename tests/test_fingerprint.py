@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import inside
 
-from diffusion.app import build, door
+from diffusion.build import door
+from diffusion.build import parts as build
 from diffusion.files import sha256_of
 from diffusion.noise import key
 from diffusion.training.fingerprint import digest, digest_of_batch

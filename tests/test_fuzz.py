@@ -35,10 +35,10 @@ from fuzzing import SIZE, broken
 from omegaconf import OmegaConf
 
 from diffusion import prepare
-from diffusion.app.compose import composed
-from diffusion.data.index import read_index
-from diffusion.data.prepare_verify import verify_set
-from diffusion.data.samples import BadSample, Samples
+from diffusion.config.compose import composed
+from diffusion.data.prepare.verify import verify_set
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.samples import BadSample, Samples
 
 SECONDS, BYTES = 30, 1 << 29  # that a case may take, and that it may allocate beyond what it starts with
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import inside
 
-from diffusion.app.lab_ideas import IDEAS, ideas
+from diffusion.lab.tasks.ideas import IDEAS, ideas
 
 FEW = {  # settings of each task that make it quick
     "forward": ["forward.frames=3", "forward.num_points=50"],
@@ -33,7 +33,7 @@ def few(task, words):
 @pytest.fixture
 def lab(call):
     """`lab("modes", *words)`: the command at a small size; (status, what it printed)."""
-    return lambda task, *words: call("lab.__main__", f"task={task}", *few(task, words), *words)
+    return lambda task, *words: call("lab", f"task={task}", *few(task, words), *words)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_every_idea_names_functions_that_say_what_they_do():
     ],
 )
 def test_what_cannot_be_is_refused_by_name(words, message, call, tmp_path):
-    status, out = call("lab.__main__", *words)
+    status, out = call("lab", *words)
     assert status == 2 and message in out and "Traceback" not in out, out
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_and_a_toy_do_not_go_together(points_run, images_run, call,
         ([f"checkpoint={images_run}", "sampler=ancestral_learned"], "sampler.variance=learned"),
         ([f"checkpoint={images_run}", "sampler=predictor_corrector"], "sampler.visits: walks on shared noise"),
     ):
-        status, out = call("lab.__main__", "task=errors", *words)
+        status, out = call("lab", "task=errors", *words)
         assert status == 2 and message in out, out
         assert not list(tmp_path.iterdir())
 

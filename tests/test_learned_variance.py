@@ -6,7 +6,8 @@ import torch
 from conftest import inside
 from test_experiments import composed
 
-from diffusion.app import build, door
+from diffusion.build import door
+from diffusion.build import parts as build
 from diffusion.process.kernels import reverse_std
 
 SMALL = ["callbacks=none", "trainer.max_steps=20", "data.batch_size=16", "model.blocks_per_level=1", "log_every=20"]

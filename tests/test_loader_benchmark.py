@@ -16,13 +16,13 @@ from conftest import ROOT
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion.app import loader_benchmark as benchmark
-from diffusion.app import loader_peers as peers
-from diffusion.app import loader_sides
-from diffusion.app.loader_benchmark import BARS, Comparison, Side, compare
-from diffusion.app.loader_images import photo, write_photos
-from diffusion.data.samples import decode_image
-from diffusion.data.writer import ShardWriter
+from diffusion.benchmark import loader as benchmark
+from diffusion.benchmark import loader_peers as peers
+from diffusion.benchmark import loader_sides
+from diffusion.benchmark.loader import BARS, Comparison, Side, compare
+from diffusion.benchmark.loader_images import photo, write_photos
+from diffusion.data.shards.samples import decode_image
+from diffusion.data.shards.writer import ShardWriter
 
 TINY = ["loader.rounds=1", "loader.batches=4", "loader.batch_size=4", "loader.cifar_images=256"]
 TINY += ["loader.images=24", "loader.image_size=16"]
@@ -246,7 +246,7 @@ def test_a_side_that_fails_says_why(tmp_path):
         with pytest.raises(RuntimeError, match="exit 1\nno such thing"):
             side.ask()
     settings = {"side": "ours", "root": str(tmp_path / "nowhere"), "images": 1}
-    command = [sys.executable, "-m", "diffusion.app.loader_sides", json.dumps(settings)]
+    command = [sys.executable, "-m", "diffusion.benchmark.loader_sides", json.dumps(settings)]
     with pytest.raises(RuntimeError, match="nowhere: the folder does not exist"):
         with Side(command, tmp_path / "log") as side:
             side.ask()

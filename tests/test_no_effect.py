@@ -9,10 +9,10 @@ import torch
 from conftest import inside, rows
 from omegaconf import OmegaConf, open_dict
 
-from diffusion.app.check import check
-from diffusion.app.compose import (
+from diffusion.build.prepare import model_words
+from diffusion.config.check import check
+from diffusion.config.compose import (
     OPEN,
-    Refusal,
     Typed,
     check_value,
     composed_of_options,
@@ -22,8 +22,8 @@ from diffusion.app.compose import (
     parse,
     plain,
 )
-from diffusion.app.effect import TABLE, matches, refuse_idle
-from diffusion.app.prepare import model_words
+from diffusion.config.effect import TABLE, matches, refuse_idle
+from diffusion.errors import Refusal
 from diffusion.models.resolutions import nearest_resolutions, resolutions
 from diffusion.models.unet import UNet
 

@@ -18,8 +18,8 @@ from diffusion.page.metrics_csv import MAX_POINTS, Metrics, thinned
 from diffusion.page.training_curves import quartile_names
 from diffusion.page.words import duration
 from diffusion.report import collect
+from diffusion.runs.folder import RunFolder
 from diffusion.training.meter import MetricsCsv
-from diffusion.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {

@@ -15,8 +15,8 @@ from diffusion.page.likelihood import COLUMNS, read_bound, spread
 from diffusion.page.metrics_csv import MAX_POINTS
 from diffusion.page.sweep import sweep_chart
 from diffusion.report import order
+from diffusion.runs.folder import RunFolder
 from diffusion.training.meter import MetricsCsv
-from diffusion.training.run_folder import RunFolder
 
 CIFAR10 = CONFIG | {
     "data": CONFIG["data"] | {"name": "cifar10", "image_size": 32},

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from conftest import inside, rows
 
-from diffusion.app.bits import Bits
+from diffusion.distributed.ranks import Ranks
 from diffusion.process.schedule import ve_geometric
 from diffusion.samplers.predictor_corrector import LangevinCorrector, PredictorCorrector
-from diffusion.training.pieces import Pieces, batches, united, without
-from diffusion.training.ranks import Ranks
-from diffusion.training.sampling import Sampling
+from diffusion.scoring.bits import Bits
+from diffusion.scoring.pieces import Pieces, batches, united, without
+from diffusion.scoring.sampling import Sampling
 
 QUICK = ["sampler.num_steps=4", "trainer.accelerator=cpu"]
 KIND = "things_*"

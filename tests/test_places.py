@@ -15,9 +15,9 @@ from conftest import ROOT, inside
 
 from diffusion import files
 from diffusion.files import Room, Unwritable, append, locked, writing
+from diffusion.runs.folder import RunFolder
+from diffusion.scoring.sampling import Sampling
 from diffusion.training.checkpoint import CheckpointWriter
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.sampling import Sampling
 
 QUICK = ["sampler.num_steps=2", "trainer.accelerator=cpu"]
 OWN_STEPS = ("task=sweep", "metrics=[bits_per_dim]")  # what takes no steps of a sampler
@@ -110,7 +110,7 @@ COMMANDS = {
     ),
     "samples": (["evaluate", *SCORED, "metrics=[fid]", "samples=samples"], "out/r.jsonl"),
     "sample": (["sample", "num_images=6", "png=true"], "out"),
-    "lab": (["lab.__main__", "task=errors", "errors.num_images=4", "errors.times=2"], "out"),
+    "lab": (["lab", "task=errors", "errors.num_images=4", "errors.times=2"], "out"),
 }
 
 
@@ -341,7 +341,7 @@ def test_other_commands_name_the_full_disk_too(made, call, disk, tmp_path):
     np.savez(tmp_path / "set.npz", arr_0=np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8))
     digits = "the digits and their classifier"
     for words, key, what in (
-        (["lab.__main__", "task=forward", "forward.frames=0", "forward.num_points=20"], "out", ""),
+        (["lab", "task=forward", "forward.frames=0", "forward.num_points=20"], "out", ""),
         (["report"], "out", ""),
         (["prepare", "source=digits"], "out", digits),
         (["prepare", "source=set.npz", "processes=1"], "out", "about 200 images"),

@@ -22,7 +22,7 @@ def runs(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("precision")
     words = [*WORDS, f"data.root={digits}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion.app.run.Run", ProbedRun)
+        patch.setattr("diffusion.run.Run", ProbedRun)
         assert inside("train", [*words, "run_dir=32"], folder) == 0
     words = [*words, "trainer.precision=bf16-mixed", "trainer.devices=2", "run_dir=bf16-mixed"]
     command = [sys.executable, str(ROOT / "tests" / "precision_probe.py"), *words]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_prepare_sources import FLAT, RNG, coded, filled, listed
 
-from diffusion.data.sources import BadEntry, open_source, safe_key, shown
+from diffusion.data.sources.source import BadEntry, open_source, safe_key, shown
 
 SLIPS = ["../../slip.png", "/tmp/slip.png", "a/../../../slip.png", "a\\..\\..\\slip.png", "ü b;$(x)'.png"]
 
@@ -155,7 +155,7 @@ def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
 
 
 def test_a_gzip_that_unpacks_to_much_more_than_any_archive_of_cifar_is_left_early(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.data.sources_cifar.ARCHIVE_BYTES", 1 << 20)
+    monkeypatch.setattr("diffusion.data.sources.cifar.ARCHIVE_BYTES", 1 << 20)
     head = resealed(tar_of([("x", b"")], end=False), 0, 124, b"%011o\0" % (1 << 30))
     with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
         file.write(head + bytes(1 << 21))  # and not the gigabyte that it states: beyond 2 MB it would be found cut off
@@ -283,7 +283,7 @@ def test_an_npz_is_what_its_head_and_its_checksum_say(method, tmp_path):
 
 
 def test_a_compressed_array_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.data.sources_arrays.MOST_HELD", 10_000)
+    monkeypatch.setattr("diffusion.data.sources.arrays.MOST_HELD", 10_000)
     np.savez_compressed(tmp_path / "x.npz", np.zeros((60, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"11,648 compressed bytes: save it by np\.savez"):
         open_source(tmp_path / "x.npz")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from diffusion.data.prepare_image import BadImage, Rule, look, make
+from diffusion.data.prepare.image import BadImage, Rule, look, make
 
 RNG = np.random.default_rng(5)
 

@@ -6,8 +6,8 @@ import lmdb
 import pytest
 from test_prepare_sources import coded, listed, starts_anywhere
 
-from diffusion.data.sources import BadEntry, open_source
-from diffusion.data.sources_lmdb import LmdbSource
+from diffusion.data.sources.lmdb_folder import LmdbSource
+from diffusion.data.sources.source import BadEntry, open_source
 
 PAGE = 4096
 

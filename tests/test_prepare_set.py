@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_prepare_sources import TREE, cifar, coded, filled
 
-from diffusion.app.check import check, check_data
-from diffusion.app.compose import composed, groups
-from diffusion.app.prepare import described
-from diffusion.data.index import read_index
-from diffusion.data.samples import Samples
+from diffusion.build.prepare import described
+from diffusion.config.check import check, check_data
+from diffusion.config.compose import composed, groups
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.samples import Samples
 
 RNG = np.random.default_rng(11)
 
@@ -347,7 +347,7 @@ def test_two_at_once_do_not_write_into_one_folder(church, call, tmp_path):
 
 
 def test_a_rule_of_conf_is_one_that_prepare_knows():
-    from diffusion.data.prepare_image import CROPS, RESIZES
+    from diffusion.data.prepare.image import CROPS, RESIZES
 
     for name in set(groups()["data"]) - {"mixture"}:
         rule = OmegaConf.to_container(described(name).rule)

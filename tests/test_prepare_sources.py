@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.sources import open_source
-from diffusion.data.sources_cifar import CLASSES
+from diffusion.data.sources.cifar import CLASSES
+from diffusion.data.sources.source import open_source
 
 RNG = np.random.default_rng(3)
 

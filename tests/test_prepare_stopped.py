@@ -19,9 +19,9 @@ from test_prepare_set import contents, image, made_church  # noqa: F401  (the fi
 from test_prepare_sources import filled
 
 from diffusion import prepare
-from diffusion.app.compose import composed
-from diffusion.data.index import read_index
-from diffusion.data.prepare_processes import over_processes
+from diffusion.config.compose import composed
+from diffusion.data.prepare.processes import over_processes
+from diffusion.data.shards.index import read_index
 
 RNG = np.random.default_rng(13)
 

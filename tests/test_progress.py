@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from slurm_cluster import newest
 from test_experiments import composed
 
-from diffusion.app.run import Run
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import Signals
+from diffusion.distributed.signals import Signals
+from diffusion.run import Run
+from diffusion.runs.folder import RunFolder
 
 WORDS = ["trainer=cpu", "data.batch_size=8", "model.blocks_per_level=1", "trainer.threads=1"]
 

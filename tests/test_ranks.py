@@ -8,7 +8,7 @@ import pytest
 from chaos import metrics
 from test_resume import STEPS, assert_same, finish, start, wait_for
 
-from diffusion.training.run_folder import RunFolder
+from diffusion.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 WORDS = ["callbacks=none", "trainer=cpu", "trainer.threads=1", "data.batch_size=16", "save.every_steps=6"]

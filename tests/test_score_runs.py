@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import inside
 
-from diffusion.app import build, door
+from diffusion.build import door
+from diffusion.build import parts as build
 from diffusion.lab.training_error import POINTS_OF_A_QUARTER, loss_by_quarter
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from diffusion.training.signals import SIGNALS, Signals, descendants, handled
+from diffusion.distributed.signals import SIGNALS, Signals, descendants, handled
 
 FIRST = "Ctrl-C: the training step under way is finished and saved first. Press Ctrl-C again to stop at once.\n"
 TINY = ["callbacks=none", "trainer.threads=1", "data.batch_size=8", "trainer.max_steps=3", "run_dir=run"]
@@ -180,8 +180,8 @@ def handles(pid: int, number: int) -> bool:
 def test_an_error_that_comes_of_an_interruption_is_not_reported(tmp_path):
     code = """
         import os, signal, time
-        from diffusion.app.compose import refusing
-        from diffusion.training.signals import install
+        from diffusion.config.compose import refusing
+        from diffusion.distributed.signals import install
         install()
         with refusing():
             try:
@@ -199,7 +199,7 @@ def test_an_error_that_comes_of_an_interruption_is_not_reported(tmp_path):
 def test_an_exception_that_is_swallowed_does_not_keep_a_command_alive(tmp_path):
     code = """
         import os, signal, subprocess, time
-        from diffusion.training.signals import install
+        from diffusion.distributed.signals import install
         install()
         child = subprocess.Popen(["sleep", "600"])
         print(child.pid, flush=True)

@@ -11,17 +11,17 @@ from test_experiments import composed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.app import build
-from diffusion.app.build import FORMATS
-from diffusion.app.run import Run
+from diffusion.build import parts as build
+from diffusion.build.parts import FORMATS
 from diffusion.data.digits import write_digits
+from diffusion.distributed.signals import Signals
 from diffusion.images import from_uint8
 from diffusion.noise import ImageNoise
+from diffusion.run import Run
+from diffusion.runs.folder import RunFolder
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.training.ema import EMA
 from diffusion.training.module import QUARTILES, DiffusionModule
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.signals import Signals
 
 SMALL = ["+experiment=digits", "trainer=cpu", "callbacks=none", "data.batch_size=8", "save.every_steps=0"]
 SMALL += ["model.blocks_per_level=1"]

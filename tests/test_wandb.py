@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import ROOT, inside
 
-from diffusion.training.run_folder import RunFolder
+from diffusion.runs.folder import RunFolder
 
 STEPS, SAVED, EVERY = 60, 6, 4
 TRAINING = [
@@ -210,8 +210,8 @@ def clean(monkeypatch, tmp_path):
 
 
 def made(folder: Path, **settings):
+    from diffusion.runs.folder import RunFolder
     from diffusion.training.logger import Wandb
-    from diffusion.training.run_folder import RunFolder
 
     return Wandb(RunFolder(folder), {"name": "x"}, **{"project": "p", **settings})
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.data.index import INDEX_NAME, MissingData, read_index
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.writer import ShardWriter
+from diffusion.data.shards.index import INDEX_NAME, MissingData, read_index
+from diffusion.data.shards.writer import ShardWriter
 from diffusion.files import Room, remove_empty, writing
 
 DIGITS_BYTES = 4_200_000  # of the shards and of the classifier beside them

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion.data.prepare_image import Rule, coloured, most_bytes, opened
-from diffusion.data.sources import BadEntry, open_source
+from diffusion.data.prepare.image import Rule, coloured, most_bytes, opened
+from diffusion.data.sources.source import BadEntry, open_source
 
 MAX_PIXELS = 100_000_000
 GREY = ("1", "L", "LA", "La", "I;16", "I", "F")

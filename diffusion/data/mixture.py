@@ -12,9 +12,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from diffusion.data.index import Index, Shard
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.samples import Samples
+from diffusion.data.shards.index import Index, Shard
+from diffusion.data.shards.samples import Samples
 from diffusion.images import to_uint8
 from diffusion.noise import Stream, seed63
 from diffusion.process.toy import SETS, Mixture

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from pytorch_lightning import LightningDataModule
 
-from diffusion.data.index import Index, read_index
-from diffusion.data.layout import Layout, check_batch, check_lanes, choose_lanes
-from diffusion.data.order import WINDOW, Plan
-from diffusion.data.remote import Access, FileCache, is_remote
-from diffusion.data.samples import CACHE_BYTES, Samples, check_values
-from diffusion.data.shards import CachedShards
-from diffusion.data.stream import StreamLoader
+from diffusion.data.shards.index import Index, read_index
+from diffusion.data.shards.layout import Layout, check_batch, check_lanes, choose_lanes
+from diffusion.data.shards.order import WINDOW, Plan
+from diffusion.data.shards.readers import CachedShards
+from diffusion.data.shards.remote import Access, FileCache, is_remote
+from diffusion.data.shards.samples import CACHE_BYTES, Samples, check_values
+from diffusion.data.shards.stream import StreamLoader
 
 REMOTE = {"folder": "~/.cache/diffusion", "gigabytes": 50.0, "attempts": 6, "timeout": 30.0}
 

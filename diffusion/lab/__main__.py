@@ -12,7 +12,7 @@ Each writes tables, pictures and its page of report.html below out (lab, or the 
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from diffusion.training.signals import install
+    from diffusion.distributed.signals import install
 
     install()
 
@@ -21,16 +21,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from diffusion.app.check import check, check_guidance, check_steps, refuse_blocked
-from diffusion.app.compose import Refusal, command, refusing, typed
+from diffusion.config.check import check, check_guidance, check_steps, refuse_blocked
+from diffusion.config.compose import command, refusing, typed
+from diffusion.errors import Refusal
 from diffusion.files import Room, obstacle, writing
 
 TASKS = {  # each has main(lab)
-    "errors": "diffusion.app.lab_errors",
-    "forward": "diffusion.app.lab_plane",
-    "reverse": "diffusion.app.lab_plane",
-    "modes": "diffusion.app.lab_modes",
-    "equivalence": "diffusion.app.lab_equivalence",
+    "errors": "diffusion.lab.tasks.errors",
+    "forward": "diffusion.lab.tasks.plane",
+    "reverse": "diffusion.lab.tasks.plane",
+    "modes": "diffusion.lab.tasks.modes",
+    "equivalence": "diffusion.lab.tasks.equivalence",
 }
 TRAINED = ("errors", "equivalence")  # that a checkpoint may be given to
 
@@ -40,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
         check(cfg, typed())
         check_task(cfg)
-        from diffusion.app.laboratory import Laboratory
+        from diffusion.lab.tasks.laboratory import Laboratory
 
         task = importlib.import_module(TASKS[cfg.task])
         lab = Laboratory(cfg, lambda message: print(message, flush=True))

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from diffusion.files import write_atomically
 from diffusion.page.chart import Chart, inline
-from diffusion.page.laboratory import environment
+from diffusion.page.html import environment
 from diffusion.page.likelihood import bound_charts, progress_rows, read_bound
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.papers import against_papers, told

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from diffusion.distributed.ranks import Abandoned, Ranks
+from diffusion.runs.folder import RunFolder
+from diffusion.scoring.gallery import Gallery
+from diffusion.scoring.pictures import grid, save_png
+from diffusion.scoring.sampling import Sampling
 from diffusion.training.ema import EMA
-from diffusion.training.gallery import Gallery
-from diffusion.training.pictures import grid, save_png
-from diffusion.training.ranks import Abandoned, Ranks
-from diffusion.training.run_folder import RunFolder
-from diffusion.training.sampling import Sampling
 
 FILM_IMAGES, FILM_STAGES = 4, 11
 

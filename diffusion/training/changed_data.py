@@ -1,6 +1,6 @@
 """What a run does when its data set has changed under it: it saves nothing more, and ends.
 
-No sample is used that is known to be another one (`diffusion.data.shards`), so the checkpoints of a run hold sound data
+No sample is used that is known to be another one (`data.shards.readers`), so the checkpoints of a run hold sound data
 only, with one exception: the content of a file may change without any sign of it, in a set that has no digest for each
 sample. When that is found out, the weights of all checkpoints since the content was last checked may come from it, and
 these checkpoints are set aside. The time is also noted in the run folder, because another rank may still be writing a
@@ -11,10 +11,10 @@ import contextlib
 import json
 from collections.abc import Callable
 
-from diffusion.data.changes import DataChanged
+from diffusion.data.shards.changes import DataChanged
+from diffusion.distributed.ranks import Ranks
 from diffusion.files import read_regular, write_atomically
-from diffusion.training.ranks import Ranks
-from diffusion.training.run_folder import RunFolder
+from diffusion.runs.folder import RunFolder
 
 NOTE = "changed_data.json"  # in the run folder: since when checkpoints are not to be trusted
 SUFFIX = "other_data"  # of a checkpoint that is set aside

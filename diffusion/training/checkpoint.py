@@ -17,12 +17,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from diffusion.distributed.agreement import Agreement
+from diffusion.distributed.ranks import got_on
+from diffusion.distributed.signals import Signals
 from diffusion.files import reason, replacing, sha256_of, write_atomically
-from diffusion.training.agreement import Agreement
-from diffusion.training.ranks import got_on
-from diffusion.training.run_folder import OnError, RunFolder, fault
-from diffusion.training.signals import Signals
-from diffusion.training.untrusted import UntrustedConfig
+from diffusion.runs.folder import OnError, RunFolder, fault
+from diffusion.runs.untrusted import UntrustedConfig
 
 
 class Checkpoint(NamedTuple):

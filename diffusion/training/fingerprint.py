@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from diffusion.files import append, write_atomically
 from diffusion.noise import keys
+from diffusion.runs.folder import OnError
 from diffusion.training.ema import EMA
 from diffusion.training.fingerprint_log import HEADER, line, log_path
-from diffusion.training.run_folder import OnError
 
 IMAGE, PLACE, LABEL = 1, 2, 3  # keys of the parts of an image's digest
 

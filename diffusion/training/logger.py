@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from diffusion.files import write_atomically
+from diffusion.runs.folder import RunFolder
 from diffusion.training.meter import RunLogger
-from diffusion.training.run_folder import RunFolder
 
 # What W&B reads from the environment; a value set there by the user stays.
 ENVIRONMENT = {

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusion.files import STEP, append, keep_damaged, read_csv, write_atomically
-from diffusion.training.run_folder import OnError
+from diffusion.runs.folder import OnError
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")

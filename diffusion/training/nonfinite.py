@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from diffusion.files import write_atomically
-from diffusion.training.run_folder import RunFolder
+from diffusion.runs.folder import RunFolder
 
 ACTIONS = ("stop", "skip")
 

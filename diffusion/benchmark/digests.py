@@ -1,0 +1,89 @@
+"""What it costs the loader to compare every sample with its digest, and to look once a second whether shards changed.
+
+Batches of fixed samples are made with the checks and without, in this process, each batch in turn and in turned order,
+round after round; small PNGs and photos as JPEGs. The cost of a batch is the least CPU time that it took in any round:
+other work on the machine takes the processor and its caches from one side or the other, and only ever makes it longer.
+The figure is the sum of these costs with the checks over that without. Left out is what the loader does beside, which
+is the same for both and would make the ratio smaller.
+"""
+
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+from PIL import Image
+
+from diffusion.benchmark.loader import machine, one_thread
+from diffusion.benchmark.loader_images import SHARDS, SMALL_SIZE, photo, write_photos
+from diffusion.data.shards.index import read_index
+from diffusion.data.shards.readers import LocalShards
+from diffusion.data.shards.samples import Samples
+from diffusion.data.shards.writer import ShardWriter
+from diffusion.files import write_atomically
+
+LIMIT = 1.01
+
+
+class UnwatchedShards(LocalShards):
+    """Shards that nobody looks at."""
+
+    def glance(self) -> None:
+        pass
+
+
+class UncheckedSamples(Samples):
+    """Samples that are taken as they are read."""
+
+    def _bytes(self, which: int, place: int) -> tuple[bytes, bytes]:
+        return self._stored(which, self._reader(which), place)
+
+
+def write_pngs(root: Path, images: int, size: int) -> None:
+    """A data set of photos as PNGs with labels, in eight shards."""
+    with ShardWriter(root, "pngs", size, 3, 10, max_samples=-(-images // SHARDS)) as writer:
+        for number in range(images):
+            pixels = io.BytesIO()
+            with Image.open(io.BytesIO(photo(number, size))) as image:
+                image.save(pixels, "PNG")
+            writer.write(pixels.getvalue(), number % 10, extension="png")
+
+
+def costs(root: Path, batch_size: int, rounds: int) -> tuple[float, float]:
+    """CPU seconds per image with the checks, and without."""
+    index = read_index(root)
+    sides = Samples(index), UncheckedSamples(index, shards=UnwatchedShards(index))
+    batches = np.arange(index.count("train") // batch_size * batch_size).reshape(-1, batch_size)
+    least = np.full((2, len(batches)), np.inf)
+    for turn in range(rounds):
+        for k, batch in enumerate(batches):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                began = time.process_time()
+                sides[side].batch(batch)
+                least[side, k] = min(least[side, k], time.process_time() - began)
+    checked, unchecked = least.sum(axis=1) / batches.size
+    return float(checked), float(unchecked)
+
+
+def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+    """The task `digests` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
+    settings, figures = cfg.digests, {}
+    with tempfile.TemporaryDirectory(prefix="digests_") as folder, one_thread():
+        for name, write, size in (("PNG", write_pngs, SMALL_SIZE), ("JPEG", write_photos, settings.image_size)):
+            root = Path(folder) / name
+            write(root, settings.images, size)
+            checked, unchecked = costs(root, settings.batch_size, settings.rounds)
+            ratio = checked / unchecked
+            figures[f"{name} {size}x{size}"] = {"ratio": ratio, "with": checked, "without": unchecked}
+            say(
+                f"{name} {size}x{size}: {1e6 * checked:,.2f} us of CPU time per image with the checks, "
+                f"{1e6 * unchecked:,.2f} us without, ratio {ratio:.4f}. At most {LIMIT:g}: "
+                f"{'holds' if ratio <= LIMIT else 'does not hold'}"
+            )
+    if cfg.out is not None:
+        write_atomically(cfg.out, json.dumps({"machine": machine()} | figures, indent=1) + "\n")
+    return 0 if all(figure["ratio"] <= LIMIT for figure in figures.values()) else 1

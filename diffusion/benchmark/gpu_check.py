@@ -1,0 +1,339 @@
+"""Does the GPU compute what the CPU computes, without making the host wait, and how fast does it train?
+
+Training and sampling are the runs' own code (`Run`, `DiffusionModule`, `build.sampled`), in float32 with TF32 off and
+in bf16 with channels_last, held against float32 on the CPU. All draws are functions of counters (noise.py), so both see
+the same images, times and noise. The tolerances are given with their reasons beside them.
+"""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from diffusion.build import parts as build
+from diffusion.config.compose import PACKAGE, composed
+from diffusion.data.shards.writer import ShardWriter
+from diffusion.files import write_atomically
+from diffusion.images import to_uint8
+from diffusion.noise import ImageNoise, Stream
+from diffusion.run import Run
+from diffusion.runs.folder import RunFolder
+from diffusion.scoring.scores import commit
+from diffusion.training.meter import MetricsCsv
+
+EXPERIMENTS, TIMED = ("digits", "cifar10"), "cifar10"
+BATCH, STEPS_OF_DDIM, IMAGES = 16, 10, 2560
+NO_GPU = 3  # exit status
+
+
+class Way(NamedTuple):
+    """Where and in which precision a network runs, in the words of conf/trainer."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+CPU = Way("CPU float32", ("trainer=cpu",))
+GPU = Way("GPU float32", ("trainer=gpu", "trainer.precision=32", "trainer.memory_format=contiguous"))
+GPU_BF16 = Way("GPU bf16", ("trainer=gpu",))
+
+
+class Tolerances(NamedTuple):
+    """Largest differences, relative unless said otherwise.
+
+    step: of the loss, of the gradient's norm, and of the gradient, |g - g'| / |g| over all parameters as one vector.
+    update: of the change of the weights that clipping and the optimizer make of one and the same gradient.
+    sample: root mean square over the pixels of images in [-1, 1].
+    levels: mean absolute difference of the uint8 images.
+    """
+
+    step: float
+    update: float
+    sample: float
+    levels: float
+
+
+# Another order of summation, over the 10^4 to 10^6 terms of a convolution's gradient, costs float32 (24 bits, 6e-8)
+# about two digits. The update is float32 on every way, a few roundings of weights a thousand times larger than it.
+FLOAT32 = Tolerances(step=1e-4, update=1e-4, sample=1e-3, levels=0.02)
+# bf16 has 8 bits, 4e-3 a rounding; some tens of layers one after another make up to a few per cent of it. In a sample
+# of an untrained network most pixels end at the clip, -1 or 1, and a few at the other one: bf16 on a CPU is 0.02 away
+# from float32 (cifar10), 0.08 (digits, guided), where the images' standard deviation is 0.9.
+BF16 = Tolerances(step=5e-2, update=1e-4, sample=0.15, levels=6.0)
+
+
+class Comparison(NamedTuple):
+    """One figure of one way beside the CPU's; `difference` must not be above `tolerance`."""
+
+    experiment: str
+    way: str
+    figure: str
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.tolerance  # false for nan
+
+    def line(self) -> str:
+        verdict = "" if self.holds else "  DOES NOT HOLD"
+        title = f"{self.experiment}, {self.way}: {self.figure}"
+        return f"  {title:64} {self.difference:9.2e}   at most {self.tolerance:.0e}{verdict}"
+
+
+# ---- what is compared ----
+
+
+def awaken(network: nn.Module) -> None:
+    """Bring the layers that start as good as zero (1e-5 of the others) to the others' size: a fresh network outputs
+    nothing, and nothing flows back through it."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if 0 < p.abs().max() < 1e-4:
+                p.mul_(1e5)
+
+
+def build_run(experiment: str, way: Way) -> Run:
+    """The experiment's run, its network awake and on its device; no dropout, and the whole learning rate at once."""
+    words = [f"+experiment={experiment}", "callbacks=none", "model.dropout=0", "optimizer.warmup_steps=0", *way.words]
+    cfg = composed("train", words)
+    run = Run(cfg, OmegaConf.to_container(cfg), RunFolder(cfg.run_dir))
+    awaken(run.denoiser.network)
+    run.module.to(run.place.device)
+    return run
+
+
+def random_batch(cfg: DictConfig, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Random images at positions 0 ... size - 1, with labels, as the loader would hand them to the module."""
+    shape = (size, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(size)
+    batch = {"image": images, "position": position, "label": position % max(cfg.data.num_classes, 1)}
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+class Step(NamedTuple):
+    """One training step: loss, gradient, and the change of the weights that was made of `gradient_used`."""
+
+    loss: float
+    gradient: Tensor
+    update: Tensor
+
+
+def training_step(experiment: str, way: Way, gradient_used: Tensor | None = None) -> Step:
+    """A step of the module and its optimizer. Vectors are float64 on the CPU, all parameters one after another.
+
+    Args:
+        gradient_used: the gradient that is clipped and handed to the optimizer; None for the step's own.
+    """
+    run = build_run(experiment, way)
+    module, parameters = run.module, list(run.module.network.parameters())
+    optimizer = module.configure_optimizers()["optimizer"]
+    batch = random_batch(run.cfg, BATCH, run.place.device)
+    with run.place.autocast():
+        loss = module.training_step(batch, 0)
+    loss.backward()
+    gradient, before = flat([p.grad for p in parameters]), flat(parameters)
+    if gradient_used is not None:
+        parts = gradient_used.split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad.copy_(part.reshape(p.shape))
+    module.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    return Step(float(loss.detach()), gradient, flat(parameters) - before)
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.detach().to("cpu", torch.float64).flatten() for x in tensors])
+
+
+def ddim_sample(experiment: str, way: Way) -> Tensor:
+    """Images (BATCH, C, H, W) float32 on the CPU, before they are rounded to uint8: as `generate` makes them."""
+    run = build_run(experiment, way)
+    cfg = composed("train", [f"+experiment={experiment}", "sampler=ddim", f"sampler.num_steps={STEPS_OF_DDIM}"])
+    device, network = run.place.device, run.denoiser.network.eval()
+    sampler, times = build.sampler(cfg, run.denoiser.schedule)
+    denoise = build.sampled(cfg, run.denoiser, run.denoiser, run.place)
+    numbers = torch.arange(BATCH, device=device)
+    if network.num_classes:
+        denoise = functools.partial(denoise, labels=numbers % network.num_classes)
+    shape = (BATCH, network.channels, network.image_size, network.image_size)
+    start = ImageNoise(0, numbers, Stream.PRIOR)(torch.empty(shape, device=device))
+    x = float(run.denoiser.schedule.std(times[0])) * start
+    return sampler.sample(denoise, x, times, ImageNoise(0, numbers)).cpu()
+
+
+def compare(experiment: str, way: Way, allowed: Tolerances, reference: Way = CPU) -> list[Comparison]:
+    """A training step and a DDIM sample on one way, held against another."""
+    known, known_images = _references(experiment, reference)
+    step, images = training_step(experiment, way, gradient_used=known.gradient), ddim_sample(experiment, way)
+    norm, levels = known.gradient.norm(), (to_uint8(images).int() - to_uint8(known_images).int()).abs().float()
+    figures = [
+        ("loss", abs(step.loss - known.loss) / abs(known.loss), allowed.step),
+        ("gradient norm", float((step.gradient.norm() - norm).abs() / norm), allowed.step),
+        ("gradient", float((step.gradient - known.gradient).norm() / norm), allowed.step),
+        ("update of the weights", float((step.update - known.update).norm() / known.update.norm()), allowed.update),
+        ("sample, root mean square", float((images - known_images).square().mean().sqrt()), allowed.sample),
+        ("sample, mean difference in levels of 255", float(levels.mean()), allowed.levels),
+    ]
+    return [Comparison(experiment, way.name, *figure) for figure in figures]
+
+
+@functools.cache
+def _references(experiment: str, way: Way) -> tuple[Step, Tensor]:
+    return training_step(experiment, way), ddim_sample(experiment, way)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 means float32: no TF32 in matrix products and convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+# ---- does the host wait ----
+
+
+def host_waits(experiment: str, way: Way) -> str | None:
+    """What makes the host wait for the GPU within a training step, EMA included; None if nothing does."""
+    run = build_run(experiment, way)
+    module = run.module
+    configured = module.configure_optimizers()
+    optimizer, ramp = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    batch = random_batch(run.cfg, run.cfg.data.batch_size, run.place.device)
+    run.ema.on_train_start(SimpleNamespace(global_step=0, max_steps=run.cfg.trainer.max_steps), module)
+
+    def step(number: int) -> None:
+        with run.place.autocast():
+            loss = module.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        ramp.step()
+        run.ema.on_train_batch_end(SimpleNamespace(global_step=number), module)
+
+    for number in (1, 2):  # tables move to the device, the optimizer makes its state
+        step(number)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in (3, 4, 5):
+            step(number)
+    except RuntimeError as e:
+        return str(e).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+# ---- how fast ----
+
+
+def write_random_images(root: Path, cfg: DictConfig) -> None:
+    """A data set of cfg's image size, channels and classes, of noise."""
+    random, shape = np.random.default_rng(0), (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    classes = cfg.data.num_classes
+    with ShardWriter(root, cfg.data.name, shape[1], shape[0], classes, max_samples=IMAGES // 16) as writer:
+        for i in range(IMAGES):
+            writer.write(random.integers(0, 256, shape, dtype=np.uint8), i % classes if classes else None)
+
+
+def timed_training(experiment: str, steps: int, *words: str) -> dict[str, float]:
+    """`python -m diffusion.train +experiment=...` on random images, in a temporary folder: what its metrics.csv says.
+
+    Rates are medians over the rows but the first, which holds the warming up. `seconds` is the whole command.
+
+    Args:
+        steps: of the optimizer; at least two rows' worth, 2 log_every.
+        words: further settings.
+    """
+    cfg = composed("train", [f"+experiment={experiment}", *words])
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
+        folder = Path(scratch)
+        write_random_images(folder / "data", cfg)
+        command = [sys.executable, "-m", "diffusion.train", f"+experiment={experiment}", "callbacks=none"]
+        command += [f"trainer.max_steps={steps}", f"data.root={folder / 'data'}", f"run_dir={folder / 'run'}", *words]
+        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        began = time.monotonic()
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True
+        )
+        seconds = time.monotonic() - began
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        rows = MetricsCsv(RunFolder(folder / "run").metrics_path).rows()
+    rate = statistics.median(float(row["train/images_per_second"]) for row in rows[1:])
+    figures = {"images_per_second": rate, "steps_per_second": rate / cfg.data.batch_size, "steps": steps}
+    figures |= {"batch_size": cfg.data.batch_size, "seconds": seconds, "last_loss": float(rows[-1]["train/loss"])}
+    if "train/peak_memory_gb" in rows[-1]:
+        figures["peak_memory_gb"] = float(rows[-1]["train/peak_memory_gb"])
+    return figures
+
+
+# ---- the task ----
+
+
+def machine() -> dict[str, Any] | None:
+    """The GPU and what drives it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    about = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    device = torch.cuda.get_device_properties(0)
+    about |= {"gpu": device.name, "gpu_memory_gb": device.total_memory / 1e9, "gpus": torch.cuda.device_count()}
+    return about | {"cpus": os.cpu_count(), "commit": commit()}
+
+
+def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+    """Compare, look, time; say it, write it to `out`. Returns 0 if all holds, 1 if not, 3 without a GPU."""
+    about = machine()
+    if about is None:
+        say("task=gpu_check needs a CUDA device and torch sees none here: nothing was compared.")
+        return NO_GPU
+    found: dict[str, Any] = {"machine": about, "comparisons": []}
+    say(f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}")
+    say("Differences from float32 on the CPU, relative unless said otherwise")
+    holds = True
+    for experiment in EXPERIMENTS:
+        for way, allowed in ((GPU, FLOAT32), (GPU_BF16, BF16)):
+            with exact_float32():
+                comparisons = compare(experiment, way, allowed)
+            for comparison in comparisons:
+                holds &= comparison.holds
+                say(comparison.line())
+                found["comparisons"].append(comparison._asdict() | {"holds": comparison.holds})
+    found["host_waits"] = host_waits(TIMED, GPU_BF16)
+    holds &= found["host_waits"] is None
+    say(f"A training step makes the host wait: {found['host_waits'] or 'never'}")
+    say(f"Training +experiment={TIMED} for {cfg.gpu_check.steps} steps on random images")
+    figures = found["training"] = timed_training(TIMED, cfg.gpu_check.steps, *GPU_BF16.words)
+    say(
+        f"  {figures['steps_per_second']:.2f} steps/s, {figures['images_per_second']:,.0f} images/s, "
+        f"{figures['peak_memory_gb']:.2f} GB of GPU memory at most"
+    )
+    found["holds"] = holds
+    if cfg.out is not None:
+        write_atomically(Path(cfg.out), json.dumps(found, indent=2) + "\n")
+        say(f"Figures: {cfg.out}")
+    say("All of it holds." if holds else "Not all of it holds.")
+    return 0 if holds else 1

@@ -1,0 +1,378 @@
+"""What our loader costs beside others, on this machine, now.
+
+Photos: JPEGs in shards, decoded by worker processes; against torch's DataLoader that decodes the same bytes from
+memory, a plain webdataset pipeline, and MosaicML streaming where `loader.peers_python` has it. Small images: a set that
+is kept in memory decoded, without workers; against rows of one uint8 tensor. Each side runs as often as the others, in
+turn and in turned order, because a machine's speed drifts; a figure is the median over the alternations of our rate or
+cost over the peer's within one alternation. An alternation of the photos is made of short turns, so that all sides meet
+the same disturbances, and after every third one all processes are started anew, because one and the same loader costs
+some per cent more or less by how its memory happens to lie. What is counted is in the head of loader_peers.py.
+
+The files are read from the page cache: they have been written or read just before.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.benchmark import loader_peers
+from diffusion.benchmark.loader_images import write_photos, write_small
+from diffusion.benchmark.loader_sides import SIDES, stream_loader, subset
+from diffusion.config.compose import PACKAGE, refusing
+from diffusion.data.shards.index import Index
+from diffusion.errors import Refusal
+from diffusion.files import write_atomically
+from diffusion.scoring.scores import commit
+
+SMALL_BATCH = 128
+TURN, LIFE = 8, 3  # batches that a side gives before the next one does; alternations of one set of processes
+PEERS = {
+    "memory": "torch's DataLoader, bytes in memory",
+    "webdataset": "webdataset",
+    "mosaicml": "MosaicML streaming",
+    "tensor": "rows of a tensor",
+}
+
+
+class Bar(NamedTuple):
+    """A figure and what it may be at most, or must be at least: ours / the peer's."""
+
+    figure: str
+    unit: str
+    measure: str
+    peer: str
+    limit: float
+    at_most: bool = False
+
+    def text(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.limit:g}"
+
+
+BARS = (
+    Bar("photos, CPU time an image", "ms", "cpu_ms", "memory", 1.08, at_most=True),
+    Bar("photos", "images/s", "images_per_second", "memory", 0.9),
+    Bar("photos", "images/s", "images_per_second", "webdataset", 1.0),
+    Bar("photos", "images/s", "images_per_second", "mosaicml", 1.0),
+    Bar("small, cached, no workers", "images/s", "images_per_second", "tensor", 0.5),
+)
+
+
+class Comparison(NamedTuple):
+    """A bar and what was measured: medians of both sides, and of ours / the peer's with its smallest and largest."""
+
+    bar: Bar
+    ours: float
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio <= self.bar.limit if self.bar.at_most else self.ratio >= self.bar.limit  # false for nan
+
+    def line(self) -> str:
+        title, digits = f"{self.bar.figure}, {self.bar.unit}; {PEERS[self.bar.peer]}", 2 if self.bar.unit == "ms" else 0
+        numbers = f"{self.ours:11,.{digits}f} {self.theirs:11,.{digits}f} {self.ratio:6.2f} {self.spread():>15}"
+        return f"  {title:66}{numbers}   {self.bar.text():16}{'' if self.holds else 'DOES NOT HOLD'}".rstrip()
+
+    def spread(self) -> str:
+        return f"{self.low:.2f} .. {self.high:.2f}"
+
+    def row(self) -> dict[str, Any]:
+        figures = {"figure": self.bar.figure, "unit": self.bar.unit, "peer": PEERS[self.bar.peer]}
+        figures |= {"ours": self.ours, "theirs": self.theirs, "ratio": self.ratio, "ratios": [self.low, self.high]}
+        return figures | {"bar": self.bar.text(), "holds": self.holds}
+
+
+Measured = dict[str, list[dict[str, float]]]  # side -> a measurement for each alternation
+
+
+def compare(bar: Bar, measured: Measured) -> Comparison:
+    """Our measurements against the peer's, alternation by alternation."""
+    ours, theirs = ([m[bar.measure] for m in measured[side]] for side in ("ours", bar.peer))
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    median = statistics.median
+    return Comparison(bar, median(ours), median(theirs), median(ratios), min(ratios), max(ratios))
+
+
+# ---- photos ----
+
+
+class Side:
+    """A loader in a process of its own, which is asked for measurements.
+
+    Args:
+        command: what starts it; it answers as loader_peers.serve does.
+        log: a file for what it says otherwise.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.command, self.log = command, log
+        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with open(log, "wb") as complaints:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+            )
+
+    def ask(self, question: str = "") -> Any:
+        """Its answer to a question, or without one to none: what it says of itself when it is ready.
+
+        Raises:
+            RuntimeError: it has failed; the message ends with how.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{question}\n" if question else "")
+            self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or "null")
+        if answer is None or "error" in answer:
+            how = answer["error"] if answer else f"exit {self.process.wait()}"
+            said = self.log.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"{' '.join(self.command)}: {how}\n{said}")
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End it: it ends by itself when nothing more can be asked. After a failure there is nothing to wait for."""
+        if kind is not None:
+            self.process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def sides(index: Index, loader: DictConfig, scratch: Path) -> Iterator[dict[str, Side]]:
+    """The loaders of the photos, in processes of their own, started at the same time."""
+    settings = {
+        "root": str(index.root),
+        "tars": [str(Path(index.root) / shard.path) for shard in index.shards],
+        "images": loader.images,
+        "channels": index.channels,
+        "image_size": index.image_size,
+        "batch_size": loader.batch_size,
+        "num_workers": loader.num_workers,
+        "seed": 0,
+        "folder": tempfile.mkdtemp(prefix="mds_", dir=scratch),
+    }
+    ahead = loader_peers.PREFETCH * loader.num_workers
+    each = sum(ahead + batches for batches in turns(loader.batches))
+    settings["total"] = (1 + 2 * ahead + LIFE * each) * loader.batch_size
+    commands = {side: [sys.executable, "-m", "diffusion.benchmark.loader_sides"] for side in SIDES}
+    if loader.peers_python is not None:
+        commands["mosaicml"] = [str(loader.peers_python), "-I", loader_peers.__file__]
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for name, command in commands.items():
+            side = Side([*command, json.dumps(settings | {"side": name})], scratch / f"{name}.log")
+            started[name] = stack.enter_context(side)
+        yield started
+
+
+def measured_photos(index: Index, loader: DictConfig, scratch: Path) -> tuple[Measured, dict[str, Any]]:
+    """(measurements by side, what each side says of itself and what memory its workers take)."""
+    measured: Measured = {}
+    for begin in range(0, loader.rounds, LIFE):
+        with sides(index, loader, scratch) as started:
+            about = {name: side.ask() for name, side in started.items()}
+            check_same_work(about, [loader.batch_size, index.channels, index.image_size, index.image_size])
+            for _ in range(begin, min(begin + LIFE, loader.rounds)):
+                sums = {name: Counter() for name in started}
+                for number, batches in enumerate(turns(loader.batches)):
+                    for name in in_turn(list(started), number):
+                        sums[name].update(started[name].ask(str(batches)))
+                for name, sum_of in sums.items():
+                    measured.setdefault(name, []).append(figures(sum_of))
+            for name, side in started.items():
+                about[name]["workers"] = side.ask("memory")
+    return measured, about
+
+
+def check_same_work(about: dict[str, Any], shape: list[int]) -> None:
+    """RuntimeError unless all sides hand out batches of this shape, of uint8."""
+    for name, said in about.items():
+        if (said["shape"], said["dtype"]) != (shape, "torch.uint8"):
+            raise RuntimeError(f"{name} hands out {said['dtype']} {said['shape']}, expected torch.uint8 {shape}.")
+
+
+def turns(batches: int) -> list[int]:
+    """The batches of an alternation, cut into turns."""
+    return [min(TURN, batches - done) for done in range(0, batches, TURN)]
+
+
+def in_turn(names: list[str], number: int) -> list[str]:
+    """Forwards, backwards, forwards, ..."""
+    return names if number % 2 == 0 else names[::-1]
+
+
+def figures(sums: dict[str, float]) -> dict[str, float]:
+    """Images/s and milliseconds of CPU time an image, from what Stopwatch.measure counted."""
+    return {
+        "images_per_second": sums["images"] / sums["seconds"],
+        "cpu_ms": 1e3 * sums["cpu_seconds"] / sums["decoded"],
+    }
+
+
+# ---- small images ----
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measured_small(index: Index, rounds: int) -> Measured:
+    """An epoch of batches of 128 in each alternation, from our loader that has decoded all of them before, and from
+    one tensor (n, C, H, W) by a random permutation; in this process, without workers, with one thread."""
+    total = index.count("train")
+    batches = iter(stream_loader(index, SMALL_BATCH, seed=0, cache="memory"))
+    first = [next(batches)["image"] for _ in range(-(-total // SMALL_BATCH) + 1)]
+    images, steps = torch.cat(first)[:total].clone(), total // SMALL_BATCH
+    del first
+
+    def ours() -> None:
+        for _ in range(steps):
+            next(batches)
+
+    def tensor() -> None:
+        order = torch.randperm(total)
+        for step in range(steps):
+            images[order[step * SMALL_BATCH : (step + 1) * SMALL_BATCH]]
+
+    measured: Measured = {"ours": [], "tensor": []}
+    with one_thread():
+        for take in (ours, tensor):
+            take()
+        for alternation in range(rounds):
+            for name in in_turn(["ours", "tensor"], alternation):
+                began = time.perf_counter()
+                (ours if name == "ours" else tensor)()
+                rate = steps * SMALL_BATCH / (time.perf_counter() - began)
+                measured[name].append({"images_per_second": rate})
+    return measured
+
+
+# ---- the task ----
+
+
+def check_loader(loader: DictConfig) -> None:
+    """Refuse a data set that is not there, too small a one, and an interpreter without MosaicML streaming."""
+    for key, images in (("root", loader.images), ("cifar_root", loader.cifar_images)):
+        if loader[key] is not None:
+            try:
+                index = subset(str(loader[key]), images)
+            except ValueError as e:
+                raise Refusal(str(e).replace("data.root", f"loader.{key}")) from e
+            found = index.count("train")
+            if key == "cifar_root" and found < SMALL_BATCH:
+                raise Refusal(f"loader.{key}={loader[key]} has {found} images to train on: {SMALL_BATCH} are needed.")
+    python = loader.peers_python
+    if python is None:
+        return
+    cure = "Make an environment that has it with bash launch/loader_peers.sh, or leave the setting out."
+    question = "import importlib.metadata as m; print(m.version('mosaicml-streaming'))"
+    try:
+        done = subprocess.run([str(python), "-I", "-c", question], capture_output=True, text=True)
+    except OSError as e:
+        raise Refusal(f"loader.peers_python={python} cannot be run ({e.strerror}). {cure}") from e
+    if done.returncode:
+        raise Refusal(f"loader.peers_python={python} has no MosaicML streaming. {cure}")
+
+
+def introduction(index: Index, loader: DictConfig) -> str:
+    images, size = index.count("train"), sum(shard.bytes for shard in index.shards)
+    return (
+        f"Photos: {images:,} of {index.image_size}x{index.image_size} in {len(index.shards)} shards, "
+        f"{size / images / 1e3:.1f} kB an image; {loader.num_workers} workers, batch {loader.batch_size}, "
+        f"{loader.rounds} alternations of {loader.batches} batches"
+    )
+
+
+def memory_line(about: dict[str, Any]) -> str:
+    """PSS and RSS of the largest worker of each side."""
+    largest = {name: max(said["workers"], key=lambda w: w["pss"]) for name, said in about.items() if said["workers"]}
+    if not largest:
+        return "Memory of a worker: there are none"
+    parts = [f"{name} {memory['pss']:,.0f} ({memory['rss']:,.0f})" for name, memory in largest.items()]
+    return f"Memory of a worker, MB PSS (RSS): {', '.join(parts)}"
+
+
+def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+    """Measure, say it, write it to `out`. Returns 0 if all bars hold, 1 if one does not."""
+    loader = cfg.loader
+    with refusing(cfg.debug):
+        check_loader(loader)
+    with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as scratch:
+        photos, about = run_photos(loader, Path(scratch), say)
+        small = run_small(loader, Path(scratch), say)
+    comparisons = [compare(bar, found) for found in (photos, small) for bar in BARS if bar.peer in found]
+    say(f"  {'':66}{'ours':>11} {'theirs':>11} {'ratio':>6} {'min .. max':>15}   bar")
+    for comparison in comparisons:
+        say(comparison.line())
+    if "mosaicml" not in about:
+        say(f"  Left out: {PEERS['mosaicml']}. Make its environment with bash launch/loader_peers.sh, and give")
+        say("  loader.peers_python=.venv-peers/bin/python.")
+    say(memory_line(about))
+    holds = all(comparison.holds for comparison in comparisons)
+    if cfg.out is not None:
+        found = {"machine": machine(), "settings": OmegaConf.to_container(loader), "holds": holds}
+        found |= {"rows": [c.row() for c in comparisons], "left_out": [] if "mosaicml" in about else ["mosaicml"]}
+        found |= {"sides": about, "photos": photos, "small": small}
+        write_atomically(Path(cfg.out), json.dumps(found, indent=2) + "\n")
+        say(f"Figures: {cfg.out}")
+    say("All bars hold." if holds else "Not all bars hold.")
+    return 0 if holds else 1
+
+
+def run_photos(loader: DictConfig, scratch: Path, say: Callable[[str], None]) -> tuple[Measured, dict[str, Any]]:
+    if loader.root is None:
+        write_photos(scratch / "photos", loader.images, loader.image_size)
+    index = subset(str(loader.root or scratch / "photos"), loader.images)
+    say(introduction(index, loader))
+    return measured_photos(index, loader, scratch)
+
+
+def run_small(loader: DictConfig, scratch: Path, say: Callable[[str], None]) -> Measured:
+    if loader.cifar_root is None:
+        write_small(scratch / "small", loader.cifar_images)
+    index = subset(str(loader.cifar_root or scratch / "small"), loader.cifar_images)
+    images, size = index.count("train"), index.image_size
+    say(f"Small: {images:,} images of {size}x{size}, batch {SMALL_BATCH}, {loader.rounds} alternations of an epoch")
+    return measured_small(index, loader.rounds)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and how busy it was."""
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    about = {"cpu": models[0].partition(":")[2].strip() if models else "unknown", "cpus": os.cpu_count()}
+    return about | {"load_average": os.getloadavg()[0], "commit": commit()}

@@ -1,0 +1,87 @@
+"""What it costs a run to be able to survive: signals, saving every 500 steps, and looking whether gradients are finite.
+
+The digits are trained with all of it and with none of it, by the same Trainer otherwise, in turn. A figure is the mean
+time of a step over so many steps that each run with it saves at least once; the ratio is the median over the
+alternations. Beside it stands how much the runs without it differ from one to the next: a machine can tell no less.
+"""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from diffusion.benchmark.gpu_check import composed
+from diffusion.build import parts as build
+from diffusion.distributed.signals import Signals
+from diffusion.files import write_atomically
+from diffusion.run import Run
+from diffusion.runs.folder import RunFolder
+from diffusion.training.checkpoint import Saver
+from diffusion.training.fit import Fit
+from diffusion.training.nonfinite import Finite
+
+WARM_UP = 20  # steps before the clock starts
+LIMIT = 1.01
+
+
+class Clock(Callback):
+    """Seconds a step, from the end of step WARM_UP to the end of training."""
+
+    def __init__(self) -> None:
+        self.began, self.seconds = 0.0, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == WARM_UP:
+            self.began = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.seconds = (time.perf_counter() - self.began) / (trainer.global_step - WARM_UP)
+
+
+def seconds_a_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
+    """Train the digits from the beginning in a new folder: seconds a step, with all that lets it survive or without."""
+    words = ["+experiment=digits", "trainer=cpu", "callbacks=none", f"data.root={data}", f"run_dir={scratch}"]
+    cfg = composed("train", [*words, f"trainer.max_steps={steps + WARM_UP}", "save.every_steps=500"])
+    signals, clock = Signals(), Clock()
+    run = Run(cfg, OmegaConf.to_container(cfg), RunFolder(scratch), signals)
+    fit = Fit(run, [], signals)
+    if not whole:
+        fit.trainer.callbacks = [c for c in fit.trainer.callbacks if not isinstance(c, Saver | Finite)]
+    fit.trainer.callbacks.append(clock)
+    with signals if whole else tempfile.TemporaryDirectory():
+        assert fit.go(None, lambda _: None) == 0
+    return clock.seconds
+
+
+def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+    """The task `overhead` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
+    steps, rounds = cfg.overhead.steps, cfg.overhead.rounds
+    say(f"Training the digits for {steps} steps, {2 * rounds} times: with signals, saving and checks, and without")
+    found: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory(prefix="overhead_") as folder:
+        data, number = Path(folder) / "digits", itertools.count()
+        build.prepare_digits(data)
+        for turn in range(rounds):
+            for whole in (True, False) if turn % 2 else (False, True):
+                found[whole].append(seconds_a_step(steps, Path(folder) / f"run_{next(number)}", data, whole))
+            say(f"  {1e3 * found[True][-1]:.2f} ms with, {1e3 * found[False][-1]:.2f} ms without")
+    ratios = [a / b for a, b in zip(found[True], found[False], strict=True)]
+    itself = [b / a for a, b in itertools.pairwise(found[False])] or [1.0]
+    spread = statistics.median(abs(ratio - 1) for ratio in itself)
+    ratio = statistics.median(ratios)
+    holds = ratio <= max(LIMIT, 1 + 2 * spread)
+    say(
+        f"with / without: {ratio:.4f} ({min(ratios):.4f} .. {max(ratios):.4f}); runs without it differ from one to the "
+        f"next by {spread:.4f}. At most {LIMIT:g}, or twice that: {'holds' if holds else 'does not hold'}"
+    )
+    if cfg.out is not None:
+        figures = {"with": found[True], "without": found[False], "ratio": ratio, "spread": spread, "holds": holds}
+        write_atomically(cfg.out, json.dumps(figures, indent=1) + "\n")
+    return 0 if holds else 1

@@ -1,0 +1,225 @@
+"""Which settings have no effect beside others, and why; without torch or lightning.
+
+    refuse_idle(cfg, typed)
+
+A setting that a user has typed and that nothing reads would be taken for one that has been at work, and recorded as
+such. What conf/ says by itself is never refused, nor a typed value that would hold anyway. Whether a value is allowed
+is not known here (see check.py), nor what is in a data set or a checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.config.compose import Typed, shown
+from diffusion.data.shards.index import INDEX_NAME
+from diffusion.data.shards.remote import is_remote
+from diffusion.errors import Refusal
+
+
+class Idle(NamedTuple):
+    """Settings that have no effect under a condition.
+
+    commands: names of conf/*.yaml. keys: of settings and of groups of options, in words; `a.*` is all below a.
+    when: the condition, of a composed configuration. why: what holds then, `{key}` being the value of a key.
+    cure: what gives the setting an effect, `{word}` being what was typed; None: nothing does.
+    """
+
+    commands: str
+    keys: str
+    when: Callable[[DictConfig], bool]
+    why: str
+    cure: str | None = None
+
+
+def unguided(cfg: DictConfig) -> bool:
+    return "_target_" not in cfg.guidance
+
+
+def swept(cfg: DictConfig) -> bool:
+    return cfg.get("task") == "sweep"
+
+
+def all_visited(cfg: DictConfig) -> bool:
+    """Whether a sampler visits every level of its schedule, of which there is one order only."""
+    steps, levels = cfg.sampler.get("num_steps"), OmegaConf.select(cfg, "schedule.num_timesteps")
+    levels = levels if cfg.get("checkpoint") is None else None  # a checkpoint has levels of its own
+    return not swept(cfg) and "spacing" in cfg.sampler and (steps is None or steps == levels)
+
+
+def data_set(path: str | None) -> bool:
+    """Whether a path is one of shards, which have splits."""
+    return path is not None and (is_remote(path) or (Path(path) / INDEX_NAME).is_file())
+
+
+def of_images(cfg: DictConfig) -> bool:
+    return cfg.checkpoint is None and cfg.images is not None
+
+
+def likelihood_alone(cfg: DictConfig) -> bool:
+    return cfg.task == "score" and set(cfg.metrics) == {"bits_per_dim"}
+
+
+def no_likelihood(cfg: DictConfig) -> bool:
+    return swept(cfg) or "bits_per_dim" not in cfg.metrics
+
+
+def no_scores(cfg: DictConfig) -> bool:
+    return cfg.callbacks.enabled and not cfg.metrics
+
+
+def task_is_not(*names: str) -> Callable[[DictConfig], bool]:
+    return lambda cfg: cfg.task not in names
+
+
+def toy_of(cfg: DictConfig) -> str:
+    return cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
+
+
+ANY = "train sample evaluate lab"  # that sample
+TABLE = (
+    # ---- sampling ----
+    Idle(ANY, "guidance.scale", unguided, "guidance=none", "guidance=classifier_free {word}"),
+    Idle(ANY, "sampler.spacing", all_visited, "every level is visited (sampler.num_steps={sampler.num_steps})",
+         "sampler.num_steps=N below the number of levels"),
+    Idle(ANY, "sampler.corrector.*", lambda cfg: cfg.sampler.get("visits") == 1,
+         "with sampler.visits=1 every step is the predictor's", "sampler.visits=2"),
+    # ---- training ----
+    Idle("train", "metrics extractor.* callbacks.grid.* callbacks.score.*",
+         lambda cfg: not cfg.callbacks.enabled, "callbacks=none samples and scores nothing", "callbacks=default"),
+    Idle("train", "extractor extractor.* callbacks.score.*", no_scores, "metrics=[] scores nothing", "metrics=[fid]"),
+    Idle("train", "callbacks.score.during.*",
+         lambda cfg: cfg.callbacks.enabled and not cfg.callbacks.score.every_steps,
+         "callbacks.score.every_steps=0 scores at the end alone", "callbacks.score.every_steps=N"),
+    Idle("train", "model.fourier_scale", lambda cfg: cfg.model.get("time_embedding") == "positional",
+         "model.time_embedding=positional", "model.time_embedding=fourier {word}"),
+    Idle("train", "data.remote.*",
+         lambda cfg: not is_remote(cfg.data.root), "data.root={data.root} is a folder of this machine"),
+    Idle("train", "data.max_bad_share", lambda cfg: cfg.data.get("on_bad_sample") == "error",
+         "data.on_bad_sample=error stops at the first one", "data.on_bad_sample=skip {word}"),
+    Idle("train", "data.rule data.rule.*", lambda cfg: True,
+         "it is how diffusion.prepare makes the set, which training takes as it is"),
+    Idle("train", "data.root", lambda cfg: str(cfg.data.get("_target_")).endswith("MixtureDataModule"),
+         "the points are drawn, nothing is on disk"),
+    Idle("train", "max_nonfinite", lambda cfg: cfg.on_nonfinite == "stop",
+         "on_nonfinite=stop stops at the first one", "on_nonfinite=skip {word}"),
+    # ---- evaluate ----
+    Idle("evaluate", "data.root", lambda cfg: of_images(cfg) or data_set(cfg.reference),
+         "it is where a checkpoint's own data are, which are not read here"),
+    Idle("evaluate", "num_images sampler sampler.* guidance guidance.* ema batch_size seed", of_images,
+         "with images={images} nothing is sampled", "checkpoint=PATH in the place of images"),
+    Idle("evaluate", "num_images sampler sampler.* guidance guidance.* batch_size neighbours split extractor "
+         "extractor.* samples", likelihood_alone,
+         "metrics=[bits_per_dim] samples nothing and scores no samples", "metrics=[fid,bits_per_dim]"),
+    Idle("evaluate", "likelihood.*", swept, "task=sweep measures FID", "task=score metrics=[bits_per_dim]"),
+    Idle("evaluate", "likelihood.*", no_likelihood, "metrics={metrics}", "metrics=[bits_per_dim]"),
+    Idle("evaluate", "likelihood.probes likelihood.probe likelihood.tolerance",
+         lambda cfg: cfg.likelihood.by == "bound", "likelihood.by=bound", "likelihood.by=ode {word}"),
+    Idle("evaluate", "likelihood.probe", lambda cfg: cfg.likelihood.probes == 0,
+         "likelihood.probes=0 computes the exact trace", "likelihood.probes=1"),
+    Idle("evaluate", "likelihood.variance", lambda cfg: cfg.likelihood.by == "ode",
+         "likelihood.by=ode has no reverse steps", "likelihood.by=bound {word}"),
+    Idle("evaluate", "images_split", lambda cfg: cfg.images is None, "images=PATH is not given"),
+    Idle("evaluate", "images_split", lambda cfg: not data_set(cfg.images),
+         "images={images} is not a data set of shards"),
+    Idle("evaluate", "split", lambda cfg: cfg.reference is not None and not data_set(cfg.reference),
+         "reference={reference} is not a data set of shards"),
+    Idle("evaluate", "sweep sweep.*", lambda cfg: not swept(cfg), "task={task}", "task=sweep {word}"),
+    Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.variance sampler.visits "
+         "sampler.step_size sampler.convention sampler.denoise sampler.predictor.* sampler.corrector.*", swept,
+         "task=sweep has samplers of its own: sweep.num_steps, sweep.eta, sweep.large", "task=score {word}"),
+    Idle("evaluate", "neighbours per_class", swept, "task=sweep measures FID alone", "task=score {word}"),
+    Idle("evaluate", "metrics", lambda cfg: swept(cfg) and list(cfg.metrics) != ["fid"],
+         "task=sweep measures FID alone", "task=score {word}"),
+    # ---- lab ----
+    Idle("lab", "equivalence equivalence.*", task_is_not("equivalence"), "task={task}", "task=equivalence"),
+    Idle("lab", "forward forward.*", task_is_not("forward"), "task={task}", "task=forward"),
+    Idle("lab", "reverse reverse.*", task_is_not("reverse"), "task={task}", "task=reverse"),
+    Idle("lab", "modes modes.*", task_is_not("modes"), "task={task}", "task=modes"),
+    Idle("lab", "errors errors.*", task_is_not("errors"), "task={task}", "task=errors"),
+    Idle("lab", "sampler sampler.* guidance guidance.* batch_size", task_is_not("errors"),
+         "task={task} does not use it", "task=errors"),
+    Idle("lab", "samplers", task_is_not("errors", "reverse", "modes"), "task={task} compares no samplers",
+         "task=errors, reverse or modes"),
+    Idle("lab", "schedule schedule.*", lambda cfg: cfg.checkpoint is not None,
+         "with checkpoint={checkpoint} the noise levels are those the model was trained on"),
+    Idle("lab", "data.root", lambda cfg: cfg.checkpoint is None, "checkpoint=PATH is not given"),
+    Idle("lab", "ema batch_size sampler.clip_x0 errors.num_images errors.split", lambda cfg: cfg.checkpoint is None,
+         "checkpoint=PATH is not given", "checkpoint=PATH"),
+    Idle("lab", "gaussian gaussian.*", lambda cfg: cfg.checkpoint is not None,
+         "with checkpoint={checkpoint} the data are the model's own"),
+    Idle("lab", "gaussian.fitted_on", task_is_not("errors"), "task={task} measures no denoiser", "task=errors {word}"),
+    Idle("lab", "gaussian.mean gaussian.stds", lambda cfg: toy_of(cfg) != "gaussian",
+         "the data are another toy", "toy=gaussian {word}"),
+    Idle("lab", "errors.num_points errors.times", lambda cfg: cfg.checkpoint is None and toy_of(cfg) == "gaussian",
+         "of Gaussian data the errors are computed exactly, without points", "toy=modes {word}"),
+    # ---- report, prepare, benchmark ----
+    Idle("report", "runs out", lambda cfg: cfg.run_dir is not None, "run_dir={run_dir} is given",
+         "runs=FOLDER in the place of run_dir"),
+    Idle("report prepare benchmark", "seed", lambda cfg: True, "nothing is drawn by this seed"),
+    Idle("prepare", "source image_size channels crop resize background labels_from validation format quality "
+         "shard_samples on_bad_sample max_bad_share max_pixels", task_is_not("make"),
+         "task=verify looks at a set that is made", "task=make"),
+    Idle("prepare", "image_size channels crop resize background labels_from validation format quality shard_samples "
+         "on_bad_sample max_bad_share max_pixels processes", lambda cfg: cfg.source == "digits",
+         "source=digits is made as conf/data/digits.yaml says"),
+    Idle("prepare", "max_bad_share", lambda cfg: cfg.on_bad_sample == "error",
+         "on_bad_sample=error stops at the first one", "on_bad_sample=skip {word}"),
+    Idle("prepare", "crop resize", lambda cfg: cfg.image_size is None and cfg.dataset is None
+         and {cfg.crop, cfg.resize} - {None, "none"} != set(),
+         "without image_size all images must have one size, and are kept as they are", "image_size=PIXELS {word}"),
+    Idle("benchmark", "gpu_check gpu_check.*", task_is_not("gpu_check"), "task={task}", "task=gpu_check"),
+    Idle("benchmark", "loader loader.*", task_is_not("loader"), "task={task}", "task=loader"),
+    Idle("benchmark", "overhead overhead.*", task_is_not("overhead"), "task={task}", "task=overhead"),
+    Idle("benchmark", "digests digests.*", task_is_not("digests"), "task={task}", "task=digests"),
+    Idle("benchmark", "loader.image_size", lambda cfg: cfg.loader.root is not None,
+         "the images of loader.root={loader.root} have their own size"),
+)  # fmt: skip
+
+OF_POINTS = (  # of a checkpoint, which has to be looked at: a model of points, or one of images
+    Idle("lab", "guidance guidance.* sampler.clip_x0 batch_size errors.num_images errors.split data.root",
+         lambda cfg: True, "checkpoint={checkpoint} is a model of points"),
+)  # fmt: skip
+OF_IMAGES = (
+    Idle("lab", "samplers errors.num_steps", lambda cfg: True, "checkpoint={checkpoint} is a model of images"),
+    Idle("lab", "errors.num_points", lambda cfg: True, "checkpoint={checkpoint} is a model of images",
+         "errors.num_images=N"),
+)  # fmt: skip
+
+
+def refuse_idle(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) -> None:
+    """Refuse what a user has typed that has no effect. Raises Refusal."""
+    for idle in table:
+        if typed.command not in idle.commands.split():
+            continue
+        patterns = idle.keys.split()
+        settings = {k: word for k, word in typed.settings.items() if matches(k, patterns)}
+        options = {g: option for g, option in typed.options.items() if g in patterns}
+        if not (settings or options) or not idle.when(cfg):
+            continue
+        words = [word for key, word in settings.items() if differs(cfg, key, typed)]
+        words += [f"{g}={option}" for g, option in options.items() if option != typed.default_options.get(g)]
+        if words:
+            raise Refusal(sentence(idle, cfg, words[0]))
+
+
+def matches(key: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def differs(cfg: DictConfig, key: str, typed: Typed) -> bool:
+    """Whether a typed value is another than would hold anyway."""
+    default = OmegaConf.select(typed.defaults, key, throw_on_missing=False)
+    return OmegaConf.select(cfg, key, throw_on_missing=False) != default
+
+
+def sentence(idle: Idle, cfg: DictConfig, word: str) -> str:
+    """guidance.scale=4.0 has no effect: guidance=none. Give guidance=classifier_free guidance.scale=4.0."""
+    why = idle.why
+    for key in {part.partition("}")[0] for part in why.split("{")[1:]}:
+        why = why.replace("{" + key + "}", shown(OmegaConf.select(cfg, key)))
+    cure = "Leave it out." if idle.cure is None else f"Give {idle.cure.replace('{word}', word)}, or leave it out."
+    return f"{word} has no effect: {why}. {cure}"

@@ -1,0 +1,203 @@
+"""How images are made from a model: the same code during training, at its end, and in the commands."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from diffusion.distributed.ranks import Ranks
+from diffusion.images import to_uint8
+from diffusion.process.schedule import Denoiser, Prediction
+from diffusion.samplers.base import Sampler
+from diffusion.samplers.generate import default_labels, generate, walk
+
+
+class Counted:
+    """A denoiser that counts the images it has seen, from which nfe follows, guidance included.
+
+    Args:
+        denoiser: what is called.
+        attend: called before it, each time; may raise to end the sampling.
+    """
+
+    def __init__(self, denoiser: Denoiser, attend: Callable[[], None] = lambda: None) -> None:
+        self.denoiser, self.attend, self.rows = denoiser, attend, 0
+
+    def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+        self.attend()
+        self.rows += len(x_t)
+        return self.denoiser(x_t, t, labels)
+
+
+@dataclass
+class Sampling:
+    """All that decides the images of a model but their numbers.
+
+    denoise: what the sampler calls, guided and clipped. counted: the network inside it. num_classes: 0 for an
+    unconditional model. labels: chosen ones, in turn; none for k mod classes. about: sampler's name, eta and the like,
+    for the record.
+    """
+
+    denoise: Denoiser
+    counted: Counted
+    sampler: Sampler
+    times: Sequence[float]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    seed: int
+    device: torch.device
+    batch_size: int = 256
+    labels: Sequence[int] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def labels_of(self, numbers: Tensor) -> Tensor | None:
+        return default_labels(numbers, self.num_classes, self.labels)
+
+    def batches(self, numbers: Tensor) -> Iterator[Tensor]:
+        """uint8 (b, C, H, W) for these image numbers, on the CPU, batch by batch."""
+        return generate(
+            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
+            self.batch_size, self.device,
+        )  # fmt: skip
+
+    def images(self, numbers: Tensor) -> Tensor:
+        """All of them at once: uint8 (N, C, H, W)."""
+        return torch.cat(list(self.batches(numbers)))
+
+    def film(self, numbers: Tensor, stages: int) -> tuple[Tensor, Tensor]:
+        """How these images come about: x_t and the estimate of x0, uint8 (B, stages, C, H, W), evenly spread over the
+        steps, the last stage the image itself."""
+        steps = len(self.times) - 1
+        wanted = [round(k * (steps - 1) / max(stages - 1, 1)) for k in range(stages)]
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        visits = walk(
+            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
+            self.device,
+        )  # fmt: skip
+        for step, visit in enumerate(visits):
+            if step in wanted:
+                kept[step] = to_uint8(visit.x).cpu(), to_uint8(visit.prediction.x0).cpu()
+        noisy, estimates = zip(*(kept[step] for step in wanted), strict=True)
+        return torch.stack(noisy, dim=1), torch.stack(estimates, dim=1)
+
+    def record(self) -> dict[str, Any]:
+        """What results.jsonl says of the sampling, but for the work it took."""
+        steps = len(self.times) - 1
+        return {**self.about, "num_steps": steps, "seed": self.seed, "batch_size": self.batch_size}
+
+    def identity(self) -> dict[str, Any]:
+        """What, beside the model, decides image k, as JSON. The batch size changes rounding at most and is not in it,
+        unless the sampler looks at the whole batch."""
+        chosen = {"times": [float(t) for t in self.times], "labels": list(self.labels), "shape": list(self.image_shape)}
+        known = self.record() | chosen
+        if not self.sampler.of_batch:
+            del known["batch_size"]
+        return known
+
+
+def differences(old: Any, new: dict[str, Any]) -> list[str]:
+    """'key: was a, is b' for each setting in which two samplings differ; [] if they make the same images.
+
+    Args:
+        old: {"model": ..., "sampling": ...} as it was recorded, also by a former version, or what was found instead.
+        new: the same of this sampling: what identifies the model, and `Sampling.identity`.
+    """
+    if not (isinstance(old, dict) and isinstance(old.get("model"), dict) and isinstance(old.get("sampling"), dict)):
+        return ["its record, about.json, cannot be read"]
+    found = _model_differences(old["model"], new["model"])
+    was, now = old["sampling"], new["sampling"]
+    keys = [key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key)]
+    if "batch_size" not in now:
+        keys = [key for key in keys if key != "batch_size"]
+    if len(keys) > 1:  # they follow from another setting
+        keys = [key for key in keys if key != "times"]
+    return found + [f"{_setting(key)}: was {_short(was.get(key))}, is {_short(now.get(key))}" for key in keys]
+
+
+def _model_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Of the checkpoint: the step is shown, the sha256 decides where it is known."""
+    found = []
+    if was.get("weights") != now.get("weights"):
+        found.append(f"ema: was {_short(was.get('weights') == 'ema')}, is {_short(now.get('weights') == 'ema')}")
+    decides = "checkpoint_sha256" if "checkpoint_sha256" in now else "step"
+    if was.get(decides) != now.get(decides):
+        shown = [_of_model(model) for model in (was, now)]
+        found.append(f"checkpoint: was {shown[0]}, is {shown[1]}")
+    return found
+
+
+def _of_model(model: dict[str, Any]) -> str:
+    step = f"step {model['step']}" if "step" in model else "another"
+    digest = str(model.get("checkpoint_sha256", ""))[:12]
+    return f"{step} (sha256 {digest})" if digest else step
+
+
+def _setting(key: str) -> str:
+    """The setting that a key of the record stands for, as the user writes it."""
+    whole = {"guidance_scale": "guidance.scale", "precision": "trainer.precision", "shape": "size of the images"}
+    whole |= {"times": "times of the steps"}
+    plain = ("seed", "sampler", "labels", "batch_size", "num_images")
+    return whole.get(key) or (key if key in plain else f"sampler.{key}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value).strip('"')
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None = None) -> Iterator[int]:
+    """The same numbers, of images done, under a bar at a terminal, or with one line at their end; on rank 0 alone,
+    whose share stands for all.
+
+    Args:
+        total: images of all ranks. counts: 0 for what was there before.
+    """
+    ranks = ranks or Ranks()
+    if not ranks.main:
+        yield from counts
+        return
+    console, began, done = Console(stderr=True), time.monotonic(), 0
+    rate = lambda: done * ranks.size / max(time.monotonic() - began, 1e-9)  # noqa: E731
+    if console.is_terminal:
+        columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}, left")]
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("", total=total, rate="images")
+            for count in counts:
+                done += count
+                bar.update(task, completed=min(done * ranks.size, total), rate=f"images, {rate():,.1f} images/s")
+                yield count
+        return
+    for count in counts:
+        done += count
+        yield count
+    there = max(total - done * ranks.size, 0)
+    known = f", {there} of them were there" if there and ranks.size == 1 else ""
+    speed = f" ({rate():,.1f} images/s)" if done else ""
+    print(f"{title}: {total} images in {time.monotonic() - began:.1f} s{speed}{known}", file=sys.stderr)
+
+
+@contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A function to call at each of so many network calls: a bar at a terminal, else one line at their end."""
+    console, began, done = Console(stderr=True), time.monotonic(), 0
+    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("network calls, left")]
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def called() -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+
+        yield called
+    if not console.is_terminal:
+        spent = time.monotonic() - began
+        print(f"{title}: {done} network calls in {spent:.1f} s ({done / max(spent, 1e-9):.1f}/s)", file=sys.stderr)
