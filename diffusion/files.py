@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 STEP = re.compile("[0-9]{1,18}")  # a step in a table
 MOST_TEXT = 1 << 30  # bytes of a table or a log that is read whole
@@ -192,6 +192,30 @@ def _opened(path: str | os.PathLike, flags: int) -> int:
     return descriptor
 
 
+def lock(file: int | IO, wait: bool = True, byte: int | None = None, of_opening: bool = False) -> None:
+    """Lock an open file, or one byte of it, against all others that lock it so. The system releases the lock when the
+    file is closed, and when the process ends.
+
+    Args:
+        wait: until it is free. byte: None: the whole file.
+        of_opening: against every other opening of the file, as by threads of this process, and not against other
+            processes alone. A forked process that keeps the file open then keeps the lock.
+
+    Raises:
+        OSError: it is locked and not to be waited for (EACCES, EAGAIN), or its file system has no locks.
+    """
+    how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    if of_opening:
+        fcntl.flock(file, how)
+    else:
+        fcntl.lockf(file, how, *(() if byte is None else (1, byte)))
+
+
+def unlock(file: int | IO, byte: int) -> None:
+    """Release the lock of one byte of an open file."""
+    fcntl.lockf(file, fcntl.LOCK_UN, 1, byte)
+
+
 @contextmanager
 def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait: bool = False) -> Iterator[None]:
     """Hold a lock file for this process. At the end the file is removed, and with it the folders made for it, if they
@@ -237,7 +261,7 @@ def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
                 raise ValueError(f"{named}: {path} is not a regular file, and cannot be a lock: remove it.") from error
             raise
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(descriptor, wait)
             if is_file_of(descriptor, path):
                 return descriptor
             os.close(descriptor)  # of one that its holder has removed meanwhile

@@ -16,11 +16,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
     install()
 
 import sys
-import time
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusion.build.prepare import (
     check_prepare,
@@ -39,43 +36,7 @@ from diffusion.data.prepare.shards import make_set, refuse_other, settings_of
 from diffusion.data.prepare.verify import verify_set
 from diffusion.data.shards.index import read_index
 from diffusion.files import Room, writing
-
-
-class Progressing:
-    """Images done, their rate, and the time left: a bar at a terminal, else a line now and then."""
-
-    def __init__(self, verb: str, total: int, seconds: float = 10.0) -> None:
-        self.verb, self.total, self.seconds = verb, total, seconds
-        self._first: tuple[int, float] | None = None
-        self._printed = time.monotonic()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> "Progressing":
-        return self
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (done, now)
-            console = Console(stderr=True)
-            if console.is_terminal:
-                columns = [TextColumn(self.verb), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} images")]
-                columns += [TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left")]
-                self._bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
-                self._task = self._bar.add_task("", total=self.total, completed=done, rate="")
-                self._bar.start()
-        rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:,.0f}/s", refresh=True)
-        elif now - self._printed >= self.seconds:
-            left = (self.total - done) / rate if rate else 0
-            text = f"{self.verb} {done:,}/{self.total:,} images  {rate:,.0f}/s  {left / 60:,.1f} min left"
-            print(text, file=sys.stderr, flush=True)
-            self._printed = now
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+from diffusion.progress import Progress
 
 
 @command("prepare")
@@ -93,8 +54,8 @@ def main(cfg: DictConfig) -> None:
         plan = planned(job)
         finished = refuse_other(job.out, settings_of(job, plan))
         print(f"{job.out} is there already." if finished else introduction(job, plan), flush=True)
-        with Progressing("preparing", sum(plan.counts.values())) as progress:
-            summary = make_set(job, plan, processes_of(cfg), progress)
+        with Progress("preparing", sum(plan.counts.values()), begun=None) as progress:
+            summary = make_set(job, plan, processes_of(cfg), progress.to)
     print(report(job, summary, train_command(cfg, job)))
 
 
@@ -104,8 +65,8 @@ def verify(cfg: DictConfig) -> int:
         out = out_of(cfg)
         total = sum(shard.samples for shard in read_index(out).shards)
         print(f"Verifying {out}: {total:,} images", flush=True)
-        with Progressing("verifying", total) as progress:
-            index, wrong = verify_set(out, processes_of(cfg), progress)
+        with Progress("verifying", total, begun=None) as progress:
+            index, wrong = verify_set(out, processes_of(cfg), progress.to)
     print(verdict(index, wrong), file=sys.stderr if wrong else sys.stdout)
     return 1 if wrong else 0
 

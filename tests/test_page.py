@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion.page import difference, not_comparable, shown, write_report, write_table
 from diffusion.page.metrics_csv import MAX_POINTS, Metrics, thinned
 from diffusion.page.training_curves import quartile_names
-from diffusion.page.words import duration
+from diffusion.progress import duration
 from diffusion.report import collect
 from diffusion.runs.folder import RunFolder
 from diffusion.training.meter import MetricsCsv

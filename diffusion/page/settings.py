@@ -5,7 +5,8 @@ from statistics import median
 from typing import Any
 
 from diffusion.page.metrics_csv import Metrics
-from diffusion.page.words import counted, duration, get, shown
+from diffusion.page.words import counted, get, shown
+from diffusion.progress import duration
 
 Row = Mapping[str, Any]
 

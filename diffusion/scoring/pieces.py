@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from diffusion.distributed.ranks import Ranks, got_on
 from diffusion.files import locked, replacing, write_atomically
-from diffusion.scoring.sampling import watched
+from diffusion.progress import Progress
 
 PATIENCE = 60.0  # seconds until another machine's file is seen here
 SIZE = "batch_size"  # the array of each file that holds the batch size it was made with
@@ -196,9 +196,12 @@ class Pieces:
             got_on()
             return len(work[index]) if new else 0
 
-        with self.ranks.together():
-            for _ in watched(title, self.total, map(made, self.ranks.share(len(work))), self.ranks):
-                self.ranks.working()
+        ranks = self.ranks
+        progress = Progress(title, self.total, ranks=ranks.size, shown=ranks.main)
+        with ranks.together(), progress:
+            for index in ranks.share(len(work)):
+                progress.add(made(index))
+                ranks.working()
 
     def write(self, kind: str, numbers: range, arrays: Arrays) -> None:
         """A file of these numbers: arrays whose first dimension they are, or single values."""

@@ -1,19 +1,13 @@
 """How images are made from a model: the same code during training, at its end, and in the commands."""
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from diffusion.distributed.ranks import Ranks
 from diffusion.images import to_uint8
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.samplers.base import Sampler
@@ -151,53 +145,3 @@ def _setting(key: str) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value).strip('"')
     return text if len(text) < 100 else f"{text[:100]}..."
-
-
-def watched(title: str, total: int, counts: Iterable[int], ranks: Ranks | None = None) -> Iterator[int]:
-    """The same numbers, of images done, under a bar at a terminal, or with one line at their end; on rank 0 alone,
-    whose share stands for all.
-
-    Args:
-        total: images of all ranks. counts: 0 for what was there before.
-    """
-    ranks = ranks or Ranks()
-    if not ranks.main:
-        yield from counts
-        return
-    console, began, done = Console(stderr=True), time.monotonic(), 0
-    rate = lambda: done * ranks.size / max(time.monotonic() - began, 1e-9)  # noqa: E731
-    if console.is_terminal:
-        columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}, left")]
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=total, rate="images")
-            for count in counts:
-                done += count
-                bar.update(task, completed=min(done * ranks.size, total), rate=f"images, {rate():,.1f} images/s")
-                yield count
-        return
-    for count in counts:
-        done += count
-        yield count
-    there = max(total - done * ranks.size, 0)
-    known = f", {there} of them were there" if there and ranks.size == 1 else ""
-    speed = f" ({rate():,.1f} images/s)" if done else ""
-    print(f"{title}: {total} images in {time.monotonic() - began:.1f} s{speed}{known}", file=sys.stderr)
-
-
-@contextmanager
-def counting(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call at each of so many network calls: a bar at a terminal, else one line at their end."""
-    console, began, done = Console(stderr=True), time.monotonic(), 0
-    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("network calls, left")]
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def called() -> None:
-            nonlocal done
-            done += 1
-            bar.advance(task)
-
-        yield called
-    if not console.is_terminal:
-        spent = time.monotonic() - began
-        print(f"{title}: {done} network calls in {spent:.1f} s ({done / max(spent, 1e-9):.1f}/s)", file=sys.stderr)

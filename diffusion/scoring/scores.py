@@ -17,8 +17,8 @@ from diffusion.metrics.extractors import Extractor, Features
 from diffusion.metrics.moments import BLOCK, Moments
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, size_in_file, store, stored
 from diffusion.metrics.scores import fid_by_class, neighbours, scores
+from diffusion.progress import Progress
 from diffusion.scoring.pictures import grid, save_png
-from diffusion.scoring.sampling import watched
 
 VERSIONED = ("torch", "pytorch-lightning", "torchmetrics", "torch-fidelity", "numpy")
 READ = 256  # images decoded at a time
@@ -61,20 +61,15 @@ def blocks(images: ImageSet, extractor: Extractor, ranks: Ranks, title: str) -> 
             damaged |= stand_ins is not None and bool(stand_ins.any())
         return Block(Features.joined(parts), None if labels[0] is None else torch.cat(labels), damaged)
 
-    def rounds() -> Iterator[int]:
+    progress = Progress(title, count, ranks=ranks.size, shown=ranks.main)
+    with progress:
         for turn in range(0, len(firsts), ranks.size):
-            mine = turn + ranks.rank
-            found: list[Any] = []
+            mine, found = turn + ranks.rank, []
             with ranks.together():
                 found = [one(firsts[mine])] if mine < len(firsts) else []
-            for part in ranks.collected(found):
-                collected.extend(part)
-            yield len(found[0].features.pooled) if found else 0
-
-    collected: list[Block] = []
-    for _ in watched(title, count, rounds(), ranks):
-        yield from collected
-        collected.clear()
+            collected = [block for part in ranks.collected(found) for block in part]
+            progress.add(len(found[0].features.pooled) if found else 0)
+            yield from collected
 
 
 def features_of(images: ImageSet, extractor: Extractor, ranks: Ranks) -> tuple[Features, Tensor | None] | None:

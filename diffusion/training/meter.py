@@ -6,7 +6,6 @@ written as one row. That is the only moment at which training waits for the devi
 
 import csv
 import io
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusion.files import STEP, append, keep_damaged, read_csv, write_atomically
+from diffusion.progress import Progress
 from diffusion.runs.folder import OnError
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
@@ -172,67 +170,40 @@ def allreduced_bytes(model: torch.nn.parallel.DistributedDataParallel) -> int:
 
 
 class Bar(Callback):
-    """Progress of training with loss, images/s and the time left: a bar at a terminal, else a line now and then.
+    """Progress of training, with loss and images/s.
 
     Args:
         meter: whose latest row is shown.
-        seconds: between two lines where there is no terminal.
     """
 
-    def __init__(self, meter: Meter, seconds: float = 15.0) -> None:
-        self.meter, self.seconds = meter, seconds
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
         self._progress: Progress | None = None
-        self._task, self._printed, self._started = None, 0.0, (0, 0.0)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            self._progress = Progress("step", trainer.max_steps, "", trainer.global_step, summary=False)
+            self._progress.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self._progress is None:
             return
-        self._started, self._printed = (trainer.global_step, time.monotonic()), time.monotonic()
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = [TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")]
-            columns += [TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left")]
-            columns += [TimeRemainingColumn()]
-            self._progress = Progress(*columns, console=console, refresh_per_second=4)
-            total = trainer.max_steps
-            self._task = self._progress.add_task("", total=total, completed=trainer.global_step, figures="")
-            self._progress.start()
+        self._progress.to(trainer.global_step, self.figures())
+        if trainer.global_step == trainer.max_steps:
+            self._progress.line(self.figures())
+            self._close()
 
     def figures(self) -> str:
         row = self.meter.latest
-        if not row:
-            return ""
-        return f"loss {row['train/loss']:.4f}  {row['train/images_per_second']:,.0f} images/s"
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        step, now = trainer.global_step, time.monotonic()
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, figures=self.figures())
-        elif now - self._printed >= self.seconds or step == trainer.max_steps:
-            if self._printed == float("inf"):
-                return
-            done, began = step - self._started[0], self._started[1]
-            left = (trainer.max_steps - step) * (now - began) / max(done, 1)
-            line = f"step {step}/{trainer.max_steps}  {self.figures()}  {duration(left)} left"
-            print(line, file=sys.stderr, flush=True)
-            self._printed = float("inf") if step == trainer.max_steps else now
+        return f"loss {row['train/loss']:.4f}  {row['train/images_per_second']:,.0f} images/s" if row else ""
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._progress.__exit__(None)
             self._progress = None
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 5 s, 2 h 10 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def count_parameters(network: torch.nn.Module) -> int:

@@ -13,7 +13,6 @@ This module knows files and signatures; it does not know what is in a file.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import mmap
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.files import cache_folder, write_atomically
+from diffusion.files import cache_folder, lock, unlock, write_atomically
 
 SETTLED = 2.0  # seconds
 ATTEMPTS = 3  # checks of a file that is written to while it is read
@@ -155,11 +154,11 @@ class Known:
 
     @contextmanager
     def _alone(self, number: int) -> Iterator[None]:
-        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, number)
+        lock(self._locks, byte=number)
         try:
             yield
         finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            unlock(self._locks, number)
 
 
 class _Record:

@@ -9,7 +9,6 @@ nothing, and webdataset for what is not http.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import io
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusion.files import UNWRITABLE, Room, is_file_of, writing
+from diffusion.files import UNWRITABLE, Room, is_file_of, lock, writing
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "pipe:")
 CHUNK = 1 << 18
@@ -256,7 +255,7 @@ class FileCache:
                     self.use(goal)
                     return goal
                 with open(part, "a+b") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # of this opening: threads of one process exclude each other too
+                    lock(file, of_opening=True)
                     if not is_file_of(file.fileno(), part) or goal.exists():
                         continue  # somebody else has finished or given up meanwhile
                     self._make_room(part)
@@ -274,8 +273,8 @@ class FileCache:
 
     def _make_room(self, mine: Path) -> None:
         """Remove the longest unused until all files, with those under way at their full sizes, fit the limit."""
-        with open(self.folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(self.folder / ".lock", "a") as common:
+            lock(common, of_opening=True)
             files = [(path, size) for path in self.folder.iterdir() if (size := _full_size(path))]
             total = sum(size for _, size in files)
             for _, path, size in sorted((_used(path), path, size) for path, size in files if path != mine):
@@ -319,7 +318,7 @@ def _remove(path: Path) -> bool:
     try:
         if path.suffix == ".part":
             with open(path, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False, of_opening=True)
                 path.unlink()
         else:
             path.unlink()

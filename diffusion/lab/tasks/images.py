@@ -25,7 +25,8 @@ from diffusion.noise import Stream, keys, normal, permutation
 from diffusion.page.chart import Chart, Series
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.process.times import SPACINGS, times
-from diffusion.scoring.sampling import Counted, counting
+from diffusion.progress import Progress
+from diffusion.scoring.sampling import Counted
 
 WALKS = 64  # images whose walks are compared, at most
 KNOWN = 4096  # images that bounds, mean and covariance are taken from, at most
@@ -99,7 +100,8 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
     walks = 2 * steps + steps * sum(images.LEVELS) + len(images.all_times(settings)) - 1
     walks += sum(len(t) - 1 for _, _, t in settings)
     total = walks * -(-len(walked) // cfg.batch_size) + len(at) * -(-len(x0) // cfg.batch_size)
-    with counting("errors", total) as attend:
+    with Progress("errors", total, "network calls") as progress:
+        attend = progress.add
         denoise = sampled(lab, attend, given)
         begun = images.initialisation(lab.sampler, denoise, lab.times, walked, known.spectrum, cfg.seed)
         numbers = torch.arange(len(walked), device=device)
