@@ -42,9 +42,9 @@ class Counted(Samples):
         super().__init__(*args, **kwargs)
         self.decoded = []
 
-    def _decode(self, number):
-        self.decoded.append(number)
-        return super()._decode(number)
+    def _bytes(self, which, place):
+        self.decoded.append(int(self._first[which]) + place)
+        return super()._bytes(which, place)
 
 
 def plan_of(samples, batch_size=BATCH, lanes=8, seed=3):

@@ -332,7 +332,7 @@ def test_the_command_makes_one_report_again(tmp_path):
         ("runs=empty", "runs=empty: no run below it has been scored"),
         ("runs=unscored", "runs=unscored: no run below it has been scored"),
         ("run_dir=empty", "run_dir=empty is not a run folder"),
-        ("runs=scored out=a_file/below", "out=a_file/below cannot be written to"),
+        ("runs=scored out=a_file/below", "a_file is a file, so nothing can be kept there"),
         ("sort=value", "Unknown setting: sort."),
     ],
 )

@@ -139,7 +139,7 @@ def test_with_out_nothing_is_written_beside_the_checkpoint(made, call, tmp_path,
         written.append(Path(path).absolute())
         return replacing(path)
 
-    for module in ("files", "training.pieces", "training.gallery", "app.bits"):
+    for module in ("files", "scoring.pieces", "scoring.gallery", "scoring.bits"):
         with contextlib.suppress(AttributeError):
             monkeypatch.setattr(f"diffusion.{module}.replacing", watched)
     status, output = call(name, "checkpoint=run", *words, *quick(words), f"out={out}")

@@ -586,6 +586,9 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
             with handled() as signals:
                 try:
                     called()
+                except Exception:
+                    end_if_interrupted()  # in code of others, which may have made another error of the signal's
+                    raise
                 finally:
                     signals.over()
 
