@@ -1,0 +1,314 @@
+"""The one door for models from files: from a checkpoint, which may come from anybody, to a model and its data.
+
+    model = trained("runs/digits")              a model, on the CPU
+    module = data_of(model, root, split)        the data set that it was trained on, for reading
+
+What a checkpoint says of itself is an UntrustedConfig, from which nothing else can be built. Here only classes of this
+package are made from it, each of the kind that its group takes, by calling the class with plain values: no text of a
+checkpoint is interpolated, imported, executed or written to. Its data set is only read: a folder with an index, or what
+the user has named. The shapes of its weights are compared with its settings before any memory is taken for them.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.errors import Refusal
+from diffusion.data.shards.index import INDEX_NAME
+from diffusion.data.mixture import MixtureDataModule
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.shards.remote import SCHEMES
+from diffusion.denoiser import NetworkDenoiser
+from diffusion.files import sha256_of
+from diffusion.models.resolutions import resolutions
+from diffusion.process.schedule import Schedule
+from diffusion.training.checkpoint import load
+from diffusion.training.ema import load_average
+from diffusion.runs.folder import RunFolder, digest_beside
+from diffusion.runs.untrusted import UntrustedConfig
+
+MODULE = "diffusion.process.schedule"
+SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "vp_continuous", "sub_vp", "ve_geometric")
+TARGETS = {  # what a checkpoint may ask to be built
+    "model": ("diffusion.models.unet.UNet", "diffusion.models.mlp.MLP"),
+    "schedule": tuple(f"{MODULE}.{name}" for name in SCHEDULES),
+    "data": (
+        "diffusion.data.module.ImageShardsDataModule",
+        "diffusion.data.digits.DigitsDataModule",
+        "diffusion.data.mixture.MixtureDataModule",
+        *(f"diffusion.data.sets.{name}DataModule" for name in ("LSUN", "CelebAHQ", "CIFAR10")),
+    ),
+}
+MOST = {  # beyond every network and schedule; without limits settings of a few bytes would take all memory or time
+    "model.image_size": 8192, "model.width": 65_536, "schedule.num_timesteps": 1_000_000, "data.num_points": 1 << 24,
+}  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """A model out of a checkpoint: its denoiser with the chosen weights, and what the checkpoint says of its run."""
+
+    config: UntrustedConfig
+    denoiser: NetworkDenoiser
+    step: int
+    path: Path
+    weights: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the checkpoint's file."""
+        return digest_beside(self.path) or sha256_of(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """Which model this is, as JSON."""
+        return {"checkpoint_sha256": self.digest, "weights": self.weights}
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of its run; None for a file that lies elsewhere."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
+
+    @property
+    def name(self) -> str:
+        """What its run is called."""
+        return self.config.at("name") or self.path.stem
+
+    @property
+    def data_name(self) -> str:
+        """What its data set is called."""
+        return self.config.at("data.name") or "its data set"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        net = self.denoiser.network
+        return net.channels, net.image_size, net.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """Classes; 0 for an unconditional model."""
+        return self.denoiser.network.num_classes
+
+    @property
+    def label_dropout(self) -> float:
+        """Share of the images whose label was hidden in training."""
+        return float(self.config.at("objective.label_dropout") or 0.0)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network says how wide a reverse step is."""
+        return self.denoiser.network.out_channels == 2 * self.denoiser.network.channels
+
+    @property
+    def paper(self) -> dict[str, float | None]:
+        """Published scores that its run was put beside."""
+        return {key: self.config.at(f"paper.{key}") for key in self.config.group("paper")}
+
+    @property
+    def on_points(self) -> bool:
+        """Whether it was trained on points of a mixture (`data.mixture`)."""
+        return str(self.config.at("data._target_")).endswith(f".{MixtureDataModule.__name__}")
+
+
+def checkpoint_path(given: str) -> Path:
+    """`checkpoint=`: a .ckpt, or a run folder, of which the newest sound checkpoint is taken."""
+    path = Path(given)
+    if path.is_dir():
+        folder = RunFolder(path)
+        _, found, complaints = folder.latest_valid()
+        for complaint in complaints:
+            print(complaint)
+        if found is None:
+            detail = " ".join(complaints) or f"{folder.checkpoints} has none."
+            raise Refusal(f"checkpoint={given} has no usable checkpoint. {detail}")
+        return found
+    if not path.is_file():
+        raise Refusal(f"checkpoint={given} does not exist. Give a run folder or a .ckpt file.")
+    return path
+
+
+def trained(given: str, ema: bool = True) -> Trained:
+    """The model of a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        given: a run folder or a .ckpt. ema: the averaged weights; else the raw ones.
+
+    Raises:
+        ValueError: no checkpoint can be used, or it asks for something other than a model of this package.
+    """
+    path = checkpoint_path(given)
+    found = load(path)
+    network = _network(found.config, path, found.state_dict)
+    schedule, kind = _schedule(found.config, path), found.config.at("objective.prediction", "epsilon")
+    try:
+        denoiser = NetworkDenoiser(network, schedule, kind)
+    except ValueError as error:
+        raise Refusal(f"checkpoint={path}: its settings cannot be used: {error}") from error
+    if ema:
+        _check_shapes(path, "ema", {n: p for n, p in network.named_parameters()}, found.ema)
+        with torch.no_grad():
+            load_average(network, found.ema, [p.data for p in network.parameters()])
+    network.eval().requires_grad_(False)
+    return Trained(found.config, denoiser, found.step, path, "ema" if ema else "raw")
+
+
+def _network(config: UntrustedConfig, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network that the settings describe, with these weights."""
+    settings = config.group("model")
+    for key in ("blocks", "blocks_per_level"):  # each block has weights of its own
+        if isinstance(settings.at(key), int) and settings.at(key) > len(state):
+            raise Refusal(f"checkpoint={path}: model.{key}={settings.at(key)}, but it holds {len(state)} weights.")
+    levels, each = settings.at("multipliers"), settings.at("blocks_per_level")
+    if isinstance(levels, list) and len(levels) * (each if isinstance(each, int) else 1) > len(state):
+        raise Refusal(f"checkpoint={path}: model.multipliers asks for more blocks than there are weights.")
+    learned = config.at("objective.variance") == "learned"
+    channels = settings.at("channels")
+    own: dict[str, Any] = {"out_channels": 2 * channels} if learned and isinstance(channels, int) else {}
+    size, levels, asked = (settings.at(key) for key in ("image_size", "multipliers", "attention_resolutions"))
+    if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
+        there = resolutions(
+            size, len(levels)
+        )  # runs of former versions may ask for attention at sizes that never occur
+        own["attention_resolutions"] = [resolution for resolution in there if resolution in asked]
+    with torch.device("meta"):
+        network = _made(config, "model", path, **own)
+    _check_shapes(path, "state_dict", {f"network.{n}": t for n, t in network.state_dict().items()}, state)
+    network.to_empty(device="cpu")
+    network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
+    return network
+
+
+def _check_shapes(path: Path, what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse weights other than those of the network."""
+    for name in sorted(wanted.keys() | found.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else "absent" for tensors in (wanted, found)]
+        if shapes[0] != shapes[1]:
+            raise Refusal(
+                f"checkpoint={path} holds another network than its configuration describes: {what} {name} is "
+                f"{shapes[1]}, expected {shapes[0]}."
+            )
+
+
+def _schedule(config: UntrustedConfig, path: Path) -> Schedule:
+    return _made(config, "schedule", path)
+
+
+def _made(config: UntrustedConfig, group: str, path: Path, **arguments: Any) -> Any:
+    """The class or function that a group names, called with its values: one of TARGETS, plain values alone."""
+    target = _target(config, group, path)
+    values = {key: value for key, value in config.group(group).items() if not key.startswith("_")}
+    for key, value in values.items():
+        limit = MOST.get(f"{group}.{key}")
+        if isinstance(value, UntrustedConfig) or (isinstance(value, list) and any(map(_no_scalar, value))):
+            raise Refusal(f"checkpoint={path}: {group}.{key} is a group of settings, where a plain value belongs.")
+        if limit is not None and not (type(value) is int and 1 <= value <= limit):
+            raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer from 1 to {limit:,}.")
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(**values | arguments)
+    except Exception as error:  # values of any kind, in code that expects those of conf/
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Refusal(f"checkpoint={path}: its {group} settings cannot be used: {first}") from error
+
+
+def _no_scalar(value: Any) -> bool:
+    return not (value is None or isinstance(value, bool | int | float | str))
+
+
+def _target(config: UntrustedConfig, group: str, path: Path) -> str:
+    target = config.at(f"{group}._target_")
+    if target not in TARGETS[group]:
+        raise Refusal(
+            f"checkpoint={path} asks for {group}._target_={target}, which is not a class that a checkpoint may name: "
+            f"{', '.join(TARGETS[group])}."
+        )
+    return target
+
+
+# ---- its data ----
+
+
+def data_of(model: Trained, root: str | None = None, split: str | None = None) -> ImageShardsDataModule:
+    """The data set that a model was trained on, for reading; nothing is made, fetched or written.
+
+    Args:
+        root: where the user says that it is, of any kind that `data.root` may be; None: where the checkpoint says, if
+            that is a folder of this machine. split: None: the one it was trained on.
+
+    Raises:
+        ValueError: the data set does not exist or is a different one, or the checkpoint names a command or an address.
+    """
+    config, path = model.config, model.path
+    target = _target(config, "data", path)
+    if model.on_points:
+        return _points(model, target)
+    module, _, name = target.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    kind = kind if kind.prepare_data is ImageShardsDataModule.prepare_data else ImageShardsDataModule
+    where = config.at("data.root") if root is None else root
+    if root is None:
+        _refuse_elsewhere(model, where)
+    skip = {"on_bad_sample": "skip"} if config.at("data.on_bad_sample") == "skip" else {}
+    share = config.at("data.max_bad_share")
+    if skip and isinstance(share, int | float):
+        skip |= {"max_bad_share": min(max(float(share), 0.0), 1.0)}
+    made = kind(
+        where,
+        batch_size=1,
+        split=split or config.at("data.split") or "train",
+        digest=config.at("data.digest"),
+        **skip,
+    )
+    made.kept_beside = root is not None
+    wanted = model.image_shape[1], model.image_shape[0]
+    if (found := (made.index.image_size, made.index.channels)) != wanted:
+        raise Refusal(
+            f"data.root={where} holds images of {found[0]} pixels and {found[1]} channel(s), the model of "
+            f"checkpoint={path} was trained on {wanted[0]} pixels and {wanted[1]} channel(s): give another data.root."
+        )
+    for classes in {config.at("data.num_classes") or 0, model.num_classes} - {0, made.index.classes}:
+        raise Refusal(
+            f"data.root={where} has {made.index.classes} classes, the model of checkpoint={path} was trained on "
+            f"{classes}: give another data.root."
+        )
+    return made
+
+
+def _refuse_elsewhere(model: Trained, root: str | None) -> None:
+    """Refuse a root that a checkpoint may not have opened, and one that holds no data set."""
+    path = model.path
+    if root is None:
+        raise Refusal(f"checkpoint={path} does not say where its data are: give data.root=FOLDER.")
+    if root.startswith(SCHEMES):
+        does = "names a command as the source of its data" if root.startswith("pipe:") else "has its data elsewhere"
+        raise Refusal(
+            f"checkpoint={path} {does}: {root}. Nothing is run or fetched because a checkpoint says so. If you trust "
+            f"it, give data.root='{root}'."
+        )
+    try:
+        there = (Path(root) / INDEX_NAME).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        there, root = False, f"{root[:60]}..."
+    if not there:
+        raise Refusal(
+            f"checkpoint={path} was trained on data.root={root}, which is not a data set on this machine. Give "
+            f"data.root=FOLDER, the folder of {model.data_name}; python -m diffusion.prepare makes it."
+        )
+
+
+def _points(model: Trained, target: str) -> MixtureDataModule:
+    """The mixture, which is drawn and not read."""
+    given = model.config.group("data")
+    number = given.at("num_points") or 0
+    if not 1 <= number <= MOST["data.num_points"]:
+        raise Refusal(f"checkpoint={model.path}: data.num_points={number}, expected up to {MOST['data.num_points']:,}.")
+    made = MixtureDataModule(given.at("toy") or "", number, batch_size=1, digest=given.at("digest"))
+    if model.image_shape != (shape := (made.channels, made.image_size, made.image_size)):
+        raise Refusal(
+            f"checkpoint={model.path}: the points of data.toy={made.toy} are {shape}, its network takes "
+            f"{model.image_shape} (channels, height, width)."
+        )
+    return made

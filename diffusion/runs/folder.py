@@ -1,0 +1,420 @@
+"""The folder of a run: its configuration, lock, checkpoints and results. Needs neither torch nor lightning.
+
+    config.yaml  checkpoints/step_00001000.ckpt  checkpoints/last.ckpt
+    metrics.csv  samples/step_00001000.png  results.jsonl  report.html
+
+The same command finds the same folder again, so nothing here carries a time. A run may be resumed under a
+configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion.files import locked, read_regular, reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.models.resolutions import resolutions
+from diffusion.runs.checkpoint_head import Head, read_head
+from diffusion.runs.results import Results
+from diffusion.runs.untrusted import UntrustedConfig
+
+# What may change between two starts of one run: none of it changes the weights that training ends with.
+MAY_DIFFER = (
+    "trainer data.rule data.num_workers data.cache data.root data.remote data.prepare data.on_bad_sample "
+    "data.max_bad_share model.activation_checkpointing on_nonfinite max_nonfinite logger save callbacks extractor "
+    "metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
+).split()
+ALIKE = (  # what two FIDs have in common that may be compared
+    "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",
+    "split",
+)  # fmt: skip
+Config = Mapping[str, Any]
+OF_ANOTHER_RUN = "it belongs to another run"
+MOST_BYTES = 1 << 20  # of config.yaml
+RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists are values."""
+    if not isinstance(cfg, Mapping) or not cfg:
+        return {prefix: dict(cfg) if isinstance(cfg, Mapping) else cfg}
+    flat: dict[str, Any] = {}
+    for name, value in cfg.items():
+        flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
+    recorded value."""
+    old, new = _effective(flatten(old)), _effective(flatten(new))
+    for key in (f"data.{name}" for name in RECORDED):
+        if None in (new.get(key), old.get(key)):
+            new[key] = old[key] = new.get(key) or old.get(key)
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == k or key.startswith(k + ".") for k in MAY_DIFFER)
+        if not free and old.get(key) != new.get(key):
+            found.append(f"{key}: was {old.get(key)}, is {new.get(key)}")
+    return found
+
+
+def _effective(flat: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings without what has no effect on what is trained: attention at sizes that never occur, which former
+    versions took without a word, and the scale of an embedding that is not used."""
+    size, levels, asked = (flat.get(f"model.{name}") for name in ("image_size", "multipliers", "attention_resolutions"))
+    if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
+        there = resolutions(size, len(levels))
+        flat["model.attention_resolutions"] = [resolution for resolution in there if resolution in asked]
+    if flat.get("model.time_embedding") == "positional":
+        flat.pop("model.fourier_scale", None)
+    return flat
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint file, or None: by its digest if one stands beside it, else by its
+    CRCs."""
+    if not path.is_file():
+        return "there is no such file"
+    wanted = digest_beside(path)
+    try:
+        if wanted is not None:
+            if sha256_of(path) != wanted:
+                return "its sha256 is not the one that was recorded when it was written"
+            return None
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as e:  # each way of compressing has errors of its own
+        return f"it is cut off or no checkpoint ({e})"
+    return f"its record {broken} is damaged" if broken else None
+
+
+def digest_beside(path: Path) -> str | None:
+    """The sha256 that was recorded for a checkpoint when it was written; None where there is none, or a damaged one."""
+    try:
+        text = read_regular(path.with_suffix(".sha256"), 1000).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def fault(
+    path: Path,
+    step: int | None = None,
+    config: Config | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> str | None:
+    """Why a checkpoint file cannot be used, in a clause, or None. Nothing in it is executed.
+
+    Args:
+        step: that its name states. config: of the run it is to belong to. shapes: of that run's weights, by the names
+            of `state_dict`. None: any.
+    """
+    wrong = damage(path)
+    if wrong is not None and path.is_file() and digest_beside(path) is None:
+        with contextlib.suppress(ValueError):  # what it would call is worth more to know than that it is no archive
+            return _unsafe(read_head(path)) or wrong
+    if wrong is not None:
+        return wrong
+    try:
+        head = read_head(path)
+    except ValueError as error:
+        return str(error)
+    if head.unsafe:
+        return _unsafe(head)
+    if step is not None and head.step != step:
+        return f"it is of step {head.step}, not of step {step}"
+    if config is not None and (found := differences(head.config, config)):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"{OF_ANOTHER_RUN} ({found[0]}{more})"
+    if shapes is not None and head.shapes != shapes:
+        name = min(name for name in head.shapes.keys() | shapes.keys() if head.shapes.get(name) != shapes.get(name))
+        return f"it holds another network ({name} is {head.shapes.get(name)}, here {shapes.get(name)})"
+    return None
+
+
+def _unsafe(head: Head) -> str | None:
+    if not head.unsafe:
+        return None
+    return f"it is unsafe: loading it would call {', '.join(head.unsafe[:5])}, which no checkpoint of this program does"
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without merge keys, which copy what they name: a file of some hundred bytes could take all memory."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("it has merge keys (<<), which no configuration of a run has")
+
+
+class OnError:
+    """Around the writing of a file of the run that training does not need to go on: `stop` lets an OSError through,
+    `warn` says so and goes on."""
+
+    def __init__(self, action: str = "stop") -> None:
+        self.action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        if not isinstance(error, OSError) or self.action == "stop":
+            return False
+        words = f"{reason(error)} Training goes on, as save.on_error=warn says."
+        print(f"warning: {words}", file=sys.stderr, flush=True)
+        return True
+
+
+class RunFolder:
+    """Paths and rules of one run's folder; making the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.csv"
+        self.results_path, self.report_path = self.path / "results.jsonl", self.path / "report.html"
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.evaluations = self.path / "evaluations"  # samples that are being scored, and pictures of evaluations
+        self.last = self.checkpoints / "last.ckpt"
+        self._results = Results(self.results_path, self._results_locked)
+        self._config: UntrustedConfig | None = None  # of the newest sound checkpoint, where config.yaml is no help
+
+    # ---- configuration ----
+
+    def config(self) -> UntrustedConfig | None:
+        """The resolved configuration the run was started with; None for a new folder.
+
+        Where config.yaml is damaged or gone it is read from the newest sound checkpoint, and a warning says so.
+
+        Raises:
+            ValueError: config.yaml is damaged, and there is no sound checkpoint.
+        """
+        wrong = None
+        if self.config_path.is_file():
+            try:
+                return self._read_config()
+            except ValueError as error:
+                wrong = str(error).removesuffix(".")
+        elif not self.steps():
+            return None
+        if self._config is None:
+            step, path, _ = self.latest_valid(any_run=True)
+            if path is None:
+                if wrong is None:
+                    return None
+                raise ValueError(
+                    f"{wrong}, and there is no sound checkpoint to read the settings from. Restore the file, or use "
+                    f"another folder."
+                )
+            self._config = read_head(path).config
+            what = wrong or f"{self.config_path} is missing"
+            print(f"warning: {what}. The settings are read from {path}.", file=sys.stderr, flush=True)
+        return self._config
+
+    def _read_config(self) -> UntrustedConfig:
+        """config.yaml. Raises ValueError if it is damaged."""
+        where = str(self.config_path)
+        try:
+            content = yaml.load(read_regular(self.config_path, MOST_BYTES), _Plain)
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{where} is damaged ({detail})") from error
+        config = UntrustedConfig(content, where)
+        if missing := self._lacks(config):
+            raise ValueError(f"{where} is damaged (it lacks {missing}, which the newest checkpoint has)")
+        return config
+
+    def _lacks(self, config: Config) -> str | None:
+        """A setting that the newest checkpoint has and a configuration lacks: a file that is cut off at the end of a
+        line is well formed."""
+        for step in self.steps()[:1]:
+            with contextlib.suppress(ValueError, OSError):
+                recorded = read_head(self.checkpoint_path(step)).config
+                return next(iter(sorted(flatten(recorded).keys() - flatten(config).keys())), None)
+        return None
+
+    def refuse_other(self, new: dict) -> None:
+        """ValueError if the folder belongs to a run that would train something else.
+
+        Compares what decides the training, key by key, and names a free run_dir.
+        """
+        try:
+            old = self.config()
+            self.refuse_links()
+        except ValueError as error:
+            raise ValueError(f"run_dir={self.path}: {error}") from error
+        if old is None:
+            beside = self.path.iterdir() if self.path.is_dir() else ()
+            # of a sweep, whose runs lie below the folder of the single run
+            sweep = (".lock", ".results.lock", "multirun.yaml", ".submitit")
+            if any(p.name not in sweep and not (p / "config.yaml").is_file() for p in beside):
+                raise ValueError(
+                    f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
+                    f"Choose another run_dir."
+                )
+            return
+        found = differences(old, new)
+        if found:
+            free = next(p for i in range(2, 10_000) if not (p := Path(f"{self.path}_{i}")).exists())
+            raise ValueError(
+                f"run_dir={self.path} holds a run of another configuration:\n  " + "\n  ".join(found) + "\n"
+                f"Start it as it was, or as a run of its own with run_dir={free}"
+            )
+
+    def refuse_links(self) -> None:
+        """ValueError if a folder in the run folder, or in one of its folders, is a link that leads out of it: what is
+        written and removed there would be elsewhere. Likewise if a lock is something other than a file."""
+        for lock in (self.path / ".lock", self.path / ".results.lock"):
+            if lock.is_symlink() or (lock.exists() and not lock.is_file()):
+                raise ValueError(f"{lock} is not a regular file, so it cannot be a lock. Remove it.")
+        inside = self.path.resolve()
+        try:
+            first = list(os.scandir(self.path))
+            entries = [*first, *(e for f in first if f.is_dir(follow_symlinks=False) for e in os.scandir(f.path))]
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_symlink() and (goal := Path(entry.path).resolve()).is_dir() and not goal.is_relative_to(inside):
+                raise ValueError(
+                    f"{entry.path} is a link to {goal}, outside of the run folder, where nothing is written. Put a "
+                    f"folder in its place, or give another folder."
+                )
+
+    def write_config(self, config: dict) -> None:
+        """Write config.yaml; one that is damaged is kept as config.yaml.damaged."""
+        if self.config_path.is_file():
+            try:
+                self._read_config()
+            except ValueError:
+                self.config_path.replace(self.config_path.with_suffix(".yaml.damaged"))
+        write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    # ---- lock ----
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; ValueError if another process holds it."""
+        with locked(self.path / ".lock", f"run_dir={self.path}", "Wait for it, or give this run its own run_dir."):
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
+            yield
+
+    # ---- checkpoints ----
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}.ckpt"
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint file, newest first; the files may be damaged."""
+        names = [path.name for path in self.checkpoints.glob("step_*.ckpt")] if self.checkpoints.is_dir() else ()
+        found = [int(m[1]) for name in names if (m := re.fullmatch(r"step_([0-9]{8,18})\.ckpt", name))]
+        return sorted((step for step in found if self.checkpoint_path(step).name in names), reverse=True)
+
+    def latest_valid(
+        self,
+        config: Config | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        any_run: bool = False,
+    ) -> tuple[int, Path | None, list[str]]:
+        """(step, path, complaints): the newest sound checkpoint of this run, (0, None, ...) if there is none.
+
+        Args:
+            config: of the run; None takes that of the folder, unless `any_run`. shapes: of its weights; None: any.
+        """
+        complaints = []
+        if config is None and not any_run and self.config_path.is_file():
+            with contextlib.suppress(ValueError):
+                config = self._read_config()
+        for step in self.steps():
+            path = self.checkpoint_path(step)
+            wrong = fault(path, step, config, shapes)
+            if wrong is None:
+                return step, path, complaints
+            complaints.append(f"{path} is not used: {wrong}.")
+        return 0, None, complaints
+
+    def set_aside(self, step: int, why: str = "damaged") -> Path:
+        """Rename a checkpoint that is not to be used, so that it does not count among the kept ones; its new path."""
+        path = self.checkpoint_path(step)
+        aside = path.rename(path.with_suffix(f".ckpt.{why}"))
+        path.with_suffix(".sha256").unlink(missing_ok=True)
+        return aside
+
+    def point_to_what_is_left(self) -> None:
+        """Let no link lead to a checkpoint that was set aside: last.ckpt leads to the newest one left."""
+        for link in (self.last, self.checkpoints / "best.ckpt"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+        if steps := self.steps():
+            self.point_last_to(self.checkpoint_path(steps[0]))
+
+    def point_last_to(self, path: Path) -> None:
+        """last.ckpt -> path."""
+        self._point(self.last, path)
+
+    def point_best(self) -> int | None:
+        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured, among those measured alike
+        (ALIKE); its step, or None."""
+        alike: dict[tuple, list[tuple[float, int]]] = {}
+        for row in self.results():
+            if row.get("by") == "train" and row.get("name") == "fid" and row.get("step") is not None:
+                how = tuple(str(row.get(key)) for key in ALIKE)
+                alike.setdefault(how, []).append((row["value"], row["step"]))
+        steps = set(self.steps())
+        most = max(alike.values(), key=lambda pairs: (len(pairs), pairs[-1][1]), default=[])
+        step = min((pair for pair in most if pair[1] in steps), default=(None, None))[1]
+        if step is not None:
+            self._point(self.checkpoints / "best.ckpt", self.checkpoint_path(step))
+        return step
+
+    def _point(self, link: Path, path: Path) -> None:
+        """link -> path in the same folder, atomically; a copy where links are not supported."""
+        if link.is_symlink() and os.readlink(link) == path.name:
+            return
+        temporary = link.with_name(f".{link.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.symlink(path.name, temporary)
+        except OSError:
+            write_atomically(link, path.read_bytes())
+            return
+        os.replace(temporary, link)
+        sync_folder(self.checkpoints)
+
+    # ---- results ----
+
+    def results(self) -> list[dict]:
+        """The lines of results.jsonl; those that are no results are named once and left out."""
+        return self._results.rows()
+
+    def add_results(self, rows: list[dict]) -> None:
+        """Add lines; written whole, so that a kill leaves either all of them or none."""
+        self._results.add(rows)
+
+    def cut_results_after(self, step: int) -> None:
+        """Drop the run's own scores of steps that will be trained again."""
+        self._results.remove(lambda row: row.get("by") == "train" and (row.get("step") or 0) > step)
+
+    def cut_evaluations_after(self, step: int) -> None:
+        """Drop samples of steps that will be trained again."""
+        for path in self.evaluations.iterdir() if self.evaluations.is_dir() else ():
+            found = re.fullmatch(r"(?:grid|score)_(\d+)(?:_final)?(?:\.lock)?", path.name)
+            if found and int(found[1]) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def own_scores(self, step: int) -> set[str]:
+        """Names of the metrics that the run itself, not `evaluate`, has of this step."""
+        return {r.get("name") for r in self.results() if r.get("by") == "train" and r.get("step") == step}
+
+    @contextmanager
+    def _results_locked(self) -> Iterator[None]:
+        """results.jsonl is also written by `evaluate`, while the run may go on."""
+        with locked(self.path / ".results.lock", f"run_dir={self.path}", wait=True):
+            yield

@@ -1,0 +1,119 @@
+"""results.jsonl: a line for each score. What a line must be to count, how lines are added and taken away.
+
+The file may be edited by hand, or damaged. A line that is no result is left in its place, is named once, and is not
+used; adding and removing results never touches it.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from diffusion.files import MOST_TEXT, read_regular, write_atomically
+
+NUMBERS = (
+    "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps", "nfe",
+    "seed", "step", "parameters", "guidance_scale", "eta", "num_classes", "image_size", "reverse_steps",
+    "standard_error",
+)  # fmt: skip
+TEXTS = (
+    "name", "metric", "by", "data", "split", "weights", "sampler", "extractor", "extractor_sha256", "spacing",
+    "variance", "convention", "rounding", "commit", "likelihood", "objective", "prediction", "schedule", "neighbours",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def parsed(line: str) -> Row | None:
+    """The result in a line; None where it is none: no JSON object, without name, metric or a finite value, or with a
+    field of another kind than results have."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("name", "metric")):
+        return None
+    if not _finite(row.get("value")):
+        return None
+    numbers = (key for key in row if key in NUMBERS or key.endswith("_std"))
+    sound = all(row[key] is None or _finite(row[key]) for key in numbers)
+    sound = sound and all(isinstance(row.get(key, ""), str | None) for key in TEXTS)
+    sound = sound and isinstance(row.get("versions", {}), dict | None)
+    sound = sound and isinstance(row.get("per_class", []), list | None)
+    sound = sound and all(v is None or _finite(v) for v in row.get("per_class") or ())
+    sound = sound and type(row.get("step", 0)) in (int, type(None))
+    return row if sound and _plain(row) else None
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _plain(row: Row) -> bool:
+    """Whether every value is a scalar, a list of scalars, or a dict of scalars; so it can be shown, and is finite."""
+
+    def scalar(value: Any) -> bool:
+        return value is None or isinstance(value, str | bool) or _finite(value)
+
+    return all(
+        scalar(v)
+        or (isinstance(v, list) and all(map(scalar, v)))
+        or (isinstance(v, dict) and all(map(scalar, v.values())))
+        for v in row.values()
+    )
+
+
+class Results:
+    """The results of a run.
+
+    Args:
+        path: of results.jsonl. locked: gives the lock under which the file is rewritten.
+    """
+
+    def __init__(self, path: Path, locked: Callable[[], AbstractContextManager]) -> None:
+        self.path, self._locked = path, locked
+        self._named: set[int] = set()  # numbers of the lines that were named
+
+    def _lines(self) -> list[str]:
+        """The lines as they stand; bytes that are not UTF-8 survive in them."""
+        if not self.path.is_file():
+            return []
+        text = read_regular(self.path, MOST_TEXT).decode("utf-8", errors="surrogateescape")
+        return [line for line in text.split("\n") if line.strip()]
+
+    def rows(self) -> list[Row]:
+        """All results; lines that are none are named on stderr, each once."""
+        found, strange = [], []
+        for number, line in enumerate(self._lines(), 1):
+            row = parsed(line)
+            if row is not None:
+                found.append(row)
+            elif number not in self._named:
+                strange.append(number)
+        if strange:
+            self._named |= set(strange)
+            which = f"line {strange[0]} is" if len(strange) == 1 else f"{len(strange)} lines, {strange[0]} first, are"
+            print(f"warning: {self.path}: {which} not a result and not used.", file=sys.stderr, flush=True)
+        return found
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add results; written whole, so that a kill leaves either all of them or none."""
+        with self._locked():
+            self._write(self._lines() + [json.dumps(row, allow_nan=False) for row in rows])
+
+    def remove(self, unwanted: Callable[[Row], bool]) -> None:
+        """Remove the results of which `unwanted` is true."""
+        with self._locked():
+            lines = self._lines()
+            kept = [line for line in lines if (row := parsed(line)) is None or not unwanted(row)]
+            if len(kept) < len(lines):
+                self._write(kept)
+
+    def _write(self, lines: list[str]) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        write_atomically(self.path, text.encode("utf-8", errors="surrogateescape"))

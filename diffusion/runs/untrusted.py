@@ -1,0 +1,138 @@
+"""Settings that were read from a file: they can be looked at, and nothing can be built from them.
+
+A checkpoint and a run folder may come from anybody. What they say of their configuration is plain data, of a type that
+neither Hydra nor OmegaConf accepts: `instantiate`, `OmegaConf.create` and `OmegaConf.merge` refuse it. A text such as
+`${oc.env:HOME}` stays this text. What is built from such settings is built in one place (`app/door.py`).
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MOST_VALUES, DEEPEST, LONGEST = 10_000, 20, 20_000  # values, groups within groups, characters of a text
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or forge lines of a terminal
+
+
+def _integer(low: int) -> Any:
+    return lambda v: type(v) is int and v >= low, f"an integer, at least {low}"
+
+
+TEXT = (lambda v: isinstance(v, str), "text")
+NUMBER = (lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number")
+COUNT, POSITIVE = _integer(0), _integer(1)
+DIGEST = (lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None, "a sha256")
+KINDS = {  # of the values that this program reads; null is allowed in each
+    "name": TEXT, "run_dir": TEXT, "seed": COUNT,
+    "data._target_": TEXT, "data.name": TEXT, "data.root": TEXT, "data.split": TEXT, "data.digest": DIGEST,
+    "data.image_size": POSITIVE, "data.channels": POSITIVE, "data.num_classes": COUNT, "data.batch_size": POSITIVE,
+    "data.lanes": POSITIVE, "data.toy": TEXT, "data.num_points": POSITIVE, "data.on_bad_sample": TEXT,
+    "data.max_bad_share": NUMBER,
+    "model._target_": TEXT, "model.num_classes": COUNT, "schedule._target_": TEXT, "schedule.num_timesteps": POSITIVE,
+    "objective._target_": TEXT, "objective.prediction": TEXT, "objective.variance": TEXT,
+    "objective.label_dropout": NUMBER,
+    "sampler.variance": TEXT, "extractor.name": TEXT, "ema.decay": NUMBER, "trainer.max_steps": POSITIVE,
+    "ema.warmup": (lambda v: isinstance(v, bool), "true or false"),
+}  # fmt: skip
+
+
+class UntrustedConfig(Mapping[str, Any]):
+    """A group of settings, read-only. Values are None, bool, int, float, str, lists of these, and groups again.
+
+    Args:
+        content: what the file holds, of any type. where: names the file, for messages: "runs/a/config.yaml".
+
+    Raises:
+        ValueError: it is no group of plain values, is larger or deeper than any configuration, or one of the values
+            that this program reads (KINDS) is of another kind.
+    """
+
+    def __init__(self, content: Any, where: str) -> None:
+        if not isinstance(content, dict):
+            raise ValueError(f"{where} holds {type(content).__name__}, expected settings.")
+        self._values = _Reader(where).group(content)
+        published = self.at("paper")
+        kinds = KINDS | {f"paper.{key}": NUMBER for key in published or ()} if isinstance(published, Mapping) else KINDS
+        for key, (fits, kind) in kinds.items():
+            value = self.at(key)
+            if value is not None and not fits(value):
+                raise ValueError(f"{where}: {key}={_shown(value)}, expected {kind}.")
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"UntrustedConfig({self._values!r})"
+
+    def at(self, key: str, default: Any = None) -> Any:
+        """The value of 'data.root'; `default` where it or a group on the way is absent."""
+        value: Any = self
+        for name in key.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                return default
+            value = value[name]
+        return value
+
+    def group(self, key: str) -> "UntrustedConfig":
+        """The group of that name; an empty one where it is absent or no group."""
+        found = self.at(key)
+        return found if isinstance(found, UntrustedConfig) else _group({})
+
+
+def _group(values: dict[str, Any]) -> UntrustedConfig:
+    made = object.__new__(UntrustedConfig)
+    made._values = values
+    return made
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Reader:
+    """Copies plain values, with a limit on their number: YAML and pickle can name one list a billion times."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.left = where, MOST_VALUES
+
+    def group(self, content: dict, depth: int = 0) -> dict[str, Any]:
+        self._count(len(content), depth)
+        if not all(isinstance(key, str) for key in content):
+            raise ValueError(f"{self.where} has a key that is not text, so it is not a configuration.")
+        return {_clean(key): self.value(value, depth + 1) for key, value in content.items()}
+
+    def value(self, value: Any, depth: int) -> Any:
+        if value is None or type(value) in (bool, float):
+            return value
+        if type(value) is int:
+            if abs(value) >= 1 << 64:
+                raise ValueError(f"{self.where} holds an integer of more than 64 bits, so it is not a configuration.")
+            return value
+        if isinstance(value, str):
+            if len(value) > LONGEST:
+                raise ValueError(
+                    f"{self.where} holds a text of {len(value):,} characters, so it is not a configuration."
+                )
+            return _clean(value)
+        if isinstance(value, dict):
+            return _group(self.group(value, depth))
+        if isinstance(value, list | tuple):
+            self._count(len(value), depth)
+            return [self.value(item, depth + 1) for item in value]
+        raise ValueError(f"{self.where} holds a {type(value).__name__}, where a configuration has plain values.")
+
+    def _count(self, number: int, depth: int) -> None:
+        self.left -= number
+        if self.left < 0 or depth > DEEPEST:
+            raise ValueError(f"{self.where} is larger or deeper than any configuration of this program.")
+
+
+def _clean(text: str) -> str:
+    return CONTROL.sub("\ufffd", text)
