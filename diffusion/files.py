@@ -24,6 +24,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 STEP = re.compile("[0-9]{1,18}")  # a step in a table
 MOST_TEXT = 1 << 30  # bytes of a table or a log that is read whole
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes nothing more
+LEFTOVER = ".*.tmp"  # pattern of what a killed writer leaves beside its goal
 
 
 class Unwritable(ValueError):
@@ -364,7 +365,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in a folder that nobody writes to now."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(LEFTOVER):
         path.unlink(missing_ok=True)
 
 

@@ -191,3 +191,15 @@ def test_a_signal_during_the_final_scores_ends_the_run_at_once_and_they_are_made
     whole([*words, "callbacks.score.num_images=20"], tmp_path, "run")
     assert (tmp_path / "run" / "report.html").is_file()
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_that_a_kill_has_left_before_its_first_file_was_there_is_a_new_one(tmp_path):
+    """Killed in the first write of config.yaml: nothing but the lock, and the file that was to become config.yaml."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("process 1 on here")
+    (tmp_path / "run" / ".config.yaml.a5rld_0_.tmp").write_text("")
+    assert inside("train", [*PLAIN, "trainer.max_steps=1", "run_dir=run"], tmp_path) == 0
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert inside("train", [*PLAIN, "trainer.max_steps=1", "run_dir=other"], tmp_path) == 2

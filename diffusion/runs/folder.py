@@ -20,7 +20,16 @@ from typing import Any
 
 import yaml
 
-from diffusion.files import locked, read_regular, reason, remove_leftovers, sha256_of, sync_folder, write_atomically
+from diffusion.files import (
+    LEFTOVER,
+    locked,
+    read_regular,
+    reason,
+    remove_leftovers,
+    sha256_of,
+    sync_folder,
+    write_atomically,
+)
 from diffusion.models.resolutions import resolutions
 from diffusion.runs.checkpoint_head import Head, read_head
 from diffusion.runs.results import Results
@@ -254,7 +263,8 @@ class RunFolder:
             beside = self.path.iterdir() if self.path.is_dir() else ()
             # of a sweep, whose runs lie below the folder of the single run
             sweep = (".lock", ".results.lock", "multirun.yaml", ".submitit")
-            if any(p.name not in sweep and not (p / "config.yaml").is_file() for p in beside):
+            others = (p for p in beside if p.name not in sweep and not p.match(LEFTOVER))
+            if any(not (p / "config.yaml").is_file() for p in others):
                 raise ValueError(
                     f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
                     f"Choose another run_dir."
