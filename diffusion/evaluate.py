@@ -20,23 +20,23 @@ if __name__ == "__main__":  # before the imports, which take seconds
     install()
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from omegaconf import DictConfig
 
-from diffusion.config.check import LEAST_IMAGES, check, refuse_blocked, refuse_overwriting
-from diffusion.config.compose import command, refusing, typed
+from diffusion.build.take import take
+from diffusion.command import command, refusing
+from diffusion.config.check import check, refuse_blocked, refuse_overwriting
+from diffusion.config.compose import typed
+from diffusion.config.metrics import names
 from diffusion.data.shards.remote import is_remote
-from diffusion.distributed.launcher import check_launcher, main_rank
+from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import handled
 from diffusion.errors import Refusal
 from diffusion.files import obstacle, write_atomically, writing
 from diffusion.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from diffusion.scoring.evaluation import Evaluation
-
 
 TASKS = ("score", "sweep")
 
@@ -46,35 +46,48 @@ def main(cfg: DictConfig) -> None:
     with handled() as signals, refusing(cfg.debug):
         check(cfg, typed())
         check_paths(cfg)
-        check_launcher(cfg)
+        compute = take(cfg.trainer, Compute)
+        compute.check()
+        from diffusion.build.evaluation import comparison, evaluation
+        from diffusion.distributed.place import Place
         from diffusion.distributed.processes import share
-        from diffusion.scoring.evaluation import Evaluation
 
-        evaluation = Evaluation(cfg)
-        evaluation.check_output()
-        rooms = evaluation.rooms()
-        if main_rank(cfg):
-            print(evaluation.introduction(), flush=True)
+        if cfg.checkpoint is None:
+            made, place = comparison(cfg), Place.of(compute)
+        else:
+            made = evaluation(cfg)
+            place = made.place
+        rooms = made.rooms()
+        for room in rooms:
+            room.check()
+        if compute.main:
+            print(made.introduction(), flush=True)
 
         def work(ranks, where):
-            with writing(*rooms), evaluation:
-                if cfg.task == "sweep":
-                    evaluation.sweep(ranks, where)
+            with writing(*rooms):
+                if cfg.checkpoint is None:
+                    if rows := made.rows(ranks, where):
+                        keep(rows, Path(cfg.out), None)
                     return
-                rows = evaluation.rows(ranks, where)
-                if ranks.main:
-                    tell(cfg, rows, evaluation)
-                    evaluation.kept()
+                with made:
+                    if cfg.task == "sweep":
+                        path, rows = made.points(ranks, where)
+                        if ranks.main:
+                            tell_sweep(path, rows)
+                        return
+                    rows = made.rows(ranks, where)
+                    if ranks.main:
+                        file = made.output.file
+                        keep(rows, file, made.output.run, made.model.record)
+                        made.kept()
 
-        share(cfg, evaluation.place, work, signals)
+        share(compute, place, work, signals, cfg.debug)
 
 
 def check_paths(cfg: DictConfig) -> None:
     """Refuse what is not there, and sets of images that do not make a pair."""
-    if cfg.task not in TASKS:
-        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
     if not cfg.metrics:
-        raise Refusal(f"metrics=[] measures nothing: give some of {', '.join(LEAST_IMAGES)}.")
+        raise Refusal(f"metrics=[] measures nothing: give some of {', '.join(names())}.")
     if (cfg.checkpoint is None) == (cfg.images is None):
         raise Refusal("Give either checkpoint=PATH (a run folder or a .ckpt) or images=PATH with reference=PATH.")
     if cfg.images is not None and cfg.reference is None:
@@ -131,27 +144,36 @@ def run_of(checkpoint: str | None) -> Path | None:
     return path.parent.parent if path.resolve().parent.name == "checkpoints" else None
 
 
-def tell(cfg: DictConfig, rows: list[dict], evaluation: "Evaluation") -> None:
-    """Print the rows, also where they stand among published ones, and keep them."""
+def keep(rows: list[dict], file: Path | None, run: Path | None, record: Mapping[str, Any] | None = None) -> None:
+    """Print the rows, also where they stand among published ones, and add them to a file, or to the results of a run.
+
+    Args:
+        record: of the run of the model that they are about.
+    """
     from diffusion.metrics.published import table_text
     from diffusion.page import told, write_report
     from diffusion.scoring.scores import describe
 
     for row in rows:
         print(describe(row))
-    config = {} if evaluation.model is None else evaluation.model.config
-    text = table_text([told(row, config) for row in rows])
-    if text:
+    if text := table_text([told(row, record or {}) for row in rows]):
         print(f"\n{text}\n")
-    if cfg.out is not None:
-        path = Path(cfg.out)
-        old = path.read_text() if path.is_file() else ""
-        write_atomically(path, old + "".join(json.dumps(row) + "\n" for row in rows))
-        print(f"Results: {path}")
-    elif evaluation.run_folder is not None:
-        folder = RunFolder(evaluation.run_folder)
+    if file is not None:
+        old = file.read_text() if file.is_file() else ""
+        write_atomically(file, old + "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"Results: {file}")
+    elif run is not None:
+        folder = RunFolder(run)
         folder.add_results(rows)
         print(f"Results: {folder.results_path}\nReport: {write_report(folder)}")
+
+
+def tell_sweep(path: Path, rows: list[dict]) -> None:
+    """Print the table of a sweep, and draw it beside the published one."""
+    from diffusion.page import sweep_figure, sweep_table_text
+
+    print(sweep_table_text(rows))
+    print(f"Sweep: {path}, {sweep_figure(rows, path.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Guidance: denoisers that wrap denoisers and pull towards a class. Knows no network, no schedule and no sampler."""
 
-import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, Prediction
+from diffusion.settings import AtLeast, settings
+
+Scale = Annotated[float, AtLeast(0, "; 1 means no guidance")]
 
 
+@settings("guidance")
 class ClassifierFree:
     """uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
 
@@ -23,9 +27,7 @@ class ClassifierFree:
         ValueError: scale is negative or not finite; or, when called, there are no labels.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, null_label: int) -> None:
-        if not 0 <= scale < math.inf:
-            raise ValueError(f"guidance.scale={scale} must be finite and at least 0; 1 means no guidance.")
+    def __init__(self, denoiser: Denoiser, scale: Scale, null_label: int) -> None:
         self.denoiser, self.scale, self.null_label = denoiser, scale, null_label
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:

@@ -11,14 +11,16 @@ the host wait for the device. Knows no network and no sampler, nor how t is draw
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.process.bound import term
-from diffusion.process.kernels import VARIANCES
-from diffusion.process.prediction import parted, prediction_kind
+from diffusion.process.kernels import Variance
+from diffusion.process.prediction import Predicted, parted, prediction_kind
 from diffusion.process.schedule import Level, Schedule, like
+from diffusion.settings import Positive, Share, settings
 
 
 class Objective(ABC):
@@ -29,16 +31,17 @@ class Objective(ABC):
     Args:
         schedule: noise levels.
         prediction: what the network outputs: epsilon, x0, v, score or mu.
+        label_dropout: share of the images whose label is hidden in training, for classifier-free guidance.
 
     Raises:
-        ValueError: prediction is none of these.
+        ValueError: prediction is none of these, or the share outside [0, 1].
     """
 
     variance: str | None = None
     unstable: str | None = None
 
-    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
-        self.schedule, self.prediction = schedule, prediction
+    def __init__(self, schedule: Schedule, prediction: Predicted = "epsilon", label_dropout: Share = 0.0) -> None:
+        self.schedule, self.prediction, self.label_dropout = schedule, prediction, label_dropout
         self._kind = prediction_kind(prediction)
 
     def __call__(self, output: Tensor, x_t: Tensor, x0: Tensor, epsilon: Tensor, t: float | Tensor) -> Tensor:
@@ -58,11 +61,12 @@ class Objective(ABC):
         return self._kind.to_pair(self.schedule, torch.zeros_like(error), t, error)
 
 
+@settings("objective")
 class Simple(Objective):
     """Mean squared error of the output itself: L_simple (Ho et al. 2020, eq. 14) if that is epsilon."""
 
-    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
-        super().__init__(schedule, prediction)
+    def __init__(self, schedule: Schedule, prediction: Predicted = "epsilon", label_dropout: Share = 0.0) -> None:
+        super().__init__(schedule, prediction, label_dropout)
         if prediction == "mu":
             self.unstable = (
                 "objective=mu: Ho et al. 2020 (table 2) found the unweighted error of mu unstable to train, with poor "
@@ -73,6 +77,7 @@ class Simple(Objective):
         return error**2
 
 
+@settings("objective")
 class Bound(Objective):
     """The terms of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5): L.
 
@@ -95,10 +100,14 @@ class Bound(Objective):
         ValueError: prediction or variance unknown, or schedule.num_timesteps < 2.
     """
 
-    def __init__(self, schedule: Schedule, prediction: str = "epsilon", variance: str = "small") -> None:
-        super().__init__(schedule, prediction)
-        if variance not in VARIANCES:
-            raise ValueError(f"objective.variance={variance} is none of {', '.join(VARIANCES)}.")
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Predicted = "epsilon",
+        variance: Variance = "small",
+        label_dropout: Share = 0.0,
+    ) -> None:
+        super().__init__(schedule, prediction, label_dropout)
         if schedule.num_timesteps < 2:
             raise ValueError(f"schedule.num_timesteps={schedule.num_timesteps}: the bound needs at least 2.")
         self.variance = variance
@@ -114,6 +123,7 @@ class Bound(Objective):
         return term(self.schedule, t, x0, x0_error, self.variance, share)
 
 
+@settings("objective")
 class Hybrid(Bound):
     """L_simple + vlb_weight L_vlb: the mean learned from the first, the variance from the second (Nichol & Dhariwal
     2021, eq. 16).
@@ -132,16 +142,19 @@ class Hybrid(Bound):
     """
 
     def __init__(
-        self, schedule: Schedule, prediction: str = "epsilon", variance: str = "learned", vlb_weight: float = 0.001
+        self,
+        schedule: Schedule,
+        prediction: Predicted = "epsilon",
+        variance: Variance = "learned",
+        vlb_weight: Positive = 0.001,
+        label_dropout: Share = 0.0,
     ) -> None:
-        super().__init__(schedule, prediction, variance)
+        super().__init__(schedule, prediction, variance, label_dropout)
         if variance != "learned":
             raise ValueError(
                 f"objective.variance={variance}: objective=hybrid learns the variance; for a fixed one give "
                 f"objective={prediction}."
             )
-        if not vlb_weight > 0:
-            raise ValueError(f"objective.vlb_weight={vlb_weight} must be above 0.")
         self.vlb_weight, self.unstable = vlb_weight, None
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
@@ -162,6 +175,7 @@ def one(level: Level) -> Tensor:
 WEIGHTS = {"sigma2": sigma2, "one": one}
 
 
+@settings("objective")
 class DSM(Objective):
     """Denoising score matching: weight * (score + epsilon / sigma)^2 (Vincent 2011; Song & Ermon 2019, eq. 5, doubled).
 
@@ -177,12 +191,11 @@ class DSM(Objective):
     def __init__(
         self,
         schedule: Schedule,
-        prediction: str = "score",
-        weight: str | Callable[[Level], Tensor] = "sigma2",
+        prediction: Predicted = "score",
+        weight: Literal["sigma2", "one"] | Callable[[Level], Tensor] = "sigma2",
+        label_dropout: Share = 0.0,
     ) -> None:
-        super().__init__(schedule, prediction)
-        if isinstance(weight, str) and weight not in WEIGHTS:
-            raise ValueError(f"objective.weight={weight} is none of {', '.join(WEIGHTS)}.")
+        super().__init__(schedule, prediction, label_dropout)
         self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:

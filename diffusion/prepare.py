@@ -29,8 +29,9 @@ from diffusion.build.prepare import (
     train_command,
     verdict,
 )  # fmt: skip
+from diffusion.command import command, refusing
 from diffusion.config.check import check
-from diffusion.config.compose import command, refusing, typed
+from diffusion.config.compose import typed
 from diffusion.data.prepare.plan import planned
 from diffusion.data.prepare.shards import make_set, refuse_other, settings_of
 from diffusion.data.prepare.verify import verify_set
@@ -42,8 +43,8 @@ from diffusion.progress import Progress
 @command("prepare")
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
-        check_prepare(cfg)
         check(cfg, typed())
+        check_prepare(cfg)
     if cfg.task == "verify":
         sys.exit(verify(cfg))
     if cfg.source == "digits":
@@ -74,14 +75,14 @@ def verify(cfg: DictConfig) -> int:
 def digits(cfg: DictConfig) -> None:
     """The data set that is on every machine, and its classifier."""
     with refusing(cfg.debug):
-        from diffusion.build import parts as build
+        from diffusion.build.extractors import prepare_digits
         from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
 
         out = out_of(cfg)
         print(f"Making {out}", flush=True)
         with writing(Room("out", out, DIGITS_BYTES, "the digits and their classifier")):
             write_missing_digits(out)
-            built, module = build.prepare_digits(out)
+            built, module = prepare_digits(out)
     print(f"{out}: {module.num_images:,} images of 8x8, 10 classes; classifier sha256 {built.digest}")
     print(f"Train on it: python -m diffusion.train{'' if cfg.out is None else f' data.root={out}'}")
 

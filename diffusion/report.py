@@ -27,12 +27,13 @@ from urllib.parse import quote
 
 from omegaconf import DictConfig
 
+from diffusion.command import command, refusing
 from diffusion.config.check import check, refuse_blocked
-from diffusion.config.compose import command, refusing, typed
+from diffusion.config.compose import typed
 from diffusion.errors import Refusal
 from diffusion.files import Room, csv_text, replacing, told_by_disk
 from diffusion.metrics.published import aligned
-from diffusion.page import HIGHER_IS_BETTER, difference, not_comparable, shown, write_report, write_table
+from diffusion.page import difference, higher_is_better, not_comparable, shown, write_report, write_table
 from diffusion.runs.folder import RunFolder, flatten
 from diffusion.training.fingerprint_log import PARTS, Comparison, compare, logs
 
@@ -126,7 +127,7 @@ def collect(runs: Path, out: Path) -> list[Row]:
 
 def order(row: Row) -> tuple:
     """Sorts by metric, then the best value first, then the name of the run."""
-    sign = -1 if row.get("name") in HIGHER_IS_BETTER else 1
+    sign = -1 if higher_is_better(row.get("name")) else 1
     return str(row.get("metric")), sign * (row.get("value") or 0.0), row["run"]
 
 

@@ -19,9 +19,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from diffusion.build.take import take
+from diffusion.command import command, refusing
 from diffusion.config.check import check, check_guidance, refuse_overwriting
-from diffusion.config.compose import command, refusing, typed
-from diffusion.distributed.launcher import check_launcher, main_rank
+from diffusion.config.compose import typed
+from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import handled
 from diffusion.errors import Refusal
 from diffusion.files import Room, writing
@@ -33,30 +35,31 @@ def main(cfg: DictConfig) -> None:
         check(cfg, typed())
         out = Path(cfg.out)
         check_paths(cfg, out)
-        check_launcher(cfg)
+        compute = take(cfg.trainer, Compute)
+        compute.check()
         from diffusion.build import door
-        from diffusion.build import parts as build
+        from diffusion.build.sampling import recipe
+        from diffusion.distributed.place import Place
         from diffusion.distributed.processes import share
         from diffusion.distributed.ranks import Ranks
         from diffusion.scoring.gallery import Gallery
 
-        place = build.place(cfg.trainer)
+        place = Place.of(compute)
         model = door.trained(cfg.checkpoint, cfg.ema)
         if model.image_shape[0] not in (1, 3):
             raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
         check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
+        chosen, about = recipe(cfg, cfg.batch_size, cfg.labels), {**model.identity(), "step": model.step}
 
         def gallery(where, ranks):
-            net, labels, setting = model.denoiser, list(cfg.labels), f"out={out}"
-            sampling = build.sampling(cfg, net, where, model.image_shape, cfg.batch_size, ranks, labels)
-            about = {**model.identity(), "step": model.step}
-            return Gallery(out / ".batches", sampling, cfg.num_images, about, ranks, setting, cfg.overwrite)
+            sampling = chosen.sampling(model.denoiser, where, model.image_shape, ranks.attend)
+            return Gallery(out / ".batches", sampling, cfg.num_images, about, ranks, f"out={out}", cfg.overwrite)
 
         planned = gallery(place, Ranks())
         planned.pieces.refuse_other()
         room = Room("out", out, planned.needs() + planned.written(cfg.png), f"{cfg.num_images:,} images")
         room.check()
-        if main_rank(cfg):
+        if compute.main:
             taken = planned.sampling
             print(
                 f"Sampling {cfg.num_images} images with {taken.about['sampler']}, {len(taken.times) - 1} steps, "
@@ -73,7 +76,7 @@ def main(cfg: DictConfig) -> None:
                     images.remove()
                     print(f"{out / 'grid.png'}\n{out / 'samples.npz'}: arr_0 uint8 {shape}")
 
-        share(cfg, place, work, signals)
+        share(compute, place, work, signals, cfg.debug)
 
 
 def check_paths(cfg: DictConfig, out: Path) -> None:

@@ -15,15 +15,17 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import signal
 import sys
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion.build.take import take
+from diffusion.command import command, refusing
 from diffusion.config.check import check, check_data
-from diffusion.config.compose import command, refusing, typed
-from diffusion.distributed.launcher import check_launcher, main_rank, ranks
+from diffusion.config.compose import typed
+from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import Signals, handled
 from diffusion.runs.folder import RunFolder
+from diffusion.runs.recorded import Recorded
 
 
 @command("train", experiment="digits")
@@ -36,43 +38,33 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, signals: Signals) -> int:
     """The whole command; the exit status."""
-    main_process = main_rank(cfg)
+    compute = take(cfg.trainer, Compute)
 
     def say(message: str) -> None:
-        if main_process:
+        if compute.main:
             print(message, flush=True)
 
-    with signals.held([signal.SIGTERM] if ranks(cfg) > 1 else []):
-        with refusing(cfg.debug):
-            check(cfg, typed())
-            check_launcher(cfg)
-            check_data(cfg)
-            folder = RunFolder(cfg.run_dir)
-            config = OmegaConf.to_container(cfg)
-            folder.refuse_other(config)
-        if step := finished(cfg, config, folder):
+    with signals.held([signal.SIGTERM] if compute.ranks > 1 else []), refusing(cfg.debug):
+        check(cfg, typed())
+        compute.check()
+        check_data(cfg)
+        folder = RunFolder(cfg.run_dir)
+        record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
+        folder.refuse_other(record)
+        wanted = set(cfg.metrics) if cfg.callbacks.enabled else None
+        if step := folder.finished(record, cfg.trainer.max_steps, wanted):
             say(f"{folder.path} is finished: {step} steps, nothing is missing. See {folder.report_path}")
             return 0
-        from diffusion.run import Run  # torch and lightning, now that the configuration is sound
+        from diffusion.build import early  # torch and lightning, now that the configuration is sound
+        from diffusion.build.run import run_parts
+        from diffusion.run import Run
 
-        with refusing(cfg.debug):
-            run = Run(cfg, config, folder, signals)
+        parts = run_parts(cfg, folder)
+        if compute.main:
+            early.look(parts)
     signals.obey()
-    return run.go(say, main_process)
-
-
-def finished(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> int:
-    """The step of the last checkpoint if training is over and none of its scores, samples or report is missing; 0 if
-    something is left to do."""
-    if not folder.steps() or folder.steps()[0] < cfg.trainer.max_steps:
-        return 0
-    step, _, _ = folder.latest_valid(config)
-    if step < cfg.trainer.max_steps:
-        return 0
-    scored = folder.own_scores(step)
-    wanted = set(cfg.metrics) if cfg.callbacks.enabled else set()
-    looked = not cfg.callbacks.enabled or (folder.samples / f"step_{step:08d}.png").is_file()
-    return step if looked and wanted <= scored and folder.report_path.is_file() else 0
+    with refusing(cfg.debug):
+        return Run(parts, signals, say).go()
 
 
 if __name__ == "__main__":

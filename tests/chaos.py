@@ -91,7 +91,11 @@ class Training:
 
     def writes(self) -> bool:
         """Whether there is a file that has not got its name yet."""
-        folders = [self.run, self.run / "checkpoints", self.run / "samples", *(self.run / "evaluations").glob("*")]
+        try:
+            made = list((self.run / "evaluations").glob("*"))
+        except FileNotFoundError:  # removed a moment ago
+            made = []
+        folders = [self.run, self.run / "checkpoints", self.run / "samples", *made]
         return any(name.endswith(".tmp") for folder in folders for name in listed(folder))
 
     def looks(self) -> bool:
@@ -238,7 +242,7 @@ def files(run: Path) -> dict[str, bytes]:
     others = sorted({path.stem for path in run.glob("checkpoints/step_*")} - pointed)
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if path.stem in others:
+        if path.parent.name == "checkpoints" and path.stem in others:
             name = f"checkpoints/older_{others.index(path.stem)}{path.suffix}"
         whole = name == "results.jsonl" or path.suffix == ".png"
         found[name] = path.read_bytes() if whole else os.readlink(path).encode() if path.is_symlink() else b""

@@ -213,7 +213,7 @@ def main() -> int:
     given = parser.parse_args()
     steps = given.steps or 15 * EVERY // 2 * (given.restarts + 1)
     sys.path.insert(0, str(ROOT))
-    from diffusion.build.parts import prepare_digits
+    from diffusion.build.extractors import prepare_digits
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).resolve()

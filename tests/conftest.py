@@ -40,10 +40,10 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The root of a data set of digits with its classifier, made once a session."""
-    from diffusion.build import parts as build
+    from diffusion.build.extractors import prepare_digits
 
     root = tmp_path_factory.mktemp("data") / "digits"
-    build.prepare_digits(root)
+    prepare_digits(root)
     return root
 
 

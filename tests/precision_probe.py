@@ -29,13 +29,14 @@ class ProbedRun(run.Run):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.dtypes: dict[str, set[str]] = defaultdict(set)
-        network = self.denoiser.network
+        network = self.parts.denoiser.network
         ordinary_weights(network)
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(lambda layer, inputs, output: self.note(convolution=output))
         network.register_forward_hook(lambda network, inputs, output: self.note(network=output, x_t=inputs[0]))
-        self.module._objective = self.noting(self.module._objective)
+        module = self.training.module
+        module._objective = self.noting(module._objective)
 
     def note(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -53,11 +54,11 @@ class ProbedRun(run.Run):
 
     def train(self, *arguments: Any) -> int:
         status = super().train(*arguments)
-        for p in self.denoiser.network.parameters():
+        for p in self.parts.denoiser.network.parameters():
             self.note(weights=p, gradient=p.grad)
-        for average in self.ema.average:
+        for average in self.training.ema.average:
             self.note(ema=average)
-        path = Path(self.folder.path) / f"dtypes_rank_{self.module.global_rank:04d}.json"
+        path = Path(self.folder.path) / f"dtypes_rank_{self.training.module.global_rank:04d}.json"
         path.write_text(json.dumps({name: sorted(found) for name, found in self.dtypes.items()}))
         return status
 

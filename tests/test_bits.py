@@ -11,17 +11,17 @@ from conftest import inside
 from PIL import Image
 
 from diffusion.build import door
-from diffusion.build import parts as build
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped, NetworkDenoiser
+from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
 from diffusion.likelihood.bound import COLUMNS, bound_terms
 from diffusion.models.unet import UNet
-from diffusion.runs.untrusted import UntrustedConfig
+from diffusion.runs.recorded import Recorded
 from diffusion.scoring.bits import Bits, Settings, stages, variance_of
 
 T = 12
-WHERE = build.Place(torch.device("cpu"), "32", torch.contiguous_format)
+WHERE = Place(torch.device("cpu"), "32", torch.contiguous_format)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def fixed_variance(model, run):
     """A model whose network predicts no variance, of a run with these settings."""
     network = UNet(image_size=8, channels=1, width=32, multipliers=[1], attention_resolutions=[], num_classes=10)
     denoiser = NetworkDenoiser(network, model.denoiser.schedule)
-    return model._replace(denoiser=denoiser, config=UntrustedConfig({"data": {"name": "digits"}, **run}, "here"))
+    return model._replace(denoiser=denoiser, record=Recorded({"data": {"name": "digits"}, **run}, "here"))
 
 
 def measured(bits):
@@ -145,7 +145,7 @@ def test_the_variance_follows_the_run_unless_it_is_chosen(bits, model):
 
 
 def test_the_papers_figure_stands_beside_the_bound_of_the_test_split_alone(bits, model):
-    config = UntrustedConfig({"paper": {"bits_per_dim": 3.75}, "data": {"name": "digits"}}, "here")
+    config = Recorded({"paper": {"bits_per_dim": 3.75}, "data": {"name": "digits"}}, "here")
     for split, by, data, figure in (
         ("test", "bound", "digits", 3.75), ("train", "bound", "digits", None), ("test", "ode", "digits", None),
         ("test", "bound", "data/others", None),

@@ -28,7 +28,9 @@ from conftest import command_module, inside
 from omegaconf import OmegaConf
 from test_fuzz import contents
 
-from diffusion.config.compose import PATH_KEYS, composed, conf_dir
+from diffusion.build.extractors import prepare_digits
+from diffusion.config.compose import composed
+from diffusion.config.words import PATH_KEYS, conf_dir
 
 SMALL = "callbacks=none trainer=cpu data.batch_size=16 model.blocks_per_level=1 schedule.num_timesteps=6".split()
 SMALL += ["sampler.num_steps=2", "save.every_steps=1", "log_every=1"]
@@ -521,9 +523,8 @@ class Place(type(Path())):
 def sound(tmp_path_factory):
     """A run of two steps on digits, a checkpoint of each, and its data set with a classifier."""
     folder = tmp_path_factory.mktemp("sound")
-    from diffusion.build import parts as build
 
-    build.prepare_digits(folder / "digits")
+    prepare_digits(folder / "digits")
     words = [f"data.root={folder / 'digits'}", "run_dir=run", "trainer.max_steps=2", "fingerprint_every=1", *SMALL]
     assert inside("train", words, folder) == 0
     return folder
@@ -677,7 +678,7 @@ def test_checkpoints_are_read_and_built_from_in_one_place():
     """Who reads checkpoints, who builds by name, and who loads pickles is a short list."""
     expected = {
         "instantiate": {"build/parts.py"},
-        "get_object": {"build/parts.py"},
+        "get_object": {"build/parts.py", "build/extractors.py"},
         "torch.load": {"training/checkpoint.py"},
         "importlib.import_module": {
             "build/door.py",
@@ -700,10 +701,10 @@ def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
     from hydra.utils import instantiate
 
     from diffusion.build import parts as build
-    from diffusion.runs.untrusted import UntrustedConfig
+    from diffusion.runs.recorded import Recorded
 
     given = {"data": {"_target_": "os.getpid", "root": "${oc.env:HOME}"}, "seed": 1}
-    config = UntrustedConfig(given, "here")
+    config = Recorded(given, "here")
     assert config.at("data.root") == "${oc.env:HOME}" and config == given
     for use in (
         instantiate, OmegaConf.create, lambda c: OmegaConf.merge(OmegaConf.create({}), c),
@@ -716,7 +717,7 @@ def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
         ({"a": {1, 2}}, "holds a set"), ({"name": "x" * 30_000}, "characters"), ({"paper": {"fid": "3"}}, "paper.fid"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(mention)):
-            UntrustedConfig(content, "here")
+            Recorded(content, "here")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Scores of images that are there: folders, zips and npz, by a network of one's own."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from conftest import rows
 from inceptions import OWN, small
 from PIL import Image
 
-from diffusion.build import parts as build
+from diffusion.build import extractors
+from diffusion.build.extractors import Choice
 
 METRICS = "metrics=[fid,is,kid,precision,recall,nearest]"
 
@@ -64,25 +66,16 @@ def test_a_users_own_module_is_an_extractor(call, tmp_path):
     """With a file of weights, whose digest is checked before it is read."""
     weights = tmp_path / "w.bin"
     weights.write_bytes(b"weights")
-    cfg = build.OmegaConf.create(
-        {
-            "name": "own",
-            "target": "inceptions.small",
-            "weights": None,
-            "sha256": None,
-            "channels": 3,
-            "image_size": None,
-        }
-    )
-    one, two = (build.custom_extractor(cfg) for _ in range(2))
-    assert one.digest == two.digest and one.title("fid") == "own-FID"
-    other = build.custom_extractor(build.OmegaConf.merge(cfg, {"target": "inceptions.Small"}))
+    chosen = Choice("own", target="inceptions.small")
+    one, two = (extractors.custom_extractor(chosen) for _ in range(2))
+    assert one.digest == two.digest and one.title("FID") == "own-FID"
+    other = extractors.custom_extractor(replace(chosen, target="inceptions.Small"))
     assert other.digest != one.digest  # the same weights, perhaps not the same features
-    assert build.code_of(small) == build.code_of(type(one.network)) and len(build.code_of(small)) == 64
-    assert build.code_of(partial(small)) is None and build.code_of(dict) is None
+    assert extractors.code_of(small) == extractors.code_of(type(one.network)) and len(extractors.code_of(small)) == 64
+    assert extractors.code_of(partial(small)) is None and extractors.code_of(dict) is None
     assert torch.equal(one.network.head.weight, small().head.weight)
     with pytest.raises(ValueError, match="extractor.weights=.*has sha256"):
-        build.custom_extractor(build.OmegaConf.merge(cfg, {"weights": str(weights), "sha256": "0" * 64}))
+        extractors.custom_extractor(replace(chosen, weights=str(weights), sha256="0" * 64))
 
 
 # ---- what cannot be scored ----

@@ -7,9 +7,11 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
 from diffusion.build import parts as build
+from diffusion.build.sampling import recipe
 from diffusion.config.check import check
-from diffusion.config.compose import conf_dir, groups
+from diffusion.config.words import conf_dir, groups
 from diffusion.denoiser import NetworkDenoiser
+from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
 from diffusion.images import from_uint8
 from diffusion.process.ladder import PUBLISHED_OVERLAP, ladder, largest_distance, overlap, step_size
@@ -32,12 +34,10 @@ def test_experiment_composes_and_builds(name):
     schedule = build.schedule(cfg)
     with torch.device("meta"):
         denoiser = NetworkDenoiser(build.network(cfg), schedule, cfg.objective.prediction)
-    sampler, times = build.sampler(cfg, schedule)
+    _, times = recipe(cfg).sampler_of(schedule)
     levels = cfg.sampler.num_steps or cfg.schedule.num_timesteps
     assert times[-1] == 0 and len(times) - 1 == levels * cfg.sampler.get("visits", 1)
-    module = DiffusionModule(
-        denoiser, build.objective(cfg, schedule), build.optimizer(cfg), label_dropout=cfg.objective.label_dropout
-    )
+    module = DiffusionModule(denoiser, build.objective(cfg, schedule), build.optimizer(cfg))
     x = torch.zeros(2, cfg.data.channels, cfg.data.image_size, cfg.data.image_size, device="meta")
     t = torch.ones(2, dtype=torch.long, device="meta")
     labels = torch.zeros(2, dtype=torch.long, device="meta") if cfg.model.num_classes else None
@@ -90,7 +90,7 @@ def test_ncsn_digits_has_the_ladder_that_the_digits_ask_for():
     digits = from_uint8(torch.from_numpy((load_digits().images * (255 / 16)).round()).to(torch.uint8))
     assert largest_distance(digits) == pytest.approx(cfg.schedule.sigma_max, rel=0.05)
     schedule = build.schedule(cfg)
-    first, second = sorted(set(build.sampler(cfg, schedule)[1]))[-2:]
+    first, second = sorted(set(recipe(cfg).sampler_of(schedule)[1]))[-2:]
     ratio = float(schedule(second).sigma / schedule(first).sigma)
     assert overlap(ratio, 64) > PUBLISHED_OVERLAP, "no coarser than the published ladders"
     assert cfg.sampler.step_size == pytest.approx(step_size(ratio, cfg.sampler.visits), rel=0.05)
@@ -98,9 +98,9 @@ def test_ncsn_digits_has_the_ladder_that_the_digits_ask_for():
 
 def test_what_a_sampler_was_told_is_recorded_flat():
     cfg = composed("+experiment=cifar10", "sampler=predictor_corrector", "sampler.corrector.snr=0.1")
-    assert build.settings(cfg.sampler) == {
+    assert recipe(cfg).about() == {
         "predictor.variance": "large", "corrector.snr": 0.1, "corrector.norms": "image", "visits": 2,
-        "num_steps": None, "spacing": "trailing", "clip_x0": False,
+        "spacing": "trailing", "clip_x0": False,
     }  # fmt: skip
 
 
@@ -115,12 +115,12 @@ def test_every_option_of_a_group_builds(group):
         if cfg.model.image_size % 2 ** (len(cfg.model.get("multipliers") or [1]) - 1) == 0:
             check(cfg)
         schedule = build.schedule(cfg)
-        build.objective(cfg, schedule), build.sampler(cfg, schedule), build.optimizer(cfg)
+        build.objective(cfg, schedule), recipe(cfg).sampler_of(schedule), build.optimizer(cfg)
         with torch.device("meta"):
             network = build.network(cfg)
         denoiser = NetworkDenoiser(network, schedule, cfg.objective.prediction)
-        where = build.Place(torch.device("cpu"), "32", torch.contiguous_format)
-        assert callable(build.sampled(cfg, denoiser, denoiser, where)), option
+        where = Place(torch.device("cpu"), "32", torch.contiguous_format)
+        assert callable(recipe(cfg).denoiser(denoiser, denoiser, where)), option
 
 
 def test_no_experiment_means_digits():

@@ -8,7 +8,7 @@ import torch
 from conftest import inside
 
 from diffusion.build import door
-from diffusion.build import parts as build
+from diffusion.distributed.place import Place
 from diffusion.files import sha256_of
 from diffusion.noise import key
 from diffusion.training.fingerprint import digest, digest_of_batch
@@ -16,7 +16,7 @@ from diffusion.training.fingerprint_log import HEADER, PARTS, Parting, compare, 
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-PLACE = build.Place(CPU, "32", torch.contiguous_format)
+PLACE = Place(CPU, "32", torch.contiguous_format)
 MASK = (1 << 64) - 1
 
 

@@ -5,11 +5,15 @@ import pytest
 import torch
 from inceptions import Small, write_random_inception
 
+from diffusion.build.parts import metrics
 from diffusion.metrics import reference as references
 from diffusion.metrics.extractors import CHUNK, Extractor, Features, inception
+from diffusion.metrics.frechet import fid_by_class
+from diffusion.metrics.inception_score import inception_score
+from diffusion.metrics.metric import scores
 from diffusion.metrics.moments import BLOCK, Moments, frechet
+from diffusion.metrics.nearest import nearest
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, store, stored
-from diffusion.metrics.scores import fid_by_class, inception_score, nearest, scores
 
 
 def pictures(count: int, seed: int, size: int = 32) -> torch.Tensor:
@@ -81,7 +85,7 @@ def by_fidelity(images: torch.Tensor, real: torch.Tensor, subset: int, **chosen)
 def ours_by(extractor: Extractor, images: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
     batches = lambda all_of: all_of.split(25)  # noqa: E731
     theirs = reference(extractor(batches(real)).pooled)
-    found = scores(["fid", "is", "kid", "precision", "recall"], extractor(batches(images)), theirs)
+    found = scores(metrics(["fid", "is", "kid", "precision", "recall"]), extractor(batches(images)), theirs)
     return {key: value for values in found.values() for key, value in values.items()}
 
 

@@ -11,21 +11,14 @@ from omegaconf import OmegaConf, open_dict
 
 from diffusion.build.prepare import model_words
 from diffusion.config.check import check
-from diffusion.config.compose import (
-    OPEN,
-    Typed,
-    check_value,
-    composed_of_options,
-    composing,
-    conf_dir,
-    groups,
-    parse,
-    plain,
-)
+from diffusion.config.compose import Typed, composed_of_options, composing
 from diffusion.config.effect import TABLE, matches, refuse_idle
+from diffusion.config.values import _keys, check_word, kind_at
+from diffusion.config.words import groups, parse, plain
 from diffusion.errors import Refusal
 from diffusion.models.resolutions import nearest_resolutions, resolutions
 from diffusion.models.unet import UNet
+from diffusion.settings import ANY
 
 EVALUATE, IMAGES = ["checkpoint=x"], ["images=x", "reference=y"]
 SWEEP, BITS = [*EVALUATE, "task=sweep"], [*EVALUATE, "metrics=[bits_per_dim]"]
@@ -117,7 +110,7 @@ def given(command, *words):
         del cfg["hydra"]
     for word in words:
         if word not in options:
-            override = parse(check_value(parse(word), reference) or word)
+            override = parse(check_word(parse(word), reference, command) or word)
             OmegaConf.update(cfg, override.key_or_group, plain(override.value()))
     OmegaConf.resolve(cfg)
     return cfg, Typed(command, words)
@@ -211,8 +204,8 @@ def test_guidance_is_recorded_of_samples_alone(digits, tmp_path, call):
             ["model.attention_resolutions=[4,4]"],
             "model.attention_resolutions=[4,4]: a resolution is there more than once",
         ),
-        (["metrics=[fid,fid]"], "metrics=[fid,fid]: fid is there more than once"),
-        (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] must be two numbers in [0, 1)"),
+        (["metrics=[fid,fid]"], "metrics=[fid,fid] has fid more than once"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] is not a list of 2 numbers"),
         (["model.image_size=16"], "model.image_size=16, but data=digits has 8"),
         (["callbacks=none", "callbacks.enabled=true"], "callbacks.enabled=true: callbacks=none has nothing to enable"),
     ],
@@ -272,7 +265,7 @@ def test_the_nearest_resolution_is_that_of_the_nearest_ratio():
         ("train", "trainer.threads=true", "trainer.threads=true is not an integer"),
         ("train", "data.digest=[a]", "data.digest=[a] is not text"),
         ("train", "optimizer.lr=nan", "optimizer.lr=nan is not a finite number"),
-        ("train", "optimizer.betas=[a,b]", "optimizer.betas=[a,b] is not a list of numbers"),
+        ("train", "optimizer.betas=[a,b]", "optimizer.betas=[a,b] is not a list of 2 numbers"),
         ("train", "model.multipliers=[1,2.5]", "model.multipliers=[1,2.5] is not a list of integers"),
         ("train", "metrics={a: 1}", "metrics={a: 1} is not a list of words"),
         ("train", "run_dir=", "run_dir= is empty"),
@@ -299,16 +292,23 @@ def test_a_value_is_taken_as_its_kind_whichever_way_it_is_written():
     assert type(cfg.trainer.threads) is int and cfg.trainer.precision == "32"
 
 
-def test_whatever_is_left_open_in_conf_has_a_kind():
-    """Walks conf/: a setting whose default is null or ???, or a list of nothing, is in OPEN."""
-    open_keys = set()
-    for path in conf_dir().rglob("*.yaml"):
-        group = path.parent.name if path.parent != conf_dir() else ""
-        prefix = f"{group}." if group not in ("", "experiment") else ""
-        content = OmegaConf.to_container(OmegaConf.load(path))
-        content.pop("defaults", None), content.pop("hydra", None)
-        open_keys |= {key for key, value in leaves(content, prefix) if value in (None, "???", [])}
-    assert open_keys - OPEN.keys() <= {"labels", "metrics"}, open_keys - OPEN.keys()
+COMPOSED = [
+    *((command, []) for command in ("sample", "evaluate", "lab", "prepare", "report", "benchmark")),
+    *(("train", [f"+experiment={name}"]) for name in groups()["experiment"]),
+    *((("train", ["+experiment=digits", f"{group}={option}"]))
+      for group in "schedule objective sampler guidance optimizer model trainer extractor logger".split()
+      for option in groups()[group]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command, words", COMPOSED, ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
+def test_every_setting_in_conf_is_declared_by_the_class_that_takes_it(command, words):
+    with composing():
+        cfg = composed_of_options(command, tuple(words))
+    undeclared = {key for key in _keys(cfg) if kind_at(key, cfg, command) == ANY}
+    assert undeclared == set()
 
 
 def leaves(content, prefix):

@@ -7,10 +7,10 @@ import time
 
 import pytest
 from conftest import inside
-from omegaconf import OmegaConf
 from slurm_cluster import newest
 from test_experiments import composed
 
+from diffusion.build.run import run_parts
 from diffusion.distributed.signals import Signals
 from diffusion.run import Run
 from diffusion.runs.folder import RunFolder
@@ -58,10 +58,10 @@ def test_a_signal_does_not_keep_a_run_from_its_report(digits, tmp_path):
     cfg = composed(*words, f"run_dir={tmp_path / 'run'}")
     for warned in (False, True):
         with Signals() as signals, signals.held():
-            run = Run(cfg, OmegaConf.to_container(cfg), RunFolder(tmp_path / "run"), signals)
+            run = Run(run_parts(cfg, RunFolder(tmp_path / "run")), signals)
             if warned:
                 run.folder.report_path.unlink()
                 os.kill(os.getpid(), signal.SIGUSR1)
                 time.sleep(0.1)
-            assert run.go(lambda _: None, True) == 0
+            assert run.go() == 0
     assert signals.number == signal.SIGUSR1 and run.folder.report_path.is_file()

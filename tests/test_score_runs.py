@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import inside
 
-from diffusion.build import door
-from diffusion.build import parts as build
+from diffusion.build import door, extractors
 from diffusion.lab.training_error import POINTS_OF_A_QUARTER, loss_by_quarter
 
 pytestmark = pytest.mark.slow
@@ -34,7 +33,7 @@ def test_annealed_langevin_makes_digits(digits_run, tmp_path):
     words = [f"checkpoint={digits_run}", "out=s", "num_images=500", "sampler=annealed_langevin", "sampler.num_steps=40"]
     assert inside("sample", [*words, "sampler.visits=4", "sampler.step_size=0.19"], tmp_path) == 0
     images = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
-    classifier = build.digit_extractor([tmp_path / "data" / "digits" / build.CLASSIFIER], None, None)
+    classifier = extractors.digit_extractor([tmp_path / "data" / "digits" / extractors.CLASSIFIER], None, None)
     sure, judged = classifier([images]).logits.softmax(1).max(1)
     counts = judged.bincount(minlength=10)
     assert (sure >= 0.9).double().mean() >= 0.9

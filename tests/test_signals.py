@@ -180,7 +180,7 @@ def handles(pid: int, number: int) -> bool:
 def test_an_error_that_comes_of_an_interruption_is_not_reported(tmp_path):
     code = """
         import os, signal, time
-        from diffusion.config.compose import refusing
+        from diffusion.command import refusing
         from diffusion.distributed.signals import install
         install()
         with refusing():

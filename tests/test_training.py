@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from test_experiments import composed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.build import parts as build
-from diffusion.build.parts import FORMATS
+from diffusion.build.run import run_parts
 from diffusion.data.digits import write_digits
+from diffusion.distributed.place import FORMATS
 from diffusion.distributed.signals import Signals
 from diffusion.images import from_uint8
 from diffusion.noise import ImageNoise
@@ -42,7 +41,7 @@ def make_run(shards, tmp_path):
     def make(*words: str) -> Run:
         folder = tmp_path / f"run_{len(made)}"
         cfg = composed(*SMALL, f"data.root={shards}", f"run_dir={folder}", *words)
-        made.append(Run(cfg, OmegaConf.to_container(cfg), RunFolder(folder), Signals()))
+        made.append(Run(run_parts(cfg, RunFolder(folder)), Signals()))
         return made[-1]
 
     return make
@@ -50,7 +49,7 @@ def make_run(shards, tmp_path):
 
 def train(run: Run) -> Run:
     run.folder.path.mkdir(parents=True)
-    assert run.train(lambda _: None) == 0
+    assert run.train() == 0
     return run
 
 
@@ -102,7 +101,7 @@ class Watched(torch.optim.SGD):
 def watched(run: Run, lr: float = 0.1) -> Watched:
     """Train the run with SGD; the optimizer, and what it saw."""
     made = []
-    run.module._optimizer = lambda parameters: made.append(Watched(parameters, lr)) or made[0]
+    run.training.module._optimizer = lambda parameters: made.append(Watched(parameters, lr)) or made[0]
     train(run)
     return made[0]
 
@@ -156,8 +155,8 @@ def test_training_looks_at_no_value_between_two_rows_of_the_metrics(words, make_
 def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
     """On the device `meta` looking at a value is an error, and so is a copy to the host, which is none on a CPU."""
     run = make_run(f"objective={objective}", "data.flip=true", "optimizer.fused=false")
-    module = run.module.to("meta")
-    run.ema.on_train_start(SimpleNamespace(global_step=0, max_steps=10_000), module)
+    module = run.training.module.to("meta")
+    run.training.ema.on_train_start(SimpleNamespace(global_step=0, max_steps=10_000), module)
     optimizer = module.configure_optimizers()["optimizer"]
     batch = {k: v.to("meta") for k, v in batch_at(torch.arange(8)).items()}
     for step in (1, 2):
@@ -166,7 +165,7 @@ def test_a_training_step_runs_on_tensors_without_values(objective, make_run):
         loss.backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
-        run.ema.on_train_batch_end(SimpleNamespace(global_step=step), module)
+        run.training.ema.on_train_batch_end(SimpleNamespace(global_step=step), module)
     assert module.take_counts().shape == (2, 3 + QUARTILES)
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
@@ -177,18 +176,19 @@ def test_everything_a_step_makes_is_on_the_network_s_device(objective, make_run)
     """A fake GPU: tensors of the right device, shape and dtype without a device; mixing devices is an error."""
     run, batch = make_run(f"objective={objective}", "data.flip=true"), batch_at(torch.arange(8))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for layer in run.module.modules():
+        for layer in run.training.module.modules():
             for name, p in list(layer.named_parameters(recurse=False)):
                 setattr(layer, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
         batch = {k: v.to("cuda") for k, v in batch.items()}
-        loss = run.module.training_step(batch, 0)
-        assert loss.device.type == run.module._sums.device.type == "cuda" and loss.dtype == torch.float32
+        loss = run.training.module.training_step(batch, 0)
+        assert loss.device.type == run.training.module._sums.device.type == "cuda" and loss.dtype == torch.float32
         with pytest.raises(RuntimeError):
             loss.item()
-        sampler, times = build.sampler(run.cfg, run.denoiser.schedule)
+        recipe, denoiser = run.parts.recipe, run.parts.denoiser
+        sampler, times = recipe.sampler_of(denoiser.schedule)
         if objective == "hybrid":
-            sampler = Ancestral(run.denoiser.schedule, "learned")
-        denoise = build.sampled(run.cfg, run.denoiser, run.denoiser, run.place)
+            sampler = Ancestral(run.parts.denoiser.schedule, "learned")
+        denoise = recipe.denoiser(denoiser, denoiser, run.place)
         noise = ImageNoise(0, batch["position"])
         start = noise(torch.empty(8, 1, 8, 8, device="cuda"))
         x = sampler.sample(functools.partial(denoise, labels=batch["label"]), start, times[:3], noise)
@@ -200,7 +200,7 @@ def test_everything_a_step_makes_is_on_the_network_s_device(objective, make_run)
 
 def test_bf16_stays_inside_the_network(make_run):
     run, inputs, outputs, states = make_run("trainer.precision=bf16-mixed", "trainer.max_steps=2"), set(), set(), {}
-    network, objective = run.denoiser.network, run.module._objective
+    network, objective = run.parts.denoiser.network, run.training.module._objective
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d):
             layer.register_forward_hook(lambda _, __, output: outputs.add(output.dtype))
@@ -212,21 +212,21 @@ def test_bf16_stays_inside_the_network(make_run):
         states["losses"] = losses.dtype
         return losses
 
-    run.module._objective = watching
-    optimizers = []
-    run.module._optimizer = lambda p, make=run.module._optimizer: optimizers.append(make(p)) or optimizers[0]
+    module, optimizers = run.training.module, []
+    module._objective = watching
+    module._optimizer = lambda p, make=module._optimizer: optimizers.append(make(p)) or optimizers[0]
     train(run)
     assert outputs == {torch.bfloat16}
     assert inputs == {torch.float32}
     assert set(states) == {"output", "x_t", "x0", "epsilon", "losses"} and set(states.values()) == {torch.float32}
-    kept = [*network.parameters(), *run.ema.average]
+    kept = [*network.parameters(), *run.training.ema.average]
     kept += [v for state in optimizers[0].state.values() for v in state.values()]
     assert {v.dtype for v in kept} == {torch.float32}
 
 
 def test_without_bf16_the_network_computes_in_float32(make_run):
     run, outputs = make_run("trainer.max_steps=1"), set()
-    for layer in run.denoiser.network.modules():
+    for layer in run.parts.denoiser.network.modules():
         layer.register_forward_hook(lambda _, __, output: outputs.add(output.dtype))
     train(run)
     assert outputs == {torch.float32}
@@ -236,7 +236,7 @@ def test_without_bf16_the_network_computes_in_float32(make_run):
 def test_memory_format_reaches_every_convolution(name, make_run):
     run = make_run(f"trainer.memory_format={name}", "trainer.max_steps=1")
     met = []
-    for layer in run.denoiser.network.modules():
+    for layer in run.parts.denoiser.network.modules():
         if isinstance(layer, torch.nn.Conv2d) and layer.in_channels > 1 and layer.out_channels > 1:
             layer.register_forward_hook(lambda layer, given, output: met.append((given[0], layer.weight, output)))
     train(run)
@@ -244,7 +244,7 @@ def test_memory_format_reaches_every_convolution(name, make_run):
     for tensors in met:
         for tensor in tensors[: 3 if tensors[1].shape[-1] > 1 else 1]:  # a 1x1 weight is in both formats at once
             assert tensor.is_contiguous(memory_format=FORMATS[name])
-    module = make_run(f"trainer.memory_format={name}", "data.channels=3").module
+    module = make_run(f"trainer.memory_format={name}", "data.channels=3").training.module
     assert seen_by_the_objective(module, batch_at(torch.arange(4), 3)).x_t.is_contiguous(memory_format=FORMATS[name])
 
 
@@ -252,7 +252,7 @@ def test_memory_format_reaches_every_convolution(name, make_run):
 
 
 def test_times_noise_flips_and_dropped_labels_belong_to_the_position(make_run):
-    module = make_run("data.flip=true", "objective.label_dropout=0.5").module
+    module = make_run("data.flip=true", "objective.label_dropout=0.5").training.module
     positions, order = torch.arange(64), torch.randperm(64, generator=torch.Generator().manual_seed(1))
     whole = seen_by_the_objective(module, batch_at(positions))
     shuffled = seen_by_the_objective(module, {k: v[order] for k, v in batch_at(positions).items()})
@@ -289,7 +289,7 @@ def test_half_of_the_images_are_mirrored_and_only_on_request(make_run):
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_label_dropout_hides_its_share(share, make_run):
-    module = make_run(f"objective.label_dropout={share}").module
+    module = make_run(f"objective.label_dropout={share}").training.module
     positions = torch.arange(20_000)
     labels = positions % 10
     given = module.hidden_labels(labels, positions)
@@ -306,7 +306,7 @@ def test_label_dropout_hides_its_share(share, make_run):
 
 @pytest.mark.parametrize("num_timesteps", [1000, 10])
 def test_quartiles_of_t_add_up_to_the_whole(num_timesteps, make_run):
-    module = make_run(f"schedule.num_timesteps={num_timesteps}", "sampler.num_steps=5").module
+    module = make_run(f"schedule.num_timesteps={num_timesteps}", "sampler.num_steps=5").training.module
     t = torch.arange(1, num_timesteps + 1)
     loss = torch.rand(num_timesteps, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     module.count(loss[: num_timesteps // 3], t[: num_timesteps // 3])
@@ -388,7 +388,7 @@ def test_average_equals_its_closed_form(warmup, accumulate, make_run):
     expected = weights[0]
     for decay, w in zip(decays, weights[1:], strict=True):
         expected = decay * expected + (1 - decay) * w
-    average = torch.cat([a.double().flatten() for a in run.ema.average])
+    average = torch.cat([a.double().flatten() for a in run.training.ema.average])
     assert (weights[-1] - weights[0]).abs().max() > 1e-3
     torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-6)
     stored = torch.load(run.folder.last, weights_only=True)["ema"]
@@ -404,15 +404,15 @@ def test_ramp_rises_to_the_decay_and_stays():
 
 def test_average_is_swapped_in_and_out_again(make_run):
     run = train(make_run("trainer.max_steps=2"))
-    network = run.denoiser.network
+    network = run.parts.denoiser.network
     own = [p.detach().clone() for p in network.parameters()]
-    with pytest.raises(KeyError), run.ema.swapped_in(network):
-        for p, average in zip(network.parameters(), run.ema.average, strict=True):
+    with pytest.raises(KeyError), run.training.ema.swapped_in(network):
+        for p, average in zip(network.parameters(), run.training.ema.average, strict=True):
             assert torch.equal(p, average)
         raise KeyError
     for p, before in zip(network.parameters(), own, strict=True):
         assert torch.equal(p, before)
-    assert any(not torch.equal(a, w) for a, w in zip(run.ema.average, own, strict=True))
+    assert any(not torch.equal(a, w) for a, w in zip(run.training.ema.average, own, strict=True))
 
 
 def test_dropout_belongs_to_the_step_and_not_to_the_generator(make_run):
@@ -422,5 +422,5 @@ def test_dropout_belongs_to_the_step_and_not_to_the_generator(make_run):
         run = make_run("trainer.max_steps=2", "model.dropout=0.5")
         torch.manual_seed(draws)
         train(run)
-        ends.append([p.detach().clone() for p in run.denoiser.network.parameters()])
+        ends.append([p.detach().clone() for p in run.parts.denoiser.network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

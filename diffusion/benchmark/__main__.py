@@ -34,12 +34,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from diffusion.benchmark import settings
+from diffusion.build.take import take
+from diffusion.command import command, refusing
 from diffusion.config.check import check
-from diffusion.config.compose import command, refusing, typed
+from diffusion.config.compose import typed
 from diffusion.errors import Refusal
 from diffusion.files import obstacle
 
-TASKS = {  # each has main(cfg, say) -> exit status
+TASKS = {  # each has main(asked, out, say) -> exit status
     "gpu_check": "diffusion.benchmark.gpu_check",
     "loader": "diffusion.benchmark.loader",
     "overhead": "diffusion.benchmark.overhead",
@@ -51,14 +54,16 @@ TASKS = {  # each has main(cfg, say) -> exit status
 def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
         check(cfg, typed())
-        if cfg.task not in TASKS:
-            raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
         if cfg.out is not None and Path(cfg.out).is_dir():
             raise Refusal(f"out={cfg.out} is a folder: give the name of a .json file.")
         if cfg.out is not None and (why := obstacle(Path(cfg.out).parent)):
             raise Refusal(f"out={cfg.out}: {why}, so the figures cannot be kept there: give another file.")
         task = importlib.import_module(TASKS[cfg.task])  # torch and lightning, now that the configuration is sound
-    sys.exit(task.main(cfg, lambda message: print(message, flush=True)))
+        asked = take(cfg[cfg.task], settings.TASKS[cfg.task])
+        out = None if cfg.out is None else Path(cfg.out)
+        if cfg.task == "loader":
+            task.check_loader(asked)
+    sys.exit(task.main(asked, out, lambda message: print(message, flush=True)))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
 from PIL import Image
 
 from diffusion.benchmark.loader import machine, one_thread
 from diffusion.benchmark.loader_images import SHARDS, SMALL_SIZE, photo, write_photos
+from diffusion.benchmark.settings import Digests
 from diffusion.data.shards.index import read_index
 from diffusion.data.shards.readers import LocalShards
 from diffusion.data.shards.samples import Samples
@@ -69,9 +69,9 @@ def costs(root: Path, batch_size: int, rounds: int) -> tuple[float, float]:
     return float(checked), float(unchecked)
 
 
-def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+def main(settings: Digests, out: Path | None, say: Callable[[str], None]) -> int:
     """The task `digests` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
-    settings, figures = cfg.digests, {}
+    figures = {}
     with tempfile.TemporaryDirectory(prefix="digests_") as folder, one_thread():
         for name, write, size in (("PNG", write_pngs, SMALL_SIZE), ("JPEG", write_photos, settings.image_size)):
             root = Path(folder) / name
@@ -84,6 +84,6 @@ def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
                 f"{1e6 * unchecked:,.2f} us without, ratio {ratio:.4f}. At most {LIMIT:g}: "
                 f"{'holds' if ratio <= LIMIT else 'does not hold'}"
             )
-    if cfg.out is not None:
-        write_atomically(cfg.out, json.dumps({"machine": machine()} | figures, indent=1) + "\n")
+    if out is not None:
+        write_atomically(out, json.dumps({"machine": machine()} | figures, indent=1) + "\n")
     return 0 if all(figure["ratio"] <= LIMIT for figure in figures.values()) else 1

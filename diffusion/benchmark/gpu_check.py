@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from diffusion.build import parts as build
-from diffusion.config.compose import PACKAGE, composed
+from diffusion.benchmark.settings import GpuCheck
+from diffusion.build.run import Parts, parts_of
+from diffusion.config.words import PACKAGE
+from diffusion.data.module import Described
 from diffusion.data.shards.writer import ShardWriter
 from diffusion.files import write_atomically
 from diffusion.images import to_uint8
 from diffusion.noise import ImageNoise, Stream
-from diffusion.run import Run
 from diffusion.runs.folder import RunFolder
 from diffusion.scoring.scores import commit
 from diffusion.training.meter import MetricsCsv
@@ -108,23 +108,24 @@ def awaken(network: nn.Module) -> None:
                 p.mul_(1e5)
 
 
-def build_run(experiment: str, way: Way) -> Run:
-    """The experiment's run, its network awake and on its device; no dropout, and the whole learning rate at once."""
+def build_run(experiment: str, way: Way, *more: str) -> Parts:
+    """The parts of the experiment's run, its network awake and on its device; no dropout, and the whole learning rate
+    at once. more: settings."""
     words = [f"+experiment={experiment}", "callbacks=none", "model.dropout=0", "optimizer.warmup_steps=0", *way.words]
-    cfg = composed("train", words)
-    run = Run(cfg, OmegaConf.to_container(cfg), RunFolder(cfg.run_dir))
+    run = parts_of([*words, *more])
     awaken(run.denoiser.network)
-    run.module.to(run.place.device)
+    run.training.module.to(run.place.device)
     return run
 
 
-def random_batch(cfg: DictConfig, size: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(run: Parts, size: int) -> dict[str, Tensor]:
     """Random images at positions 0 ... size - 1, with labels, as the loader would hand them to the module."""
-    shape = (size, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    described = run.described
+    shape = (size, described.channels, described.image_size, described.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     position = torch.arange(size)
-    batch = {"image": images, "position": position, "label": position % max(cfg.data.num_classes, 1)}
-    return {name: values.to(device) for name, values in batch.items()}
+    batch = {"image": images, "position": position, "label": position % max(described.num_classes, 1)}
+    return {name: values.to(run.place.device) for name, values in batch.items()}
 
 
 class Step(NamedTuple):
@@ -142,9 +143,10 @@ def training_step(experiment: str, way: Way, gradient_used: Tensor | None = None
         gradient_used: the gradient that is clipped and handed to the optimizer; None for the step's own.
     """
     run = build_run(experiment, way)
-    module, parameters = run.module, list(run.module.network.parameters())
+    module = run.training.module
+    parameters = list(module.network.parameters())
     optimizer = module.configure_optimizers()["optimizer"]
-    batch = random_batch(run.cfg, BATCH, run.place.device)
+    batch = random_batch(run, BATCH)
     with run.place.autocast():
         loss = module.training_step(batch, 0)
     loss.backward()
@@ -164,11 +166,10 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def ddim_sample(experiment: str, way: Way) -> Tensor:
     """Images (BATCH, C, H, W) float32 on the CPU, before they are rounded to uint8: as `generate` makes them."""
-    run = build_run(experiment, way)
-    cfg = composed("train", [f"+experiment={experiment}", "sampler=ddim", f"sampler.num_steps={STEPS_OF_DDIM}"])
+    run = build_run(experiment, way, "sampler=ddim", f"sampler.num_steps={STEPS_OF_DDIM}")
     device, network = run.place.device, run.denoiser.network.eval()
-    sampler, times = build.sampler(cfg, run.denoiser.schedule)
-    denoise = build.sampled(cfg, run.denoiser, run.denoiser, run.place)
+    sampler, times = run.recipe.sampler_of(run.denoiser.schedule)
+    denoise = run.recipe.denoiser(run.denoiser, run.denoiser, run.place)
     numbers = torch.arange(BATCH, device=device)
     if network.num_classes:
         denoise = functools.partial(denoise, labels=numbers % network.num_classes)
@@ -217,11 +218,12 @@ def exact_float32() -> Iterator[None]:
 def host_waits(experiment: str, way: Way) -> str | None:
     """What makes the host wait for the GPU within a training step, EMA included; None if nothing does."""
     run = build_run(experiment, way)
-    module = run.module
+    module = run.training.module
     configured = module.configure_optimizers()
     optimizer, ramp = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    batch = random_batch(run.cfg, run.cfg.data.batch_size, run.place.device)
-    run.ema.on_train_start(SimpleNamespace(global_step=0, max_steps=run.cfg.trainer.max_steps), module)
+    batch = random_batch(run, run.training.data.batch_size)
+    ema, length = run.training.ema, run.training.length
+    ema.on_train_start(SimpleNamespace(global_step=0, max_steps=length.max_steps), module)
 
     def step(number: int) -> None:
         with run.place.autocast():
@@ -231,7 +233,7 @@ def host_waits(experiment: str, way: Way) -> str | None:
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
         ramp.step()
-        run.ema.on_train_batch_end(SimpleNamespace(global_step=number), module)
+        ema.on_train_batch_end(SimpleNamespace(global_step=number), module)
 
     for number in (1, 2):  # tables move to the device, the optimizer makes its state
         step(number)
@@ -250,11 +252,11 @@ def host_waits(experiment: str, way: Way) -> str | None:
 # ---- how fast ----
 
 
-def write_random_images(root: Path, cfg: DictConfig) -> None:
-    """A data set of cfg's image size, channels and classes, of noise."""
-    random, shape = np.random.default_rng(0), (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-    classes = cfg.data.num_classes
-    with ShardWriter(root, cfg.data.name, shape[1], shape[0], classes, max_samples=IMAGES // 16) as writer:
+def write_random_images(root: Path, described: Described) -> None:
+    """A data set of this image size, channels and classes, of noise."""
+    random, shape = np.random.default_rng(0), (described.channels, described.image_size, described.image_size)
+    classes = described.num_classes
+    with ShardWriter(root, described.name, shape[1], shape[0], classes, max_samples=IMAGES // 16) as writer:
         for i in range(IMAGES):
             writer.write(random.integers(0, 256, shape, dtype=np.uint8), i % classes if classes else None)
 
@@ -268,10 +270,11 @@ def timed_training(experiment: str, steps: int, *words: str) -> dict[str, float]
         steps: of the optimizer; at least two rows' worth, 2 log_every.
         words: further settings.
     """
-    cfg = composed("train", [f"+experiment={experiment}", *words])
+    run = parts_of([f"+experiment={experiment}", "callbacks=none", *words])
+    batch_size = run.training.data.batch_size
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
         folder = Path(scratch)
-        write_random_images(folder / "data", cfg)
+        write_random_images(folder / "data", run.described)
         command = [sys.executable, "-m", "diffusion.train", f"+experiment={experiment}", "callbacks=none"]
         command += [f"trainer.max_steps={steps}", f"data.root={folder / 'data'}", f"run_dir={folder / 'run'}", *words]
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -284,8 +287,8 @@ def timed_training(experiment: str, steps: int, *words: str) -> dict[str, float]
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         rows = MetricsCsv(RunFolder(folder / "run").metrics_path).rows()
     rate = statistics.median(float(row["train/images_per_second"]) for row in rows[1:])
-    figures = {"images_per_second": rate, "steps_per_second": rate / cfg.data.batch_size, "steps": steps}
-    figures |= {"batch_size": cfg.data.batch_size, "seconds": seconds, "last_loss": float(rows[-1]["train/loss"])}
+    figures = {"images_per_second": rate, "steps_per_second": rate / batch_size, "steps": steps}
+    figures |= {"batch_size": batch_size, "seconds": seconds, "last_loss": float(rows[-1]["train/loss"])}
     if "train/peak_memory_gb" in rows[-1]:
         figures["peak_memory_gb"] = float(rows[-1]["train/peak_memory_gb"])
     return figures
@@ -304,7 +307,7 @@ def machine() -> dict[str, Any] | None:
     return about | {"cpus": os.cpu_count(), "commit": commit()}
 
 
-def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+def main(asked: GpuCheck, out: Path | None, say: Callable[[str], None]) -> int:
     """Compare, look, time; say it, write it to `out`. Returns 0 if all holds, 1 if not, 3 without a GPU."""
     about = machine()
     if about is None:
@@ -325,15 +328,15 @@ def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
     found["host_waits"] = host_waits(TIMED, GPU_BF16)
     holds &= found["host_waits"] is None
     say(f"A training step makes the host wait: {found['host_waits'] or 'never'}")
-    say(f"Training +experiment={TIMED} for {cfg.gpu_check.steps} steps on random images")
-    figures = found["training"] = timed_training(TIMED, cfg.gpu_check.steps, *GPU_BF16.words)
+    say(f"Training +experiment={TIMED} for {asked.steps} steps on random images")
+    figures = found["training"] = timed_training(TIMED, asked.steps, *GPU_BF16.words)
     say(
         f"  {figures['steps_per_second']:.2f} steps/s, {figures['images_per_second']:,.0f} images/s, "
         f"{figures['peak_memory_gb']:.2f} GB of GPU memory at most"
     )
     found["holds"] = holds
-    if cfg.out is not None:
-        write_atomically(Path(cfg.out), json.dumps(found, indent=2) + "\n")
-        say(f"Figures: {cfg.out}")
+    if out is not None:
+        write_atomically(out, json.dumps(found, indent=2) + "\n")
+        say(f"Figures: {out}")
     say("All of it holds." if holds else "Not all of it holds.")
     return 0 if holds else 1

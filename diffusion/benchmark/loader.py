@@ -21,16 +21,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from diffusion.benchmark import loader_peers
 from diffusion.benchmark.loader_images import write_photos, write_small
 from diffusion.benchmark.loader_sides import SIDES, stream_loader, subset
-from diffusion.config.compose import PACKAGE, refusing
+from diffusion.benchmark.settings import Loader
+from diffusion.config.words import PACKAGE
 from diffusion.data.shards.index import Index
 from diffusion.errors import Refusal
 from diffusion.files import write_atomically
@@ -166,7 +167,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def sides(index: Index, loader: DictConfig, scratch: Path) -> Iterator[dict[str, Side]]:
+def sides(index: Index, loader: Loader, scratch: Path) -> Iterator[dict[str, Side]]:
     """The loaders of the photos, in processes of their own, started at the same time."""
     settings = {
         "root": str(index.root),
@@ -193,7 +194,7 @@ def sides(index: Index, loader: DictConfig, scratch: Path) -> Iterator[dict[str,
         yield started
 
 
-def measured_photos(index: Index, loader: DictConfig, scratch: Path) -> tuple[Measured, dict[str, Any]]:
+def measured_photos(index: Index, loader: Loader, scratch: Path) -> tuple[Measured, dict[str, Any]]:
     """(measurements by side, what each side says of itself and what memory its workers take)."""
     measured: Measured = {}
     for begin in range(0, loader.rounds, LIFE):
@@ -285,7 +286,7 @@ def measured_small(index: Index, rounds: int) -> Measured:
 # ---- the task ----
 
 
-def check_loader(loader: DictConfig) -> None:
+def check_loader(loader: Loader) -> None:
     """Refuse a data set that is not there, too small a one, and an interpreter without MosaicML streaming."""
     for key, images in (("root", loader.images), ("cifar_root", loader.cifar_images)):
         if loader[key] is not None:
@@ -309,7 +310,7 @@ def check_loader(loader: DictConfig) -> None:
         raise Refusal(f"loader.peers_python={python} has no MosaicML streaming. {cure}")
 
 
-def introduction(index: Index, loader: DictConfig) -> str:
+def introduction(index: Index, loader: Loader) -> str:
     images, size = index.count("train"), sum(shard.bytes for shard in index.shards)
     return (
         f"Photos: {images:,} of {index.image_size}x{index.image_size} in {len(index.shards)} shards, "
@@ -327,11 +328,8 @@ def memory_line(about: dict[str, Any]) -> str:
     return f"Memory of a worker, MB PSS (RSS): {', '.join(parts)}"
 
 
-def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+def main(loader: Loader, out: Path | None, say: Callable[[str], None]) -> int:
     """Measure, say it, write it to `out`. Returns 0 if all bars hold, 1 if one does not."""
-    loader = cfg.loader
-    with refusing(cfg.debug):
-        check_loader(loader)
     with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as scratch:
         photos, about = run_photos(loader, Path(scratch), say)
         small = run_small(loader, Path(scratch), say)
@@ -344,17 +342,17 @@ def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
         say("  loader.peers_python=.venv-peers/bin/python.")
     say(memory_line(about))
     holds = all(comparison.holds for comparison in comparisons)
-    if cfg.out is not None:
-        found = {"machine": machine(), "settings": OmegaConf.to_container(loader), "holds": holds}
+    if out is not None:
+        found = {"machine": machine(), "settings": asdict(loader), "holds": holds}
         found |= {"rows": [c.row() for c in comparisons], "left_out": [] if "mosaicml" in about else ["mosaicml"]}
         found |= {"sides": about, "photos": photos, "small": small}
-        write_atomically(Path(cfg.out), json.dumps(found, indent=2) + "\n")
-        say(f"Figures: {cfg.out}")
+        write_atomically(out, json.dumps(found, indent=2) + "\n")
+        say(f"Figures: {out}")
     say("All bars hold." if holds else "Not all bars hold.")
     return 0 if holds else 1
 
 
-def run_photos(loader: DictConfig, scratch: Path, say: Callable[[str], None]) -> tuple[Measured, dict[str, Any]]:
+def run_photos(loader: Loader, scratch: Path, say: Callable[[str], None]) -> tuple[Measured, dict[str, Any]]:
     if loader.root is None:
         write_photos(scratch / "photos", loader.images, loader.image_size)
     index = subset(str(loader.root or scratch / "photos"), loader.images)
@@ -362,7 +360,7 @@ def run_photos(loader: DictConfig, scratch: Path, say: Callable[[str], None]) ->
     return measured_photos(index, loader, scratch)
 
 
-def run_small(loader: DictConfig, scratch: Path, say: Callable[[str], None]) -> Measured:
+def run_small(loader: Loader, scratch: Path, say: Callable[[str], None]) -> Measured:
     if loader.cifar_root is None:
         write_small(scratch / "small", loader.cifar_images)
     index = subset(str(loader.cifar_root or scratch / "small"), loader.cifar_images)

@@ -14,15 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from diffusion.benchmark.gpu_check import composed
-from diffusion.build import parts as build
+from diffusion.benchmark.settings import Overhead
+from diffusion.build.extractors import prepare_digits
+from diffusion.build.run import parts_of
+from diffusion.distributed.ranks import Ranks
 from diffusion.distributed.signals import Signals
 from diffusion.files import write_atomically
-from diffusion.run import Run
-from diffusion.runs.folder import RunFolder
 from diffusion.training.checkpoint import Saver
 from diffusion.training.fit import Fit
 from diffusion.training.nonfinite import Finite
@@ -48,10 +47,9 @@ class Clock(Callback):
 def seconds_a_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
     """Train the digits from the beginning in a new folder: seconds a step, with all that lets it survive or without."""
     words = ["+experiment=digits", "trainer=cpu", "callbacks=none", f"data.root={data}", f"run_dir={scratch}"]
-    cfg = composed("train", [*words, f"trainer.max_steps={steps + WARM_UP}", "save.every_steps=500"])
+    parts = parts_of([*words, f"trainer.max_steps={steps + WARM_UP}", "save.every_steps=500"])
     signals, clock = Signals(), Clock()
-    run = Run(cfg, OmegaConf.to_container(cfg), RunFolder(scratch), signals)
-    fit = Fit(run, [], signals)
+    fit = Fit(parts.training, Ranks(), parts.place, signals, [])
     if not whole:
         fit.trainer.callbacks = [c for c in fit.trainer.callbacks if not isinstance(c, Saver | Finite)]
     fit.trainer.callbacks.append(clock)
@@ -60,14 +58,14 @@ def seconds_a_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
     return clock.seconds
 
 
-def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
+def main(asked: Overhead, out: Path | None, say: Callable[[str], None]) -> int:
     """The task `overhead` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
-    steps, rounds = cfg.overhead.steps, cfg.overhead.rounds
+    steps, rounds = asked.steps, asked.rounds
     say(f"Training the digits for {steps} steps, {2 * rounds} times: with signals, saving and checks, and without")
     found: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory(prefix="overhead_") as folder:
         data, number = Path(folder) / "digits", itertools.count()
-        build.prepare_digits(data)
+        prepare_digits(data)
         for turn in range(rounds):
             for whole in (True, False) if turn % 2 else (False, True):
                 found[whole].append(seconds_a_step(steps, Path(folder) / f"run_{next(number)}", data, whole))
@@ -81,7 +79,7 @@ def main(cfg: DictConfig, say: Callable[[str], None]) -> int:
         f"with / without: {ratio:.4f} ({min(ratios):.4f} .. {max(ratios):.4f}); runs without it differ from one to the "
         f"next by {spread:.4f}. At most {LIMIT:g}, or twice that: {'holds' if holds else 'does not hold'}"
     )
-    if cfg.out is not None:
+    if out is not None:
         figures = {"with": found[True], "without": found[False], "ratio": ratio, "spread": spread, "holds": holds}
-        write_atomically(cfg.out, json.dumps(figures, indent=1) + "\n")
+        write_atomically(out, json.dumps(figures, indent=1) + "\n")
     return 0 if holds else 1

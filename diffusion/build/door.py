@@ -3,114 +3,48 @@
     model = trained("runs/digits")              a model, on the CPU
     module = data_of(model, root, split)        the data set that it was trained on, for reading
 
-What a checkpoint says of itself is an UntrustedConfig, from which nothing else can be built. Here only classes of this
+What a checkpoint says of itself is an Recorded, from which nothing else can be built. Here only classes of this
 package are made from it, each of the kind that its group takes, by calling the class with plain values: no text of a
 checkpoint is interpolated, imported, executed or written to. Its data set is only read: a folder with an index, or what
 the user has named. The shapes of its weights are compared with its settings before any memory is taken for them.
 """
 
+import functools
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from diffusion.errors import Refusal
-from diffusion.data.shards.index import INDEX_NAME
+from diffusion.config.words import conf_dir, groups
 from diffusion.data.mixture import MixtureDataModule
 from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import SCHEMES
 from diffusion.denoiser import NetworkDenoiser
-from diffusion.files import sha256_of
+from diffusion.errors import Refusal
 from diffusion.models.resolutions import resolutions
 from diffusion.process.schedule import Schedule
+from diffusion.runs.folder import RunFolder
+from diffusion.runs.recorded import Recorded
+from diffusion.scoring.trained import Trained
 from diffusion.training.checkpoint import load
 from diffusion.training.ema import load_average
-from diffusion.runs.folder import RunFolder, digest_beside
-from diffusion.runs.untrusted import UntrustedConfig
 
-MODULE = "diffusion.process.schedule"
-SCHEDULES = ("vp_linear", "vp_quadratic", "vp_constant", "vp_cosine", "vp_continuous", "sub_vp", "ve_geometric")
-TARGETS = {  # what a checkpoint may ask to be built
-    "model": ("diffusion.models.unet.UNet", "diffusion.models.mlp.MLP"),
-    "schedule": tuple(f"{MODULE}.{name}" for name in SCHEDULES),
-    "data": (
-        "diffusion.data.module.ImageShardsDataModule",
-        "diffusion.data.digits.DigitsDataModule",
-        "diffusion.data.mixture.MixtureDataModule",
-        *(f"diffusion.data.sets.{name}DataModule" for name in ("LSUN", "CelebAHQ", "CIFAR10")),
-    ),
-}
+
+@functools.cache
+def targets(group: str) -> tuple[str, ...]:
+    """What a checkpoint may ask to be built of a group: the classes and functions of this package that conf/ names."""
+    found = (OmegaConf.load(conf_dir() / group / f"{option}.yaml").get("_target_") for option in groups()[group])
+    return tuple(sorted({str(target) for target in found if str(target).startswith("diffusion.")}))
+
+
 MOST = {  # beyond every network and schedule; without limits settings of a few bytes would take all memory or time
     "model.image_size": 8192, "model.width": 65_536, "schedule.num_timesteps": 1_000_000, "data.num_points": 1 << 24,
 }  # fmt: skip
-
-
-class Trained(NamedTuple):
-    """A model out of a checkpoint: its denoiser with the chosen weights, and what the checkpoint says of its run."""
-
-    config: UntrustedConfig
-    denoiser: NetworkDenoiser
-    step: int
-    path: Path
-    weights: str
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the checkpoint's file."""
-        return digest_beside(self.path) or sha256_of(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """Which model this is, as JSON."""
-        return {"checkpoint_sha256": self.digest, "weights": self.weights}
-
-    @property
-    def run_folder(self) -> Path | None:
-        """The folder of its run; None for a file that lies elsewhere."""
-        return self.path.parent.parent if self.path.parent.name == "checkpoints" else None
-
-    @property
-    def name(self) -> str:
-        """What its run is called."""
-        return self.config.at("name") or self.path.stem
-
-    @property
-    def data_name(self) -> str:
-        """What its data set is called."""
-        return self.config.at("data.name") or "its data set"
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        net = self.denoiser.network
-        return net.channels, net.image_size, net.image_size
-
-    @property
-    def num_classes(self) -> int:
-        """Classes; 0 for an unconditional model."""
-        return self.denoiser.network.num_classes
-
-    @property
-    def label_dropout(self) -> float:
-        """Share of the images whose label was hidden in training."""
-        return float(self.config.at("objective.label_dropout") or 0.0)
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the network says how wide a reverse step is."""
-        return self.denoiser.network.out_channels == 2 * self.denoiser.network.channels
-
-    @property
-    def paper(self) -> dict[str, float | None]:
-        """Published scores that its run was put beside."""
-        return {key: self.config.at(f"paper.{key}") for key in self.config.group("paper")}
-
-    @property
-    def on_points(self) -> bool:
-        """Whether it was trained on points of a mixture (`data.mixture`)."""
-        return str(self.config.at("data._target_")).endswith(f".{MixtureDataModule.__name__}")
 
 
 def checkpoint_path(given: str) -> Path:
@@ -155,7 +89,7 @@ def trained(given: str, ema: bool = True) -> Trained:
     return Trained(found.config, denoiser, found.step, path, "ema" if ema else "raw")
 
 
-def _network(config: UntrustedConfig, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+def _network(config: Recorded, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """The network that the settings describe, with these weights."""
     settings = config.group("model")
     for key in ("blocks", "blocks_per_level"):  # each block has weights of its own
@@ -192,17 +126,17 @@ def _check_shapes(path: Path, what: str, wanted: Mapping[str, Tensor], found: Ma
             )
 
 
-def _schedule(config: UntrustedConfig, path: Path) -> Schedule:
+def _schedule(config: Recorded, path: Path) -> Schedule:
     return _made(config, "schedule", path)
 
 
-def _made(config: UntrustedConfig, group: str, path: Path, **arguments: Any) -> Any:
+def _made(config: Recorded, group: str, path: Path, **arguments: Any) -> Any:
     """The class or function that a group names, called with its values: one of TARGETS, plain values alone."""
     target = _target(config, group, path)
     values = {key: value for key, value in config.group(group).items() if not key.startswith("_")}
     for key, value in values.items():
         limit = MOST.get(f"{group}.{key}")
-        if isinstance(value, UntrustedConfig) or (isinstance(value, list) and any(map(_no_scalar, value))):
+        if isinstance(value, Recorded) or (isinstance(value, list) and any(map(_no_scalar, value))):
             raise Refusal(f"checkpoint={path}: {group}.{key} is a group of settings, where a plain value belongs.")
         if limit is not None and not (type(value) is int and 1 <= value <= limit):
             raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer from 1 to {limit:,}.")
@@ -218,12 +152,12 @@ def _no_scalar(value: Any) -> bool:
     return not (value is None or isinstance(value, bool | int | float | str))
 
 
-def _target(config: UntrustedConfig, group: str, path: Path) -> str:
+def _target(config: Recorded, group: str, path: Path) -> str:
     target = config.at(f"{group}._target_")
-    if target not in TARGETS[group]:
+    if target not in targets(group):
         raise Refusal(
             f"checkpoint={path} asks for {group}._target_={target}, which is not a class that a checkpoint may name: "
-            f"{', '.join(TARGETS[group])}."
+            f"{', '.join(targets(group))}."
         )
     return target
 
@@ -241,7 +175,7 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
     Raises:
         ValueError: the data set does not exist or is a different one, or the checkpoint names a command or an address.
     """
-    config, path = model.config, model.path
+    config, path = model.record, model.path
     target = _target(config, "data", path)
     if model.on_points:
         return _points(model, target)
@@ -301,7 +235,7 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
 
 def _points(model: Trained, target: str) -> MixtureDataModule:
     """The mixture, which is drawn and not read."""
-    given = model.config.group("data")
+    given = model.record.group("data")
     number = given.at("num_points") or 0
     if not 1 <= number <= MOST["data.num_points"]:
         raise Refusal(f"checkpoint={model.path}: data.num_points={number}, expected up to {MOST['data.num_points']:,}.")

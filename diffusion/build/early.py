@@ -4,63 +4,54 @@ Nothing is written, and nothing takes more than a few seconds. To be called by o
 """
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from diffusion.build import parts as build
+from diffusion.build.extractors import classifier_places, digit_extractor, reference_folders
+from diffusion.build.run import Parts
 from diffusion.config.check import check_number, refuse_blocked
-from diffusion.errors import Refusal
-from diffusion.data.shards.index import INDEX_NAME
+from diffusion.config.metrics import known
 from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import is_remote
 from diffusion.files import obstacle
 from diffusion.runs.folder import RunFolder
 
-if TYPE_CHECKING:
-    from diffusion.run import Run
 
-OF_BOTH = ("fid", "kid", "precision", "recall", "nearest")  # metrics that need a number of real images too
-
-
-def look(run: "Run") -> None:
+def look(run: Parts) -> None:
     """Refuse a run whose pictures, scores, logs or report could not be made when it has trained. Raises Refusal or
     ValueError."""
-    cfg = run.cfg
-    refuse_blocked("run_dir", run.folder.path, *runs_outputs(run.folder))
-    if cfg.logger.name == "wandb":
-        check_wandb()
-    if not cfg.callbacks.enabled:
+    folder, data = run.training.folder, run.training.data
+    refuse_blocked("run_dir", folder.path, *runs_outputs(folder))
+    if not run.looks.enabled:
         return
-    shape = (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-    build.sampling(cfg, run.denoiser, run.place, shape)
-    if not cfg.metrics:
+    network = run.denoiser.network
+    run.recipe.sampling(run.denoiser, run.place, (network.channels, network.image_size, network.image_size))
+    if not run.metrics:
         return
-    extractor = run.extractor
-    if extractor is None and (weights := classifier_of(cfg.extractor, run.data)) is not None:
-        extractor = build.digit_extractor([weights], cfg.extractor.sha256, None)
+    extractor = run.ready
+    if extractor is None and (weights := classifier_of(run)) is not None:
+        extractor = digit_extractor([weights], run.choice.sha256, None)
     if extractor is not None:
-        extractor.try_out(cfg.data.channels, cfg.data.image_size, cfg.metrics)
-    if is_remote(run.data.root) or (Path(run.data.root) / INDEX_NAME).is_file():
-        check_number([m for m in cfg.metrics if m in OF_BOTH], run.data.num_images, f"data.root={run.data.root}")
-        warn_of_reference(run.data)
+        extractor.try_out(network.channels, network.image_size, run.metrics)
+    if is_remote(data.root) or (Path(data.root) / INDEX_NAME).is_file():
+        compared = [metric for metric in run.metrics if known(metric).compares]
+        check_number(compared, data.num_images, f"data.root={data.root}")
+        warn_of_reference(data)
 
 
-def classifier_of(cfg: DictConfig, module: ImageShardsDataModule) -> Path | None:
+def classifier_of(run: Parts) -> Path | None:
     """The digits' classifier that a run will score with; None where it has yet to be made."""
-    if cfg.weights is not None:
-        return Path(cfg.weights) if Path(cfg.weights).is_file() else None
-    if not is_remote(module.root) and not (Path(module.root) / INDEX_NAME).is_file():
+    weights, data = run.choice.weights, run.training.data
+    if weights is not None:
+        return Path(weights) if Path(weights).is_file() else None
+    if not is_remote(data.root) and not (Path(data.root) / INDEX_NAME).is_file():
         return None
-    places = build.classifier_places(module, module.root)
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in classifier_places(data, data.root) if place.is_file()), None)
 
 
 def warn_of_reference(module: ImageShardsDataModule) -> None:
     """Say it where the features of the real images can be kept nowhere."""
-    folders, _ = build.reference_folders(module)
+    folders, _ = reference_folders(module)
     blocked = [why for folder in folders if (why := obstacle(folder))]
     if len(blocked) == len(folders):
         print(
@@ -69,17 +60,6 @@ def warn_of_reference(module: ImageShardsDataModule) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def check_wandb() -> None:
-    """Refuse logger=wandb where its package cannot be imported."""
-    try:
-        import_module("wandb")
-    except Exception as error:  # of a broken installation anything
-        raise Refusal(
-            f"logger=wandb: the package wandb cannot be imported ({type(error).__name__}: {error}). Install it again, "
-            f"or give logger=none."
-        ) from error
 
 
 def runs_outputs(folder: RunFolder) -> tuple[list[str], list[str]]:

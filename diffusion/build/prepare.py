@@ -8,50 +8,24 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.check import Test, above, one_of
-from diffusion.config.compose import conf_dir, groups, nearest
-from diffusion.errors import Refusal
-from diffusion.data.shards.index import Index
-from diffusion.data.prepare.image import BACKGROUNDS, CROPS, RESIZES, STORED, Rule, most_bytes
+from diffusion.config.words import conf_dir, groups, nearest
+from diffusion.data.prepare.image import Rule, most_bytes
 from diffusion.data.prepare.plan import Job, Plan, first_sizes
 from diffusion.data.prepare.shards import SHEET, SKIPPED
+from diffusion.data.shards.index import Index
 from diffusion.data.sources.source import open_source, shown
+from diffusion.errors import Refusal
 from diffusion.files import size_of
 from diffusion.models.resolutions import nearest_resolutions, resolutions
 
-TASKS = ("make", "verify")
 MODELS = {"unet_8": (8, 2), "unet_32": (32, 8), "unet_64": (64, 16), "unet_256": (1 << 30, 32)}  # up to, multiple of
 HISTOGRAM = 20  # classes listed, at most
 
 
-def integer(low: int, high: int | None = None) -> tuple[Test, str]:
-    words = f"must be an integer of at least {low}" if high is None else f"must be an integer in [{low}, {high}]"
-    return lambda v: type(v) is int and v >= low and (high is None or v <= high), words
-
-
-RULES: dict[str, tuple[Test, str]] = {
-    "task": one_of(*TASKS),
-    "image_size": integer(1, 8192),
-    "channels": one_of(1, 3),
-    "crop": one_of(*CROPS),
-    "resize": one_of(*RESIZES),
-    "background": one_of(*BACKGROUNDS),
-    "format": one_of(*STORED),
-    "quality": integer(1, 100),
-    "validation": (lambda v: 0 <= v < 1 or (v >= 1 and v == int(v)), "is neither a share in [0, 1) nor a number"),
-    "shard_samples": integer(1),
-    "on_bad_sample": one_of("error", "skip"),
-    "max_bad_share": (lambda v: 0 <= v <= 1, "must be a share in [0, 1]"),
-    "max_pixels": above(0),
-    "processes": integer(1),
-}
-
-
 def check_prepare(cfg: DictConfig) -> None:
-    """Refuse values out of their range, and combinations that cannot be."""
-    for key, (test, text) in RULES.items():
-        if cfg[key] is not None and not test(cfg[key]):
-            raise Refusal(f"{key}={cfg[key]} {text}.")
+    """Refuse combinations that cannot be."""
+    if cfg.validation >= 1 and cfg.validation != int(cfg.validation):
+        raise Refusal(f"validation={cfg.validation} is neither a share in [0, 1) nor a number.")
     if cfg.format == "jpeg" and cfg.quality is None:
         raise Refusal("format=jpeg loses something: say how much, as quality=95, or give format=png or format=webp.")
     if cfg.format == "png" and cfg.quality is not None:

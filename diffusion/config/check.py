@@ -1,20 +1,20 @@
-"""What a composed configuration shows to be impossible, in one message each; without torch or lightning.
+"""What several settings of a composed configuration make impossible together, in one message each; without torch.
 
-Parts check their own arguments again when they are built: this is the same, earlier, in the words of conf/. What has no
-effect beside other settings is in effect.py.
+What a single setting may be is declared by the class that takes it (`values`), what has no effect beside others is in
+effect.py.
 """
 
-import math
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.compose import Typed, check_resolved, shown
+from diffusion.config.compose import Typed
 from diffusion.config.effect import refuse_idle, unguided
+from diffusion.config.metrics import known
+from diffusion.config.values import check_all
 from diffusion.data.shards.index import INDEX_NAME, read_index
 from diffusion.data.shards.layout import check_batch, check_lanes
 from diffusion.data.shards.remote import Access, is_remote
@@ -23,169 +23,8 @@ from diffusion.files import obstacle
 from diffusion.models.resolutions import check_attention
 from diffusion.process.times import times
 
-FROM_MODEL = ("bits_per_dim",)  # that no images are sampled for
-LEAST_IMAGES = {  # that a metric can be had of
-    "fid": 2, "is": 10, "kid": 2, "precision": 4, "recall": 4, "nearest": 1, "bits_per_dim": 1,
-}  # fmt: skip
 SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
 EXTRACTORS = ("inception", "digits")
-DISTINCT = (  # lists of which a member that repeats would be made twice, or not at all
-    "metrics", "sweep.num_steps", "sweep.eta", "samplers", "errors.num_steps",
-    "forward.times", "logger.tags",
-)  # fmt: skip
-Test = Callable[[Any], bool]
-
-
-def at_least(low: float) -> tuple[Test, str]:
-    return lambda v: v >= low, f"must be at least {low}"
-
-
-def above(low: float) -> tuple[Test, str]:
-    return lambda v: v > low and math.isfinite(v), f"must be above {low}"
-
-
-def between(low: float, high: float, including_high: bool = True) -> tuple[Test, str]:
-    bracket = "]" if including_high else ")"
-    return lambda v: low <= v <= high and (including_high or v < high), f"is outside [{low}, {high}{bracket}"
-
-
-def one_of(*allowed: Any) -> tuple[Test, str]:
-    return lambda v: v in allowed, f"is none of {', '.join(map(str, allowed))}"
-
-
-def each(test: Test, text: str) -> tuple[Test, str]:
-    return lambda v: all(map(test, v)), text
-
-
-def count_or_auto() -> tuple[Test, str]:
-    fits = lambda v: str(v) == "auto" or str(v).isdecimal() and int(v) >= 1  # noqa: E731
-    return fits, "must be at least 1 (or auto, where nothing is trained)"
-
-
-RULES: dict[str, tuple[Test, str]] = {
-    "seed": between(0, 2**63 - 1),
-    "data.batch_size": at_least(1),
-    "data.num_workers": between(0, 1024),
-    "data.cache": one_of("auto", "memory", "none"),
-    "data.on_bad_sample": one_of("error", "skip"),
-    "data.max_bad_share": between(0, 1),
-    "data.remote.gigabytes": above(0),
-    "data.remote.attempts": at_least(1),
-    "data.remote.timeout": above(0),
-    "model.dropout": between(0, 1, including_high=False),
-    "model.blocks_per_level": at_least(1),
-    "model.num_classes": at_least(0),
-    "model.blocks": at_least(1),
-    "model.time_embedding": one_of("positional", "fourier"),
-    "model.fourier_scale": above(0),
-    "schedule.num_timesteps": at_least(1),
-    "schedule.beta": (lambda v: 0 < v < 1, "is outside (0, 1)"),
-    "schedule.beta_start": (lambda v: 0 < v < 1, "is outside (0, 1)"),
-    "schedule.beta_end": (lambda v: 0 < v < 1, "is outside (0, 1)"),
-    "schedule.beta_min": above(0),
-    "schedule.beta_max": above(0),
-    "schedule.sigma_min": above(0),
-    "schedule.sigma_max": above(0),
-    "objective.prediction": one_of("epsilon", "x0", "v", "score", "scaled_score", "mu"),
-    "objective.label_dropout": between(0, 1),
-    "objective.variance": one_of("small", "large", "learned"),
-    "objective.vlb_weight": above(0),
-    "sampler.eta": (lambda v: 0 <= v <= 1, "is outside [0, 1]: 0 is DDIM, 1 is ancestral sampling"),
-    "sampler.variance": one_of("small", "large", "learned"),
-    "sampler.spacing": one_of("linear", "quadratic", "trailing"),
-    "sampler.num_steps": at_least(1),
-    "sampler.visits": at_least(1),
-    "sampler.step_size": above(0),
-    "sampler.convention": one_of("code", "paper"),
-    "sampler.predictor.variance": one_of("small", "large"),
-    "sampler.corrector.snr": above(0),
-    "sampler.corrector.norms": one_of("image", "batch", "expected"),
-    "guidance.scale": (lambda v: 0 <= v < math.inf, "must be finite and at least 0; 1 means no guidance"),
-    "optimizer.lr": above(0),
-    "optimizer.eps": above(0),
-    "optimizer.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)"),
-    "optimizer.warmup_steps": at_least(0),
-    "optimizer.gradient_clip": at_least(0),
-    "ema.decay": between(0, 1, including_high=False),
-    "trainer.accelerator": one_of("auto", "cpu", "gpu"),
-    "trainer.devices": count_or_auto(),
-    "trainer.num_nodes": count_or_auto(),
-    "trainer.precision": one_of("auto", "32", "bf16-mixed"),
-    "trainer.max_steps": at_least(1),
-    "trainer.accumulate": at_least(1),
-    "trainer.memory_format": one_of("auto", "contiguous", "channels_last"),
-    "trainer.threads": between(1, 4096),
-    "save.every_steps": at_least(0),
-    "save.every_minutes": at_least(0),
-    "save.keep": at_least(1),
-    "save.on_error": one_of("stop", "warn"),
-    "on_nonfinite": one_of("stop", "skip"),
-    "max_nonfinite": at_least(0),
-    "trainer.timeout": at_least(0),
-    "log_every": at_least(1),
-    "fingerprint_every": at_least(0),
-    "callbacks.grid.every_steps": at_least(0),
-    "callbacks.grid.num_images": at_least(1),
-    "callbacks.score.every_steps": at_least(0),
-    "callbacks.score.num_images": at_least(10),
-    "callbacks.score.batch_size": at_least(1),
-    "callbacks.score.during.num_images": at_least(10),
-    "callbacks.score.during.num_steps": at_least(1),
-    "callbacks.grid.batch_size": at_least(1),
-    "neighbours": at_least(0),
-    "grid_images": at_least(1),
-    "sweep.num_steps": each(lambda v: v == int(v) >= 1, "holds what is no number of steps"),
-    "sweep.eta": each(lambda v: 0 <= v <= 1, "holds what is outside [0, 1]"),
-    "likelihood.by": one_of("bound", "ode"),
-    "likelihood.num_images": at_least(1),
-    "likelihood.batch_size": at_least(1),
-    "likelihood.probes": at_least(0),
-    "likelihood.variance": one_of("small", "large", "learned"),
-    "likelihood.probe": one_of("rademacher", "gaussian"),
-    "likelihood.tolerance": above(0),
-    "num_images": at_least(1),
-    "batch_size": at_least(1),
-    "gpu_check.steps": at_least(100),
-    "overhead.steps": at_least(1),
-    "overhead.rounds": at_least(1),
-    "digests.rounds": at_least(1),
-    "digests.images": at_least(1),
-    "digests.batch_size": at_least(1),
-    "digests.image_size": at_least(8),
-    "loader.images": at_least(1),
-    "loader.image_size": at_least(8),
-    "loader.batch_size": at_least(1),
-    "loader.num_workers": between(0, 1024),
-    "loader.batches": at_least(1),
-    "loader.rounds": at_least(1),
-    "loader.cifar_images": at_least(128),
-    "data.lanes": at_least(1),
-    "extractor.name": (lambda v: re.fullmatch(r"[A-Za-z0-9]+", v) is not None, "is no word of letters and digits"),
-    "extractor.channels": one_of(1, 3),
-    "extractor.image_size": at_least(1),
-    "data.toy": one_of("modes", "rings", "moons", "checkerboard"),
-    "data.num_points": at_least(1),
-    "toy": one_of("modes", "rings", "moons", "checkerboard", "gaussian"),
-    "gaussian.stds": each(lambda v: 0 < v < math.inf, "must be above 0"),
-    "gaussian.mean": each(math.isfinite, "must be finite"),
-    "gaussian.fitted_on": at_least(1),
-    "samplers": (lambda v: len(v) > 0, "names none: give some of the group sampler"),
-    "equivalence.num_images": at_least(1),
-    "equivalence.num_steps": at_least(1),
-    "forward.num_points": at_least(1),
-    "forward.frames": at_least(0),
-    "reverse.num_steps": at_least(1),
-    "reverse.num_points": at_least(1),
-    "reverse.frames": at_least(0),
-    "modes.num_points": at_least(1),
-    "modes.num_steps": at_least(1),
-    "modes.confidence": (lambda v: 0 < v < 1, "is outside (0, 1)"),
-    "errors.num_steps": (lambda v: len(v) > 0 and all(n == int(n) >= 1 for n in v), "must be numbers of steps"),
-    "errors.times": at_least(1),
-    "errors.num_points": at_least(2),
-    "errors.num_images": at_least(4),
-    "logger.mode": one_of("auto", "online", "offline"),
-}
 
 
 def check(cfg: DictConfig, typed: Typed | None = None) -> None:
@@ -194,20 +33,7 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
     Args:
         typed: what of it the user has typed, which is refused where it has no effect.
     """
-    if typed is not None:
-        check_resolved(cfg, typed)
-    for key, (test, text) in RULES.items():
-        value = OmegaConf.select(cfg, key)
-        try:
-            fits = value is None or test(value)
-        except TypeError:  # text where a number is needed, and the default is null
-            fits = False
-        if not fits:
-            raise Refusal(f"{key}={shown(value)} {text}.")
-    for key in DISTINCT:
-        members = list(OmegaConf.select(cfg, key) or ())
-        if repeated := [m for k, m in enumerate(members) if m in members[:k]]:
-            raise Refusal(f"{key}={shown(members)}: {repeated[0]} is there more than once. Give it once.")
+    check_all(cfg, "" if typed is None else typed.command, typed)
     if OmegaConf.select(cfg, "callbacks.enabled") and OmegaConf.select(cfg, "callbacks.score.every_steps") is None:
         raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
     if typed is not None:
@@ -216,10 +42,7 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         word = f"guidance.scale={cfg.guidance.scale}"
         raise Refusal(f"{word} has no effect: guidance=none. Give guidance=classifier_free {word}.")
     for metric in cfg.get("metrics") or ():
-        if metric not in LEAST_IMAGES:
-            raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is none of {', '.join(LEAST_IMAGES)}.")
-    for metric in set(cfg.get("metrics") or ()) & set(FROM_MODEL):
-        if cfg.get("checkpoint") is None:
+        if known(metric).from_model and cfg.get("checkpoint") is None:
             raise Refusal(f"metrics={list(cfg.metrics)}: {metric} is measured by diffusion.evaluate checkpoint=PATH.")
     if cfg.get("checkpoint") is not None and "metrics" in cfg:
         measured = ["fid"] if cfg.get("task") == "sweep" else cfg.metrics
@@ -235,7 +58,6 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         )
     if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large)):
         raise Refusal("The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...] or sweep.large=true.")
-    check_labels(cfg)
     if "objective" in cfg:
         check_training(cfg)
 
@@ -243,14 +65,8 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
 def check_number(metrics: Iterable[str], number: int, what: str) -> None:
     """Refuse fewer images than a metric can be had of."""
     for metric in metrics:
-        if number < LEAST_IMAGES[metric]:
-            raise Refusal(f"{what}: {metric} needs at least {LEAST_IMAGES[metric]} images, here are {number}.")
-
-
-def check_labels(cfg: DictConfig) -> None:
-    for label in cfg.get("labels") or ():
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise Refusal(f"labels={list(cfg.labels)}: {label!r} is no class number.")
+        if number < known(metric).least_images:
+            raise Refusal(f"{what}: {metric} needs at least {known(metric).least_images} images, here are {number}.")
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -318,7 +134,7 @@ def learns_variance(objective: DictConfig) -> bool:
     return objective.get("variance") == "learned"
 
 
-def check_variance(sampler: DictConfig, learned: bool) -> None:
+def check_variance(sampler: Mapping[str, Any] | DictConfig, learned: bool) -> None:
     """Refuse to sample with a learned variance where none is learned."""
     if sampler.get("variance") == "learned" and not learned:
         raise Refusal(

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.compose import Typed, shown
+from diffusion.config.compose import Typed
+from diffusion.config.words import shown
 from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import is_remote
 from diffusion.errors import Refusal

@@ -1,61 +1,31 @@
-"""Sweeps of training: all runs are composed and checked before the first begins, here or as jobs of SLURM.
+"""Sweeps: all runs are composed and checked before the first begins, here or as jobs of SLURM.
 
     launcher=basic    one after another, in this process (Hydra's own launcher)
-    launcher=slurm    an array of jobs, a run each, submitted by submitit
+    launcher=slurm    an array of jobs, a run each, submitted by submitit (`distributed.submission`)
 
-Of a job, submitit makes the batch script and what travels to the nodes; what becomes of it is as for every other job.
-slurm/job.sh starts its tasks and requeues it, a task is the ordinary command in the folder of its run. submitit's own
-answer to a warning, to leave in the middle of a step and submit itself anew, never has its turn: jobs are warned by
-USR1, which the command handles, and not by USR2, which submitit waits for. Needs neither torch nor lightning.
+Needs neither torch nor lightning.
 """
 
 import functools
 import logging
 import os
-import re
 import runpy
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import submitit
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from submitit.core.utils import FailedJobError, JobPaths
 
 from diffusion.config.check import check
-from diffusion.config.compose import (
-    FLAGS_WITH_VALUE,
-    Typed,
-    check_words,
-    composed,
-    nearest,
-    quoted,
-    refusing,
-    sweep_folder,
-)
+from diffusion.config.compose import Typed, check_words, composed, sweep_folder
+from diffusion.config.words import FLAGS_WITH_VALUE, nearest, quoted
 from diffusion.errors import Refusal
-
-Plugins.instance()  # executes the modules of all plugins: before anything is taken from them
-
-from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf  # noqa: E402
-from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher  # noqa: E402
 
 LAUNCHERS = {"basic": "basic", "slurm": "submitit_slurm"}  # ours -> Hydra's
 HYDRA_FLAGS = (*FLAGS_WITH_VALUE, "-m", "--multirun", "--version", "--hydra-help", "--resolve")
-JOB = Path("slurm", "job.sh")
-COMMON = [field.name for field in fields(BaseQueueConf)]  # to submitit, of all kinds of clusters
-NOT_HEEDED = {
-    "max_num_timeout": "a job is requeued for as long as it gets on",
-    "stderr_to_stdout": "all that a job prints is in one file",
-}
-# Settings and flags that sbatch's variables, SBATCH_..., do not share the name of.
-VARIABLES = {"timeout_min": "TIMELIMIT", "time": "TIMELIMIT", "mem_gb": "MEM_PER_NODE", "mem": "MEM_PER_NODE"}
+ON_SLURM = f"hydra/launcher={LAUNCHERS['slurm']}"
 
 
 # ---- words ----
@@ -65,16 +35,11 @@ def sweep_words(flags: list[str], words: list[str]) -> tuple[list[str], list[str
     """(flags, words) as Hydra shall see them, once each run that they make has been found sound. Raises Refusal."""
     words = [launcher_word(w) for w in words]
     cluster = [f for f in flags if f.startswith("--") and f.partition("=")[0] not in HYDRA_FLAGS]
-    on_slurm = f"hydra/launcher={LAUNCHERS['slurm']}" in words
-    if cluster and not on_slurm:
+    if cluster and ON_SLURM not in words:
         raise Refusal(f"{cluster[0]} is no flag of this command. Flags of sbatch go with launcher=slurm.")
     words = check_words("train", words, sweep=True)
     for overrides in jobs(words):
         run_of(overrides)
-    if on_slurm:
-        check_place()
-        # Hydra takes launchers of the package hydra_plugins only: ours stands in for the one of the same configuration
-        Plugins.instance().class_name_to_class[f"{SlurmLauncher.__module__}.{SlurmLauncher.__name__}"] = Submission
     return [f for f in flags if f not in cluster], words + [flag_word(f) for f in cluster]
 
 
@@ -153,78 +118,6 @@ def _run_of(overrides: tuple[str, ...]) -> Run:
     folder = sweep_folder(cfg.run_dir, list(overrides))
     words = [w for w in overrides if not w.startswith("run_dir=")]
     return Run((*words, f"run_dir={folder}"), folder)
-
-
-# ---- jobs of SLURM ----
-
-
-def check_place() -> None:
-    """Refuse to submit where there is nothing to submit, or nothing to submit to."""
-    if not JOB.is_file():
-        raise Refusal(f"launcher=slurm needs {JOB}, but {Path.cwd()} is no checkout: submit from its top folder.")
-    if not shutil.which("sbatch"):
-        raise Refusal("launcher=slurm: there is no sbatch here; submit where SLURM is installed.")
-
-
-class Submission(SlurmLauncher):
-    """Submits, says what, and is done: submitit's own launcher waits for the end of all jobs."""
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        with refusing(self.config.debug):
-            self.prefer_what_was_given()
-            parameters = self.parameters()
-            runs = [on_slurm(run_of(overrides)) for overrides in job_overrides]
-            for run in runs:
-                print(f"+ {run}")
-            submitted = self.submit(runs, parameters)
-        print(f"+ sbatch {shown(submitted[0].paths.submission_file)}")
-        for job, run in zip(submitted, runs, strict=True):
-            output = parameters["slurm_additional_parameters"].get("output", shown(job.paths.stdout))
-            print(f"job {job.job_id} trains {run.folder} and prints to {output}")
-        return []
-
-    def prefer_what_was_given(self) -> None:
-        """To sbatch its variables are worth more than its script, to a user less than what was typed. Refusal of what
-        would be without effect."""
-        for word in self.config.hydra.overrides.hydra:
-            match = re.match(r"\+*hydra\.launcher\.(?:additional_parameters\.)?(\w+)=", word)
-            if match and match[1] in NOT_HEEDED:
-                raise Refusal(f"launcher.{match[1]} is not heeded here: {NOT_HEEDED[match[1]]}.")
-            if match:
-                os.environ.pop(f"SBATCH_{VARIABLES.get(match[1], match[1].upper())}", None)
-
-    def parameters(self) -> dict[str, Any]:
-        """What submitit makes the batch script of."""
-        given = {k: v for k, v in self.params.items() if k not in (*NOT_HEEDED, "submitit_folder", "signal_delay_s")}
-        given["setup"] = [
-            *(given["setup"] or ()),
-            f"export DIFFUSION_VENV={shlex.quote(sys.prefix)}",
-            "export WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-array-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}",
-            f"source {JOB}",
-        ]
-        own = {"signal": f"USR1@{self.params['signal_delay_s']}", "requeue": True}
-        given["additional_parameters"] = own | given["additional_parameters"]
-        given["use_srun"] = False  # `tasks` of job.sh does
-        return {k if k in COMMON else f"slurm_{k}": v for k, v in given.items()} | {"stderr_to_stdout": True}
-
-    def submit(self, runs: Sequence[Run], parameters: dict[str, Any]) -> Sequence[submitit.Job]:
-        """The jobs, a run each. Raises Refusal, and leaves nothing behind, if sbatch does not take them."""
-        folder = JobPaths.get_first_id_independent_folder(self.params["submitit_folder"])
-        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_python='tasks "$PYTHON"')
-        executor.update_parameters(**parameters)
-        folder.mkdir(parents=True, exist_ok=True)
-        before = set(folder.iterdir())
-        try:
-            return executor.submit_array(list(runs))
-        except FailedJobError as error:
-            for path in set(folder.iterdir()) - before:
-                path.unlink()
-            raise Refusal("sbatch has refused the sweep, for the reason above: nothing is submitted.") from error
-
-
-def shown(path: Path) -> Path:
-    """As short as it can be said."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def on_slurm(run: Run) -> Run:

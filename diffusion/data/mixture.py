@@ -7,7 +7,7 @@ rounded, which adds a variance of (2/255)^2 / 12, a deviation of 0.0023, to each
 import hashlib
 from collections.abc import Iterable
 from functools import cached_property
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from diffusion.data.shards.samples import Samples
 from diffusion.images import to_uint8
 from diffusion.noise import Stream, seed63
 from diffusion.process.toy import SETS, Mixture
+from diffusion.settings import Count, Seed, settings
 
 POINTS_OF_A_SHARD = 4096  # as the order of the samples sees them
 
@@ -51,6 +52,7 @@ class DrawnSamples(Samples):
         self._cache.known[:] = True
 
 
+@settings("data")
 class MixtureDataModule(ImageShardsDataModule):
     """Batches of points of a mixture, in the order that shards would have; without labels.
 
@@ -66,20 +68,16 @@ class MixtureDataModule(ImageShardsDataModule):
 
     def __init__(
         self,
-        toy: str,
-        num_points: int,
-        batch_size: int,
-        seed: int = 0,
-        lanes: int | None = None,
+        toy: Literal["modes", "rings", "moons", "checkerboard"],
+        num_points: Count,
+        batch_size: Count,
+        seed: Seed = 0,
+        lanes: Count | None = None,
         flip: bool = False,
-        root: None = None,
+        root: str | None = None,
         digest: str | None = None,
     ) -> None:
         super().__init__(root, batch_size, seed=seed, lanes=lanes, flip=flip, digest=digest)
-        if toy not in SETS:
-            raise ValueError(f"data.toy={toy} is none of {', '.join(SETS)}.")
-        if num_points < 1:
-            raise ValueError(f"data.num_points={num_points} must be at least 1.")
         if flip:
             raise ValueError("data.flip=true: the points of a mixture have no sides to be mirrored.")
         self.toy, self._num_points = toy, num_points

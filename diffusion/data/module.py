@@ -2,22 +2,40 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pytorch_lightning import LightningDataModule
 
 from diffusion.data.shards.index import Index, read_index
-from diffusion.data.shards.layout import Layout, check_batch, check_lanes, choose_lanes
+from diffusion.data.shards.layout import Layout, check_lanes, choose_lanes
 from diffusion.data.shards.order import WINDOW, Plan
 from diffusion.data.shards.readers import CachedShards
-from diffusion.data.shards.remote import Access, FileCache, is_remote
-from diffusion.data.shards.samples import CACHE_BYTES, Samples, check_values
+from diffusion.data.shards.remote import FileCache, Remote, is_remote
+from diffusion.data.shards.samples import CACHE_BYTES, Samples
 from diffusion.data.shards.stream import StreamLoader
+from diffusion.settings import Between, Count, Number, Seed, Share, settings
 
-REMOTE = {"folder": "~/.cache/diffusion", "gigabytes": 50.0, "attempts": 6, "timeout": 30.0}
+
+@settings("data")
+@dataclass(frozen=True)
+class Described:
+    """What a configuration says of a data set, to be held against its index.
+
+    Args:
+        image_size: in pixels. num_classes: 0: the set has no labels, or they are not used.
+        rule: how `prepare` makes the set.
+    """
+
+    name: str
+    image_size: Count
+    channels: Count = 3
+    num_classes: Number = 0
+    rule: dict | None = None
 
 
+@settings("data")
 class ImageShardsDataModule(LightningDataModule):
     """Batches from a folder of shards (`index.json`), each sample once per epoch, in one endless Lightning epoch.
 
@@ -37,8 +55,7 @@ class ImageShardsDataModule(LightningDataModule):
         flip: whether training mirrors images at random. Carried here, done on the device.
         on_bad_sample: `error`, or `skip`: another sample of the shard stands in (`samples.Samples`).
         max_bad_share: share of the split that may be skipped.
-        remote: of a remote set: the `folder` for its shards on this machine, the `gigabytes` they may take there, the
-            `attempts` that may fail in a row, the `timeout` in seconds of each; the values not given are REMOTE's.
+        remote: how a remote set is had: arguments of `Remote`; those not given are its defaults.
         digest: the set that `root` must hold (`Index.digest`); None takes any.
         prepare: the command that makes the data set, for the message when it is missing.
 
@@ -52,31 +69,24 @@ class ImageShardsDataModule(LightningDataModule):
     def __init__(
         self,
         root: str | os.PathLike,
-        batch_size: int,
-        seed: int = 0,
+        batch_size: Count,
+        seed: Seed = 0,
         split: str = "train",
-        lanes: int | None = None,
-        num_workers: int = 0,
-        cache: str = "auto",
+        lanes: Count | None = None,
+        num_workers: Annotated[int, Between(0, 1024)] = 0,
+        cache: Literal["auto", "memory", "none"] = "auto",
         cache_bytes: int = CACHE_BYTES,
         flip: bool = False,
-        on_bad_sample: str = "error",
-        max_bad_share: float = 0.01,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        max_bad_share: Share = 0.01,
         remote: Mapping[str, str | float] | None = None,
         digest: str | None = None,
         prepare: str | None = None,
     ) -> None:
         super().__init__()
-        check_batch(batch_size, ranks=1)
         if lanes is not None:
             check_lanes(lanes, batch_size)
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers={num_workers} is negative: 0 decodes in the training process.")
-        check_values(cache, on_bad_sample, max_bad_share)
-        if remote and not remote.keys() <= REMOTE.keys():
-            raise ValueError(f"data.remote has no {min(remote.keys() - REMOTE.keys())}, only {', '.join(REMOTE)}.")
-        self.remote = REMOTE | dict(remote or {})
-        self.access = Access(self.remote["attempts"], self.remote["timeout"])
+        self.remote = Remote(**(remote or {}))
         self.root, self.batch_size, self.seed, self.split = root, batch_size, seed, split
         self.num_workers, self.cache, self.cache_bytes, self.flip = num_workers, cache, cache_bytes, flip
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
@@ -104,14 +114,14 @@ class ImageShardsDataModule(LightningDataModule):
 
     def read(self) -> Index:
         """The index as it is found."""
-        return read_index(self.root, self.prepare, self.access)
+        return read_index(self.root, self.prepare, self.remote)
 
     @cached_property
     def samples(self) -> Samples:
         """The decoded samples of the split, by number."""
         shards = None
         if is_remote(self.root):
-            cache = FileCache(self.remote["folder"], int(self.remote["gigabytes"] * 1e9), self.access)
+            cache = FileCache(self.remote.folder, int(self.remote.gigabytes * 1e9), self.remote)
             shards = CachedShards(self.index, cache)
         checks = (self.on_bad_sample, self.max_bad_share)
         return Samples(self.index, self.split, self.cache, self.cache_bytes, shards, *checks)
@@ -173,8 +183,8 @@ class ImageShardsDataModule(LightningDataModule):
         """The windows that a machine's lanes are in, and the next ones, must have room in the folder."""
         lanes = min(self.lanes, -(-self.lanes // num_nodes) + 1)
         largest = sorted(shard.bytes for shard in self.index.of_split(self.split))[-2 * WINDOW * lanes :]
-        if sum(largest) > self.remote["gigabytes"] * 1e9:
+        if sum(largest) > self.remote.gigabytes * 1e9:
             raise ValueError(
-                f"data.remote.gigabytes={self.remote['gigabytes']:g} is too small: {lanes} lanes use up to "
+                f"data.remote.gigabytes={self.remote.gigabytes:g} is too small: {lanes} lanes use up to "
                 f"{len(largest)} shards at a time, {sum(largest) / 1e9:.3g} GB. Give more, or fewer data.lanes."
             )

@@ -23,10 +23,9 @@ from lightning_fabric.plugins.environments import (
 )
 from lightning_fabric.strategies import DDPStrategy
 from lightning_fabric.strategies.launchers import subprocess_script
-from omegaconf import DictConfig
 
-from diffusion.build.parts import Place
-from diffusion.distributed.launcher import layout, main_rank, under_srun, under_torchrun
+from diffusion.distributed.launcher import Compute, under_srun, under_torchrun
+from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import NEVER, Abandoned, Ranks
 from diffusion.distributed.signals import BATCH, Signals
 from diffusion.distributed.watchdog import Watchdog, connect, forget, how
@@ -40,7 +39,7 @@ subprocess_script._launch_process_observer = lambda processes: None
 
 
 def environment(number: int) -> ClusterEnvironment:
-    """Who tells this process its rank among so many."""
+    """The Lightning environment of the launcher that started this process, one of `number`."""
     if number > 1 and under_torchrun():
         return TorchElasticEnvironment()
     if number > 1 and under_srun():
@@ -100,20 +99,20 @@ def meeting(
 
 
 def together(
-    cfg: DictConfig,
+    compute: Compute,
     where: Place,
     signals: Signals,
     last_words: Callable[[], None] = lambda: None,
 ) -> tuple[Ranks, Place]:
-    """This process's place among the ranks that the `trainer` group asks for, all of which are there now, and its
-    device. To be called once, by each of them.
+    """This process's place among the ranks that are asked for, all of which are there now, and its device. To be
+    called once, by each of them.
 
     Args:
         signals: of this process.
         last_words: called before this process is ended because another has failed.
     """
     told = lambda: signals.number  # noqa: E731
-    devices, nodes = layout(cfg)
+    devices, nodes = compute.layout
     if devices * nodes == 1:
         return Ranks(told=told), where
     backend = "nccl" if where.device.type == "cuda" else "gloo"
@@ -135,18 +134,20 @@ def together(
 
     if backend == "nccl":  # else it ends the processes that are left before the watchdog has said why
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    with meeting(main_rank(cfg), started, ended, signals, cfg.trainer.timeout):
+    with meeting(compute.main, started, ended, signals, compute.timeout):
         fabric.launch()
     rank, size, store = fabric.global_rank, fabric.world_size, connect()
     if rank == 0:
         forget(store)
-    dog = Watchdog(rank, size, store, timeout=cfg.trainer.timeout, last_words=last_words, ended=ended, told=told)
+    dog = Watchdog(rank, size, store, timeout=compute.timeout, last_words=last_words, ended=ended, told=told)
     if where.device.type == "cuda":
         torch.cuda.set_device(fabric.device)
     return Ranks(rank, size, told, dog), where._replace(device=fabric.device)
 
 
-def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], signals: Signals) -> None:
+def share(
+    compute: Compute, where: Place, work: Callable[[Ranks, Place], None], signals: Signals, debug: bool = False
+) -> None:
     """Do `work(ranks, where)` in all processes of a command that leaves what is half done for its next start.
 
     A ValueError of a single process is its caller's; where there are several, whatever fails ends all of them here.
@@ -155,7 +156,7 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], s
         SystemExit: with 128 + the number of a signal, if one has stopped it.
     """
     with signals.held(finishing=BATCH):
-        ranks, where = together(cfg, where, signals)
+        ranks, where = together(compute, where, signals)
         try:
             work(ranks, where)
         except Abandoned:
@@ -168,7 +169,7 @@ def share(cfg: DictConfig, where: Place, work: Callable[[Ranks, Place], None], s
             if ranks.size == 1:
                 raise
             cause, _ = ranks.failed(error)
-            if not isinstance(error, ValueError) or cfg.debug:
+            if not isinstance(error, ValueError) or debug:
                 traceback.print_exception(error)
             own = cause is None or str(error) in cause
             print(f"error: {reason(error) if own else cause}", file=sys.stderr, flush=True)

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from diffusion.command import command, refusing
 from diffusion.config.check import check, check_guidance, check_steps, refuse_blocked
-from diffusion.config.compose import command, refusing, typed
+from diffusion.config.compose import typed
 from diffusion.errors import Refusal
 from diffusion.files import Room, obstacle, writing
 
@@ -41,10 +42,10 @@ def main(cfg: DictConfig) -> None:
     with refusing(cfg.debug):
         check(cfg, typed())
         check_task(cfg)
-        from diffusion.lab.tasks.laboratory import Laboratory
+        from diffusion.build.lab import laboratory
 
         task = importlib.import_module(TASKS[cfg.task])
-        lab = Laboratory(cfg, lambda message: print(message, flush=True))
+        lab = laboratory(cfg, lambda message: print(message, flush=True))
         check_out(lab.folder)
         with writing(Room("out", lab.folder)):
             task.main(lab)
@@ -58,8 +59,6 @@ def check_out(folder: Path) -> None:
 
 def check_task(cfg: DictConfig) -> None:
     """Refuse an unknown task, and settings that do not go with it."""
-    if cfg.task not in TASKS:
-        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
     if cfg.checkpoint is not None and cfg.task not in TRAINED:
         raise Refusal(
             f"checkpoint={cfg.checkpoint} is for {' and '.join(f'task={t}' for t in TRAINED)}: task={cfg.task} "

@@ -53,9 +53,8 @@ class Extractor:
         self.channels, self.image_size = channels, image_size
 
     def title(self, metric: str) -> str:
-        """FID, IS, precision with Inception; digits-FID, digits-IS, digits-precision with the digit classifier."""
-        name = metric.upper() if metric in ("fid", "is", "kid") else metric
-        return name if self.name == "inception" else f"{self.name}-{name}"
+        """FID, precision with Inception; digits-FID, digits-precision with the digit classifier."""
+        return metric if self.name == "inception" else f"{self.name}-{metric}"
 
     def check(self, channels: int, image_size: int) -> None:
         """ValueError if images of this kind cannot be scored by it."""

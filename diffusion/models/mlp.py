@@ -4,11 +4,14 @@ It knows numbers without neighbours, a time index (or a noise level) and a class
 what its output means.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.models.unet import embedded, linear
+from diffusion.models.unet import TimeEmbeddingKind, embedded, linear
+from diffusion.settings import Count, Multiple, Number, Positive, settings
 
 
 class Block(nn.Module):
@@ -26,6 +29,7 @@ class Block(nn.Module):
         return h + self.linear_2(F.silu(x))
 
 
+@settings("model")
 class MLP(nn.Module):
     """(x (B, C, ...), told (B,), labels (B,) or None) -> (B, out_channels, ...): a vector in, a vector out.
 
@@ -46,20 +50,16 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        channels: int = 2,
-        image_size: int = 1,
-        width: int = 128,
-        blocks: int = 3,
-        num_classes: int = 0,
+        channels: Count = 2,
+        image_size: Count = 1,
+        width: Annotated[int, Multiple(8, least=16)] = 128,
+        blocks: Count = 3,
+        num_classes: Number = 0,
         out_channels: int | None = None,
-        time_embedding: str = "positional",
-        fourier_scale: float = 16.0,
+        time_embedding: TimeEmbeddingKind = "positional",
+        fourier_scale: Positive = 16.0,
     ) -> None:
         super().__init__()
-        if width < 16 or width % 8:
-            raise ValueError(f"model.width={width} is not a multiple of 8, at least 16.")
-        if blocks < 1:
-            raise ValueError(f"model.blocks={blocks} must be at least 1.")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.out_channels = out_channels or channels
         pixels = image_size**2

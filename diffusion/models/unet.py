@@ -9,6 +9,7 @@ one for "no class".
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.models.resolutions import check_attention, resolutions
+from diffusion.settings import Between, Count, Filled, Multiple, Number, Positive, settings
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 
@@ -92,19 +94,12 @@ class FourierEmbedding(nn.Module):
         return self.dense_2(F.silu(self.dense_1(waves)))
 
 
+TimeEmbeddingKind = Literal["positional", "fourier"]
 CONDITIONING = {"positional": "time", "fourier": "noise"}  # what each embeds, in the words of diffusion/denoiser.py
 
 
 def embedded(kind: str, width: int, scale: float) -> tuple[nn.Module, str]:
-    """The embedding of this kind, and what is to be embedded by it.
-
-    Raises:
-        ValueError: there is no such kind, or the scale is not positive.
-    """
-    if kind not in CONDITIONING:
-        raise ValueError(f"model.time_embedding={kind} is none of {', '.join(CONDITIONING)}.")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"model.fourier_scale={scale} must be above 0.")
+    """The embedding of this kind, and what is to be embedded by it."""
     made = TimeEmbedding(width) if kind == "positional" else FourierEmbedding(width, scale)
     return made, CONDITIONING[kind]
 
@@ -191,6 +186,7 @@ class Level(nn.Module):
         self.resample = resample
 
 
+@settings("model")
 class UNet(nn.Module):
     """(x (B, C, H, W), told (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
 
@@ -219,36 +215,28 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        channels: int = 3,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        attention_resolutions: Sequence[int] | None = None,
-        blocks_per_level: int = 2,
-        dropout: float = 0.0,
-        num_classes: int = 0,
+        image_size: Count,
+        channels: Count = 3,
+        width: Annotated[int, Multiple(NORM_GROUPS, ", the norm's groups")] = 128,
+        multipliers: Annotated[Sequence[Count], Filled("give one for each level, as [1,2,2,2]")] = (1, 2, 2, 2),
+        attention_resolutions: Sequence[Count] | None = None,
+        blocks_per_level: Count = 2,
+        dropout: Annotated[float, Between(0, 1, ends="[)")] = 0.0,
+        num_classes: Number = 0,
         out_channels: int | None = None,
         activation_checkpointing: bool = False,
-        time_embedding: str = "positional",
-        fourier_scale: float = 16.0,
+        time_embedding: TimeEmbeddingKind = "positional",
+        fourier_scale: Positive = 16.0,
     ) -> None:
         super().__init__()
-        if width < 1 or width % NORM_GROUPS:
-            raise ValueError(f"model.width={width} is not a positive multiple of {NORM_GROUPS}, the norm's groups.")
-        if not multipliers or image_size % 2 ** (len(multipliers) - 1):
+        if image_size % 2 ** (len(multipliers) - 1):
             raise ValueError(
                 f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, which "
                 f"model.multipliers={list(multipliers)} asks for: give fewer multipliers or another size."
             )
-        if min(multipliers) < 1:
-            raise ValueError(f"model.multipliers={list(multipliers)} must all be at least 1.")
         if attention_resolutions is None:
             attention_resolutions = {16}.intersection(resolutions(image_size, len(multipliers)))
         check_attention(image_size, len(multipliers), attention_resolutions)
-        if blocks_per_level < 1:
-            raise ValueError(f"model.blocks_per_level={blocks_per_level} must be at least 1.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout={dropout} is outside [0, 1).")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.out_channels = out_channels or channels
         self.activation_checkpointing = activation_checkpointing

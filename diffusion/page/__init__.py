@@ -12,12 +12,12 @@ names; it knows no network, no sampler and no torch, and computes nothing but di
 """
 
 from diffusion.page.papers import told
-from diffusion.page.scores import HIGHER_IS_BETTER, difference, not_comparable
+from diffusion.page.scores import difference, higher_is_better, not_comparable
 from diffusion.page.sweep import sweep_chart, sweep_figure, sweep_table_text
 from diffusion.page.words import shown
 from diffusion.page.write import write_report, write_table
 
 __all__ = [
-    "HIGHER_IS_BETTER", "difference", "not_comparable", "shown", "sweep_chart", "sweep_figure", "sweep_table_text",
+    "difference", "higher_is_better", "not_comparable", "shown", "sweep_chart", "sweep_figure", "sweep_table_text",
     "told", "write_report", "write_table",
 ]  # fmt: skip

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.metrics.published import TIMESTEPS, common, deviations, filled, not_recorded, places, unplaced
-from diffusion.page.words import get
+from diffusion.metrics.published import common, deviations, filled, not_recorded, places, unplaced
+from diffusion.runs.recorded import described
 
 Row = Mapping[str, Any]
 
@@ -14,18 +14,7 @@ def told(row: Row, config: Mapping[str, Any]) -> Row:
     schedule, classes, size. A row about images of files is not about the model."""
     if "images" in row or not config:
         return row
-    last = lambda key: (get(config, key) or "").rpartition(".")[2]  # noqa: E731
-    levels = get(config, "schedule.num_timesteps")
-    known = {
-        "objective": last("objective._target_").lower() or None,
-        "prediction": get(config, "objective.prediction"),
-        "learned_variance": get(config, "objective.variance") == "learned",
-        "schedule": last("schedule._target_") + ("" if levels in (None, TIMESTEPS) else f" of {levels:,} levels")
-        or None,
-        "num_classes": get(config, "model.num_classes"),
-        "image_size": get(config, "data.image_size"),
-    }
-    return {k: v for k, v in known.items() if v is not None} | dict(row)
+    return described(config) | dict(row)
 
 
 def against_papers(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:

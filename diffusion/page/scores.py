@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from diffusion.config.metrics import known, names
 from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES, counterpart
 from diffusion.page.words import NOTHING, shown
-
-HIGHER_IS_BETTER = ("is", "precision", "recall")
-LOWER_IS_BETTER = ("fid", "kid", "bits_per_dim")
 
 Row = Mapping[str, Any]
 
@@ -15,8 +13,13 @@ Row = Mapping[str, Any]
 def title_of(row: Row) -> str:
     """digits-FID ↓: the arrow points to the better side, where it is known."""
     name = row.get("name")
-    arrow = " ↓" if name in LOWER_IS_BETTER else " ↑" if name in HIGHER_IS_BETTER else ""
+    arrow = {False: " ↓", True: " ↑"}.get(higher_is_better(name), "")
     return f"{row.get('metric', name)}{arrow}"
+
+
+def higher_is_better(name: str | None) -> bool | None:
+    """Which side of a metric is the better one; None where that is not known."""
+    return known(name).higher_is_better if name in names() else None
 
 
 def not_comparable(row: Row) -> str | None:

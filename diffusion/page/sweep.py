@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.files import csv_text, read_csv, write_atomically
 from diffusion.metrics.published import Column, Figure, Table, aligned, common, deviations, places
 from diffusion.metrics.published.place import data_of, eta_of, tables_about
 from diffusion.page.chart import Chart, Series, save
@@ -42,17 +41,6 @@ class Point(NamedTuple):
     fid: float
     published: Figure | None
     row: dict[str, Any]
-
-
-def read_sweep(path: Path) -> list[dict[str, str]]:
-    """The rows of sweep.csv; damaged ones are left out."""
-    return read_csv(path)[0]
-
-
-def write_sweep(path: Path, rows: Sequence[Row]) -> None:
-    """sweep.csv: what varies first; written whole."""
-    first = ("eta", "variance", "num_steps", "nfe", "fid", "num_images", "sampler")
-    write_atomically(path, csv_text(rows, [n for n in first if any(n in r for r in rows)]))
 
 
 def points(rows: Sequence[Row]) -> list[Point]:

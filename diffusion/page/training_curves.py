@@ -10,7 +10,7 @@ from typing import Any
 from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES
 from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.metrics_csv import Metrics
-from diffusion.page.scores import LOWER_IS_BETTER, title_of
+from diffusion.page.scores import higher_is_better, title_of
 from diffusion.page.words import counted, get, shown
 
 Row = Mapping[str, Any]
@@ -51,7 +51,7 @@ def score_curve(name: str, metrics: Metrics, config: Mapping[str, Any], results:
     levels = [*published(name, config, rows), *floor(rows)]
     series = Series("q4", "this run" if levels else "", *metrics.curve(f"eval/{name}"), tag="curve")
     values = [*series.y, *(level.value for level in levels)]
-    wide_range = name in LOWER_IS_BETTER and min(values) > 0 and max(values) / min(values) > WIDE_RANGE
+    wide_range = higher_is_better(name) is False and min(values) > 0 and max(values) / min(values) > WIDE_RANGE
     return Chart(title, title, [series], levels, log=wide_range)
 
 

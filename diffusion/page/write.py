@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffusion.files import write_atomically
+from diffusion.files import read_csv, write_atomically
 from diffusion.page.chart import Chart, inline
 from diffusion.page.html import environment
 from diffusion.page.likelihood import bound_charts, progress_rows, read_bound
@@ -13,7 +13,7 @@ from diffusion.page.papers import against_papers, told
 from diffusion.page.pictures import newest_picture, pictures
 from diffusion.page.scores import score_table, warnings
 from diffusion.page.settings import figures_of_training, origin, settings, summary
-from diffusion.page.sweep import read_sweep, sweep_chart, sweep_grid
+from diffusion.page.sweep import sweep_chart, sweep_grid
 from diffusion.page.training_curves import by_class, curves
 from diffusion.page.words import get
 
@@ -99,7 +99,7 @@ def drawn(charts: Sequence[Chart | None]) -> list[dict[str, Any]]:
 def sweep_of(folder: Path) -> list[dict[str, str]]:
     """The rows of the run's sweep.csv, beside its scores or in evaluations/; none if there is none."""
     return next(
-        (read_sweep(p) for p in (folder / "sweep.csv", folder / "evaluations" / "sweep.csv") if p.is_file()), []
+        (read_csv(p)[0] for p in (folder / "sweep.csv", folder / "evaluations" / "sweep.csv") if p.is_file()), []
     )
 
 

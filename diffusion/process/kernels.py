@@ -7,14 +7,14 @@ are the kernels of Ho et al. 2020, eqs. 2, 4, 6 and 7. So is the width of the re
 that of the third at a predicted x_0. Coefficients are float64. No network is known here.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Level, Schedule, like
 
-VARIANCES = ("small", "large", "learned")
+Variance = Literal["small", "large", "learned"]
 
 
 class Posterior(NamedTuple):

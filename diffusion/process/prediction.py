@@ -8,7 +8,7 @@ noise to speak of. Knows no network and no loss.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -118,7 +118,8 @@ def _one_below(t: float | Tensor) -> float | Tensor:
     return (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
 
 
-PREDICTIONS = {
+Predicted = Literal["epsilon", "x0", "v", "score", "scaled_score", "mu"]
+PREDICTIONS: dict[str, Kind] = {
     "epsilon": Kind(epsilon_to_pair, epsilon_from_pair),
     "x0": Kind(x0_to_pair, x0_from_pair),
     "v": Kind(v_to_pair, v_from_pair),

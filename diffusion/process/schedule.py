@@ -18,10 +18,12 @@ it is, is known in this file only.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from diffusion.settings import Between, Count, Positive, settings
 
 RandomNormal = Callable[[Tensor], Tensor]
 """Standard normal noise like its argument: `randn(x)` has the shape, dtype and device of x (`torch.randn_like`)."""
@@ -215,7 +217,6 @@ class Continuous(Schedule):
         integral: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__(num_timesteps)
-        _check_num_timesteps(num_timesteps)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(
                 f"schedule.beta_min={beta_min}, schedule.beta_max={beta_max}: 0 < beta_min <= beta_max is needed."
@@ -236,39 +237,43 @@ class Continuous(Schedule):
         return (2 * integral / (self._start + root) * self.num_timesteps).clamp(max=self.num_timesteps)
 
 
-def vp_linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+Beta = Annotated[float, Between(0, 1, ends="()")]
+
+
+@settings("schedule")
+def vp_linear(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
     """Variance preserving, beta linear in t (Ho et al. 2020, sec. 4).
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
     """
-    _check_betas(num_timesteps, beta_start, beta_end)
+    _check_betas(beta_start, beta_end)
     return _from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
 
-def vp_quadratic(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+@settings("schedule")
+def vp_quadratic(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
     """Variance preserving, sqrt(beta) linear in t ("quad" in the code of Ho et al. 2020).
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
     """
-    _check_betas(num_timesteps, beta_start, beta_end)
+    _check_betas(beta_start, beta_end)
     return _from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2)
 
 
-def vp_constant(num_timesteps: int = 1000, beta: float = 0.01) -> Schedule:
+@settings("schedule")
+def vp_constant(num_timesteps: Count = 1000, beta: Beta = 0.01) -> Schedule:
     """Variance preserving, the same beta at every step ("const" in the code of Ho et al. 2020).
 
     Raises:
         ValueError: num_timesteps < 1, or beta outside (0, 1).
     """
-    _check_num_timesteps(num_timesteps)
-    if not 0 < beta < 1:
-        raise ValueError(f"schedule.beta={beta} is outside (0, 1).")
     return _from_betas(torch.full((num_timesteps,), beta, dtype=torch.float64))
 
 
-def vp_cosine(num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
+@settings("schedule")
+def vp_cosine(num_timesteps: Count = 1000, offset: Positive = 0.008, beta_max: Beta = 0.999) -> Schedule:
     """Variance preserving, alpha_bar a squared cosine (Nichol & Dhariwal 2021, eq. 17).
 
     Args:
@@ -279,17 +284,13 @@ def vp_cosine(num_timesteps: int = 1000, offset: float = 0.008, beta_max: float 
     Raises:
         ValueError: num_timesteps < 1, offset <= 0, or beta_max outside (0, 1).
     """
-    _check_num_timesteps(num_timesteps)
-    if not 0 < offset < math.inf:
-        raise ValueError(f"schedule.offset={offset} must be positive and finite.")
-    if not 0 < beta_max < 1:
-        raise ValueError(f"schedule.beta_max={beta_max} is outside (0, 1).")
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = ((u + offset) / (1 + offset) * (math.pi / 2)).cos() ** 2
     return _from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max))
 
 
-def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
+@settings("schedule")
+def ve_geometric(num_timesteps: Count = 1000, sigma_min: Positive = 0.01, sigma_max: Positive = 50.0) -> Schedule:
     """Variance exploding, sigma_1..sigma_T a geometric ladder (Song & Ermon 2019, sec. 4.2; 2020, sec. 3).
 
     Being geometric between the levels too, it is also the continuous-time VE of Song et al. 2021 (score SDE, app. C),
@@ -298,8 +299,7 @@ def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < sigma_min < sigma_max.
     """
-    _check_num_timesteps(num_timesteps)
-    if not 0 < sigma_min < sigma_max < math.inf:
+    if not sigma_min < sigma_max:
         raise ValueError(
             f"schedule.sigma_min={sigma_min}, schedule.sigma_max={sigma_max}: 0 < sigma_min < sigma_max is needed."
         )
@@ -307,7 +307,8 @@ def ve_geometric(num_timesteps: int = 1000, sigma_min: float = 0.01, sigma_max: 
     return Table(torch.ones_like(sigma), sigma, preserving=0.0)
 
 
-def vp_continuous(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+@settings("schedule")
+def vp_continuous(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_max: Positive = 20.0) -> Schedule:
     """Variance preserving in continuous time (Song et al. 2021, score SDE, eq. 11): sigma^2 = 1 - exp(-B).
 
     With T = 1000 alpha and sigma are within 5 % of those of vp_linear, whose beta_t is about beta / T.
@@ -324,7 +325,8 @@ def vp_continuous(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: fl
     )
 
 
-def sub_vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+@settings("schedule")
+def sub_vp(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_max: Positive = 20.0) -> Schedule:
     """Sub-VP (Song et al. 2021, score SDE, eq. 13): alpha of VP, and its sigma squared: sigma = 1 - exp(-B).
 
     Raises:
@@ -345,14 +347,8 @@ def _from_betas(beta: Tensor) -> Schedule:
     return Table((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), preserving=1.0)
 
 
-def _check_num_timesteps(num_timesteps: int) -> None:
-    if num_timesteps < 1:
-        raise ValueError(f"schedule.num_timesteps={num_timesteps} must be at least 1.")
-
-
-def _check_betas(num_timesteps: int, beta_start: float, beta_end: float) -> None:
-    _check_num_timesteps(num_timesteps)
-    if not 0 < beta_start <= beta_end < 1:
+def _check_betas(beta_start: float, beta_end: float) -> None:
+    if beta_start > beta_end:
         raise ValueError(
             f"schedule.beta_start={beta_start}, schedule.beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed."
         )

@@ -7,6 +7,7 @@ without loading it.
 """
 
 import math
+from typing import Literal
 
 
 def linear(num_timesteps: int, num_steps: int) -> list[int]:
@@ -35,6 +36,7 @@ def trailing(num_timesteps: int, num_steps: int) -> list[int]:
     return [round(num_timesteps * (num_steps - k) / num_steps) for k in range(num_steps)] + [0]
 
 
+Spacing = Literal["linear", "quadratic", "trailing"]
 SPACINGS = {"linear": linear, "quadratic": quadratic, "trailing": trailing}
 
 

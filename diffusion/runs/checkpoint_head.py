@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.runs.untrusted import UntrustedConfig
+from diffusion.runs.recorded import Recorded
 
 MOST_BYTES = 1 << 24  # of data.pkl; that of the largest network of the papers is 1 MB
 MOST_NAMES = 1000  # of classes and functions that a file may name; a checkpoint names three
@@ -27,7 +27,7 @@ class Head(NamedTuple):
     unsafe: the functions and classes it would call on loading that have no place in a checkpoint, as `posix.system`."""
 
     step: int
-    config: UntrustedConfig
+    config: Recorded
     shapes: dict[str, tuple[int, ...]]
     ema_shapes: dict[str, tuple[int, ...]]
     unsafe: tuple[str, ...]
@@ -118,11 +118,11 @@ def read_head(path: Path) -> Head:
         content = reader.load()
     except Exception as error:  # whatever damaged bytes lead a pickle to; RecursionError and MemoryError too
         if unsafe := unsafe_names(reader.named):
-            return Head(0, UntrustedConfig({}, ""), {}, {}, unsafe)
+            return Head(0, Recorded({}, ""), {}, {}, unsafe)
         raise ValueError(f"it cannot be read as a checkpoint ({type(error).__name__})") from error
     unsafe = unsafe_names(reader.named)
     if unsafe:
-        return Head(0, UntrustedConfig({}, ""), {}, {}, unsafe)
+        return Head(0, Recorded({}, ""), {}, {}, unsafe)
     wanted = ("global_step", "state_dict", "ema", "config")
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
@@ -131,7 +131,7 @@ def read_head(path: Path) -> Head:
     if type(step) is not int or not 0 <= step < 1 << 62:
         raise ValueError("it is not a checkpoint of this program: its global_step is not a number of steps")
     try:
-        config = UntrustedConfig(content["config"], "its configuration")
+        config = Recorded(content["config"], "its configuration")
     except ValueError as error:
         raise ValueError(str(error).removesuffix(".")) from error
     return Head(step, config, _shapes(content["state_dict"]), _shapes(content["ema"]), ())

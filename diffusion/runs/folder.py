@@ -32,8 +32,8 @@ from diffusion.files import (
 )
 from diffusion.models.resolutions import resolutions
 from diffusion.runs.checkpoint_head import Head, read_head
+from diffusion.runs.recorded import Recorded
 from diffusion.runs.results import Results
-from diffusion.runs.untrusted import UntrustedConfig
 
 # What may change between two starts of one run: none of it changes the weights that training ends with.
 MAY_DIFFER = (
@@ -193,11 +193,11 @@ class RunFolder:
         self.evaluations = self.path / "evaluations"  # samples that are being scored, and pictures of evaluations
         self.last = self.checkpoints / "last.ckpt"
         self._results = Results(self.results_path, self._results_locked)
-        self._config: UntrustedConfig | None = None  # of the newest sound checkpoint, where config.yaml is no help
+        self._config: Recorded | None = None  # of the newest sound checkpoint, where config.yaml is no help
 
     # ---- configuration ----
 
-    def config(self) -> UntrustedConfig | None:
+    def config(self) -> Recorded | None:
         """The resolved configuration the run was started with; None for a new folder.
 
         Where config.yaml is damaged or gone it is read from the newest sound checkpoint, and a warning says so.
@@ -227,7 +227,7 @@ class RunFolder:
             print(f"warning: {what}. The settings are read from {path}.", file=sys.stderr, flush=True)
         return self._config
 
-    def _read_config(self) -> UntrustedConfig:
+    def _read_config(self) -> Recorded:
         """config.yaml. Raises ValueError if it is damaged."""
         where = str(self.config_path)
         try:
@@ -235,7 +235,7 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
             detail = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{where} is damaged ({detail})") from error
-        config = UntrustedConfig(content, where)
+        config = Recorded(content, where)
         if missing := self._lacks(config):
             raise ValueError(f"{where} is damaged (it lacks {missing}, which the newest checkpoint has)")
         return config
@@ -249,7 +249,7 @@ class RunFolder:
                 return next(iter(sorted(flatten(recorded).keys() - flatten(config).keys())), None)
         return None
 
-    def refuse_other(self, new: dict) -> None:
+    def refuse_other(self, new: Recorded) -> None:
         """ValueError if the folder belongs to a run that would train something else.
 
         Compares what decides the training, key by key, and names a free run_dir.
@@ -297,14 +297,14 @@ class RunFolder:
                     f"folder in its place, or give another folder."
                 )
 
-    def write_config(self, config: dict) -> None:
+    def write_config(self, record: Recorded) -> None:
         """Write config.yaml; one that is damaged is kept as config.yaml.damaged."""
         if self.config_path.is_file():
             try:
                 self._read_config()
             except ValueError:
                 self.config_path.replace(self.config_path.with_suffix(".yaml.damaged"))
-        write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_atomically(self.config_path, yaml.safe_dump(record.plain(), sort_keys=False, allow_unicode=True))
 
     # ---- lock ----
 
@@ -329,7 +329,7 @@ class RunFolder:
 
     def latest_valid(
         self,
-        config: Config | None = None,
+        config: Recorded | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         any_run: bool = False,
     ) -> tuple[int, Path | None, list[str]]:
@@ -397,6 +397,20 @@ class RunFolder:
             return
         os.replace(temporary, link)
         sync_folder(self.checkpoints)
+
+    def finished(self, record: Recorded, max_steps: int, metrics: set[str] | None) -> int:
+        """The step of the last checkpoint if training is over and nothing is missing of its samples, scores and report;
+        0 if something is left to do.
+
+        Args:
+            metrics: that it is scored by; None: it is neither sampled nor scored.
+        """
+        if not self.steps() or self.steps()[0] < max_steps:
+            return 0
+        step, _, _ = self.latest_valid(record)
+        looked = metrics is None or (self.samples / f"step_{step:08d}.png").is_file()
+        done = looked and (metrics or set()) <= self.own_scores(step) and self.report_path.is_file()
+        return step if step >= max_steps and done else 0
 
     # ---- results ----
 

@@ -2,11 +2,13 @@
 
 from torch import Tensor
 
-from diffusion.process.kernels import VARIANCES, posterior, reverse_std
+from diffusion.process.kernels import Variance, posterior, reverse_std
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Sampler
+from diffusion.settings import settings
 
 
+@settings("sampler")
 class Ancestral(Sampler):
     """x_s = mean of q(x_s | x_t, x0) at the predicted x0, plus noise (Ho et al. 2020, alg. 2), for any s < t.
 
@@ -20,10 +22,8 @@ class Ancestral(Sampler):
         ValueError: variance is none of these; or it is "learned" and the denoiser predicts none.
     """
 
-    def __init__(self, schedule: Schedule, variance: str = "small") -> None:
+    def __init__(self, schedule: Schedule, variance: Variance = "small") -> None:
         super().__init__(schedule)
-        if variance not in VARIANCES:
-            raise ValueError(f"sampler.variance={variance} is none of {', '.join(VARIANCES)}.")
         self.variance = variance
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:

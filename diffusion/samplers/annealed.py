@@ -9,16 +9,19 @@ with the half of the step that their published code takes, under the same name a
 The published figures come from the code. One at twice the step is the other.
 """
 
-import math
+from typing import Literal
 
 from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.langevin import LangevinDynamics
+from diffusion.settings import Positive, settings
 
+Convention = Literal["code", "paper"]
 SHARES = {"code": 1.0, "paper": 0.5}  # of the step, in h of x + h score + sqrt(2 h) z
 
 
+@settings("sampler")
 class AnnealedLangevin(LangevinDynamics):
     """Langevin updates of step_size sigma_t^2 at the levels of a walk, as often as its times name each of them.
 
@@ -37,12 +40,14 @@ class AnnealedLangevin(LangevinDynamics):
         ValueError: step_size is not positive, or the convention is neither.
     """
 
-    def __init__(self, schedule: Schedule, step_size: float, convention: str = "code", denoise: bool = True) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        step_size: Positive,
+        convention: Convention = "code",
+        denoise: bool = True,
+    ) -> None:
         super().__init__(schedule)
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"sampler.step_size={step_size} must be above 0.")
-        if convention not in SHARES:
-            raise ValueError(f"sampler.convention={convention} is none of {', '.join(SHARES)}.")
         self.step_size, self.convention, self.denoise = step_size, convention, denoise
 
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> float:

@@ -1,12 +1,18 @@
 """DDIM, and everything between it and ancestral sampling."""
 
+from typing import Annotated
+
 from torch import Tensor
 
 from diffusion.process.kernels import posterior
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Sampler
+from diffusion.settings import Between, settings
+
+Eta = Annotated[float, Between(0, 1, ": 0 is DDIM, 1 is ancestral sampling")]
 
 
+@settings("sampler")
 class DDIM(Sampler):
     """DDIM at eta = 0, ancestral sampling at eta = 1, anything between.
 
@@ -22,10 +28,8 @@ class DDIM(Sampler):
         ValueError: eta is outside [0, 1]; or a step with eta > 0 goes up.
     """
 
-    def __init__(self, schedule: Schedule, eta: float = 0.0) -> None:
+    def __init__(self, schedule: Schedule, eta: Eta = 0.0) -> None:
         super().__init__(schedule)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"sampler.eta={eta} is outside [0, 1]: 0 is DDIM, 1 is ancestral sampling.")
         self.eta = eta
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule, like
 from diffusion.samplers.base import Sampler
+from diffusion.settings import Positive, settings
 
 NODES = ((0.06943184420297371, 0.17392742256872693), (0.33000947820757187, 0.32607257743127307))
 """Gauss and Legendre's rule of four nodes on [0, 1]: the lower two with their weights; the others mirror them."""
@@ -53,6 +54,7 @@ class LangevinDynamics(Sampler):
         return x if s == t else x * (self.schedule(s).alpha / self.schedule(t).alpha)
 
 
+@settings("sampler")
 class Langevin(LangevinDynamics):
     """Unadjusted Langevin dynamics with one and the same h at all times.
 
@@ -66,10 +68,8 @@ class Langevin(LangevinDynamics):
         ValueError: step_size is not positive.
     """
 
-    def __init__(self, schedule: Schedule, step_size: float) -> None:
+    def __init__(self, schedule: Schedule, step_size: Positive) -> None:
         super().__init__(schedule)
-        if not 0 < step_size < math.inf:
-            raise ValueError(f"sampler.step_size={step_size} must be above 0.")
         self.step_size = step_size
 
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> float:
@@ -95,7 +95,7 @@ class MetropolisLangevin(Langevin):
     """
 
     def __init__(
-        self, schedule: Schedule, step_size: float, log_density: Callable[[Tensor, float], Tensor] | None = None
+        self, schedule: Schedule, step_size: Positive, log_density: Callable[[Tensor, float], Tensor] | None = None
     ) -> None:
         super().__init__(schedule, step_size)
         self.log_density = log_density

@@ -5,8 +5,8 @@ Both are ordinary samplers: the corrector takes the steps that stay, the predict
 every level twice (`visits=2`) are the paper's PC sampler with one corrector step, which comes first at each level.
 """
 
-import math
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,10 +14,12 @@ from diffusion.process.kernels import transition
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.langevin import LangevinDynamics
+from diffusion.settings import Positive, settings
 
-NORMS = ("image", "batch", "expected")
+Norms = Literal["image", "batch", "expected"]
 
 
+@settings("sampler.corrector")
 class LangevinCorrector(LangevinDynamics):
     """The paper's corrector (alg. 4 and 5): the step is set by a ratio of norms, h = 2 a (snr |z| / |score|)^2.
 
@@ -37,12 +39,8 @@ class LangevinCorrector(LangevinDynamics):
         ValueError: snr is not positive, or norms are none of these.
     """
 
-    def __init__(self, schedule: Schedule, snr: float = 0.16, norms: str = "image") -> None:
+    def __init__(self, schedule: Schedule, snr: Positive = 0.16, norms: Norms = "image") -> None:
         super().__init__(schedule)
-        if not 0 < snr < math.inf:
-            raise ValueError(f"sampler.corrector.snr={snr} must be above 0.")
-        if norms not in NORMS:
-            raise ValueError(f"sampler.corrector.norms={norms} is none of {', '.join(NORMS)}.")
         self.snr, self.norms, self.of_batch = snr, norms, norms == "batch"
 
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> Tensor:

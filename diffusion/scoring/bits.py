@@ -11,34 +11,34 @@ device of the place.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.build.door import Trained
-from diffusion.build.parts import Place
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped
+from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
 from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, summarise
 from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, flow_bits, summarise_flow
 from diffusion.metrics.extractors import full_precision
 from diffusion.noise import Stream, permutation
-from diffusion.process.kernels import VARIANCES
+from diffusion.process.kernels import Variance
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.scoring.likelihood_files import plot_terms, save_progressive, write_terms
-from diffusion.scoring.scores import VERSIONED, commit
+from diffusion.scoring.scores import made_by
+from diffusion.scoring.trained import Trained
+from diffusion.settings import Count, Number, Positive, Seed, settings
 
 Arrays = Mapping[str, NDArray]
-KINDS = ("bound", "ode")
 SHOWN, STAGES = 8, 10  # rows, and columns but the last, of the picture of what a receiver sees
 
 
+@settings("likelihood")
 @dataclass(frozen=True)
 class Settings:
     """What is measured, and how well.
@@ -46,6 +46,7 @@ class Settings:
     Args:
         by: "bound", the variational bound (Ho et al. 2020, sec. 2): T evaluations an image. "ode", the probability flow
             (Song et al. 2021, score SDE, sec. 4.3): as many as its solver takes.
+        split: of the data; None: test where there is one, else train.
         num_images: of the split, chosen by the seed; None: all. batch_size: measured at a time.
         seed: of the noise, of the positions in the bins, of the probes and of the choice.
         variance: of the reverse step, for the bound: "small", "large", "learned"; None: what the model was trained or
@@ -57,24 +58,16 @@ class Settings:
         ValueError: a value that is not allowed.
     """
 
-    by: str = "bound"
-    num_images: int | None = None
-    batch_size: int = 256
-    seed: int = 0
-    variance: str | None = None
-    probes: int = 1
-    probe: str = "rademacher"
+    by: Literal["bound", "ode"] = "bound"
+    split: str | None = None
+    num_images: Count | None = None
+    batch_size: Count = 256
+    seed: Seed = 0
+    variance: Variance | None = None
+    probes: Number = 1
+    probe: Literal["rademacher", "gaussian"] = "rademacher"
     start: float = START
-    tolerance: float = TOLERANCE
-
-    def __post_init__(self) -> None:
-        if self.by not in KINDS:
-            raise Refusal(f"likelihood.by={self.by} is none of {', '.join(KINDS)}.")
-        if self.variance not in (None, *VARIANCES):
-            raise Refusal(f"likelihood.variance={self.variance} is none of {', '.join(VARIANCES)}.")
-        for name, low in (("num_images", 1), ("batch_size", 1), ("probes", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise Refusal(f"likelihood.{name}={getattr(self, name)} must be at least {low}.")
+    tolerance: Positive = TOLERANCE
 
 
 class Bits:
@@ -144,7 +137,9 @@ class Bits:
     def identity(self) -> dict[str, Any]:
         """What, beside the model and the data, decides the arrays of an image, as JSON."""
         bound = {"by": "bound", "seed": self.settings.seed, "variance": self.variance, "clip_x0": True}
-        flow = {k: v for k, v in asdict(self.settings).items() if k not in ("num_images", "batch_size", "variance")}
+        flow = {
+            k: v for k, v in asdict(self.settings).items() if k not in ("split", "num_images", "batch_size", "variance")
+        }
         known = bound if self.settings.by == "bound" else flow
         return {**known, "split": self.module.split, "precision": self._precision}
 
@@ -180,7 +175,7 @@ class Bits:
             "given_labels": self.conditional, "seed": self.settings.seed,
             "batch_size": self.settings.batch_size, "step": self.model.step,
             "weights": self.model.weights, "parameters": sum(p.numel() for p in network.parameters()),
-            "precision": self._precision, "commit": commit(), "versions": {p: version(p) for p in VERSIONED},
+            "precision": self._precision, **made_by(),
         }  # fmt: skip
         return [row]
 
@@ -248,7 +243,7 @@ def variance_of(model: Trained) -> str:
     """The width of the reverse step that a model was trained with, or else is sampled with, or else the small one."""
     if model.learns_variance:
         return "learned"
-    found = (model.config.at(f"{group}.variance") for group in ("objective", "sampler"))
+    found = (model.record.at(f"{group}.variance") for group in ("objective", "sampler"))
     return next((variance for variance in found if variance in ("small", "large")), "small")
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from diffusion.distributed.ranks import Ranks
 from diffusion.files import Room, obstacle, reason
 from diffusion.metrics.extractors import Extractor, Features
+from diffusion.metrics.metric import Metric, scores
 from diffusion.metrics.moments import BLOCK, Moments
+from diffusion.metrics.nearest import neighbours
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, size_in_file, store, stored
-from diffusion.metrics.scores import fid_by_class, neighbours, scores
 from diffusion.progress import Progress
 from diffusion.scoring.pictures import grid, save_png
 
@@ -147,7 +148,7 @@ def score(
     features: Features,
     extractor: Extractor,
     reference: Reference,
-    metrics: Sequence[str],
+    metrics: Mapping[str, Metric],
     record: Mapping[str, Any],
     paper: Mapping[str, float | None] | None = None,
     labels: Tensor | None = None,
@@ -158,31 +159,34 @@ def score(
     Args:
         features: of the images, in their order.
         reference: the real images.
-        metrics: names out of METRICS.
+        metrics: by their names.
         record: what is known of the images: sampler, steps, nfe, seed, step of training, weights.
         paper: published values by metric.
-        labels: of the images; with them, FID is also given by class.
+        labels: of the images; with them, also the values of each class.
         working: called now and then.
     """
     rows, number = [], len(features.pooled)
     for name, values in scores(metrics, features, reference).items():
         working()
-        if name == "fid":
-            floor = reference.floor(number)
-            if floor is not None:
-                values |= {"real_value": floor.value, "real_std": floor.std, "real_images": floor.images}
-            if labels is not None and reference.labels is not None:
-                values["per_class"] = fid_by_class(features, labels, reference, working)
+        metric = metrics[name]
+        about: dict[str, Any] = {**values, **metric.real(reference, number)}
+        if labels is not None and (each := metric.by_class(features, labels, reference, working)) is not None:
+            about["per_class"] = each
         rows.append(
             {
-                "metric": extractor.title(name), "name": name, "value": values.pop(name), **values,
+                "metric": extractor.title(metric.title), "name": name, "value": about.pop(name), **about,
                 "reference": (paper or {}).get(name), "num_images": number,
                 "num_reference": reference.moments.count, **record,
                 "extractor": extractor.name, "extractor_sha256": extractor.digest, "rounding": "nearest",
-                "commit": commit(), "versions": {p: version(p) for p in VERSIONED},
+                **made_by(),
             }
         )  # fmt: skip
     return rows
+
+
+def made_by() -> dict[str, Any]:
+    """The commit of this package and the versions of others, for the record."""
+    return {"commit": commit(), "versions": {name: version(name) for name in VERSIONED}}
 
 
 def describe(row: Mapping[str, Any]) -> str:

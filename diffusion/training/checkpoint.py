@@ -8,8 +8,9 @@ weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -22,7 +23,8 @@ from diffusion.distributed.ranks import got_on
 from diffusion.distributed.signals import Signals
 from diffusion.files import reason, replacing, sha256_of, write_atomically
 from diffusion.runs.folder import OnError, RunFolder, fault
-from diffusion.runs.untrusted import UntrustedConfig
+from diffusion.runs.recorded import Recorded
+from diffusion.settings import AtLeast, Count, Number, settings
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +37,7 @@ class Checkpoint(NamedTuple):
     step: int
     state_dict: dict[str, Tensor]
     ema: dict[str, Tensor]
-    config: UntrustedConfig
+    config: Recorded
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -54,7 +56,7 @@ def load(path: str | Path) -> Checkpoint:
             for name, t in group.items()
         ):
             raise ValueError(f"{where}: its {key} holds something other than tensors by name.")
-    config = UntrustedConfig(content["config"], f"{where}: its configuration")
+    config = Recorded(content["config"], f"{where}: its configuration")
     return Checkpoint(content["global_step"], content["state_dict"], content["ema"], config)
 
 
@@ -143,6 +145,22 @@ def _cause(error: Exception) -> str:
     return reason(error).splitlines()[0]
 
 
+@settings("save")
+@dataclass(frozen=True)
+class Saving:
+    """When a run is saved beside the last step and every stop.
+
+    Args:
+        every_steps, every_minutes: 0 switches one of them off. keep: newest checkpoints that stay, beside the best.
+        on_error: what becomes of a run whose checkpoints or logs cannot be written.
+    """
+
+    every_steps: Number = 5000
+    every_minutes: Annotated[float, AtLeast(0)] = 30.0
+    keep: Count = 3
+    on_error: Literal["stop", "warn"] = "stop"
+
+
 class Saver(Callback):
     """Saves every N steps, every M minutes, before a look, at a signal, and at the last step; then the looks begin.
 
@@ -152,8 +170,7 @@ class Saver(Callback):
         folder: of the run.
         writer: of the files.
         signals: of this process.
-        every_steps, every_minutes: 0 switches one of them off.
-        keep: newest checkpoints that stay, beside the best by FID.
+        saving: when, and which checkpoints stay.
         before: steps after which somebody looks at the run.
         settle: called before a save, with trainer and module; raises if the step is not to be kept.
         on_error: what becomes of a checkpoint that cannot be written.
@@ -164,15 +181,13 @@ class Saver(Callback):
         folder: RunFolder,
         writer: CheckpointWriter,
         signals: Signals,
-        every_steps: int,
-        every_minutes: float,
-        keep: int,
+        saving: Saving,
         before: Callable[[int], bool] = lambda step: False,
         settle: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None,
         on_error: OnError | None = None,
     ) -> None:
         self.folder, self.writer, self.signals = folder, writer, signals
-        self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.every_steps, self.every_minutes, self.keep = saving.every_steps, saving.every_minutes, saving.keep
         self.before, self.settle, self.on_error = before, settle, on_error or OnError()
         self.stopped_by: int | None = None
         self._seen, self._saved, self._saved_at = 0, 0, 0.0

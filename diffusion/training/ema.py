@@ -8,14 +8,17 @@ With the ramp, decay at step n is min(decay, (1 + n) / (10 + n)): without it 0.9
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from diffusion.settings import Between, settings
 
+
+@settings("ema")
 class EMA(Callback):
     """Keeps a float32 copy of `module.network`'s parameters, stored in the checkpoint under its own key `ema`.
 
@@ -27,9 +30,7 @@ class EMA(Callback):
         ValueError: decay outside [0, 1).
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = False) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay} is outside [0, 1).")
+    def __init__(self, decay: Annotated[float, Between(0, 1, ends="[)")] = 0.9999, warmup: bool = False) -> None:
         self.decay, self.warmup = decay, warmup
         self.average: list[Tensor] = []
         self._restored: dict[str, Tensor] | None = None

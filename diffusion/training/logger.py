@@ -12,14 +12,18 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
+from diffusion.errors import Refusal
 from diffusion.files import write_atomically
 from diffusion.runs.folder import RunFolder
+from diffusion.runs.recorded import Recorded
+from diffusion.settings import settings
 from diffusion.training.meter import RunLogger
 
 # What W&B reads from the environment; a value set there by the user stays.
@@ -36,12 +40,21 @@ WITHOUT_SERVER = ("offline", "dryrun", "disabled")
 WITH_SERVER = ("online", "run")
 
 
+@settings("logger")
+@dataclass(frozen=True)
+class Choice:
+    """Which logger, beside metrics.csv."""
+
+    name: Literal["none", "wandb"]
+
+
+@settings("logger")
 class Wandb(RunLogger):
     """A W&B run that belongs to the run folder.
 
     Args:
         folder: of the run; its wandb/ holds the files and the id.
-        config: of the run, resolved and plain.
+        record: what the run is recorded as.
         project, entity, group, tags: as W&B has them; null leaves them to its own settings, such as WANDB_ENTITY.
         mode: online, offline, or auto: WANDB_MODE if that is set, else online with a key and offline without.
 
@@ -55,15 +68,15 @@ class Wandb(RunLogger):
     def __init__(
         self,
         folder: RunFolder,
-        config: dict[str, Any],
+        record: Recorded,
         project: str,
         entity: str | None = None,
         group: str | None = None,
-        mode: str = "auto",
+        mode: Literal["auto", "online", "offline"] = "auto",
         tags: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.config = folder, config
+        self.folder, self.record = folder, record
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         if mode != "auto":
@@ -148,7 +161,12 @@ class Wandb(RunLogger):
         import wandb
 
         run = wandb.init(
-            config=self.config, dir=self.folder.path, id=self.id(), resume="allow", mode=mode, settings=self._settings
+            config=self.record.plain(),
+            dir=self.folder.path,
+            id=self.id(),
+            resume="allow",
+            mode=mode,
+            settings=self._settings,
         )
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
@@ -223,8 +241,21 @@ def first_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def loggers(cfg: DictConfig, folder: RunFolder, config: dict[str, Any]) -> list[RunLogger]:
-    """What the `logger` group adds to metrics.csv; nothing on ranks other than 0, which write nothing."""
-    if cfg.name == "none" or rank_zero_only.rank != 0:
+def loggers(name: str, folder: RunFolder, record: Recorded, **chosen: Any) -> list[RunLogger]:
+    """What a run logs to beside metrics.csv, by the name of the logger; nothing on ranks other than 0, which write
+    nothing. chosen: arguments of the logger."""
+    if name == "none" or rank_zero_only.rank != 0:
         return []
-    return [Wandb(folder, config, **{k: v for k, v in cfg.items() if k != "name"})]
+    check_wandb()
+    return [Wandb(folder, record, **chosen)]
+
+
+def check_wandb() -> None:
+    """Refuse logger=wandb where its package cannot be imported."""
+    try:
+        import_module("wandb")
+    except Exception as error:  # of a broken installation anything
+        raise Refusal(
+            f"logger=wandb: the package wandb cannot be imported ({type(error).__name__}: {error}). Install it again, "
+            f"or give logger=none."
+        ) from error

@@ -7,7 +7,8 @@ it depends on no rank, no worker, no micro-batch and no interruption.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,8 +20,24 @@ from diffusion.images import from_uint8
 from diffusion.noise import Stream, keys, normal, seed63, uniform, uniform_int
 from diffusion.objective import Objective
 from diffusion.process.kernels import noised
+from diffusion.runs.recorded import Recorded
+from diffusion.settings import AtLeast, Number, settings
 
 QUARTILES = 4
+
+
+@settings("optimizer")
+@dataclass(frozen=True)
+class Descent:
+    """What is done with a gradient beside the optimizer's step.
+
+    Args:
+        warmup_steps: steps of linear rise of the learning rate; 0: none.
+        gradient_clip: largest global norm of the gradient; 0: none.
+    """
+
+    warmup_steps: Number = 0
+    gradient_clip: Annotated[float, AtLeast(0)] = 1.0
 
 
 class DiffusionModule(pl.LightningModule):
@@ -30,13 +47,11 @@ class DiffusionModule(pl.LightningModule):
         denoiser: the network with its schedule and what it predicts.
         objective: its loss per image, of all channels that the network answers with.
         optimizer: parameters -> optimizer.
-        warmup_steps: steps of linear rise of the learning rate; 0 for none.
-        gradient_clip: largest global norm of the gradient; 0 for none.
-        label_dropout: share of the images whose label is hidden, for classifier-free guidance.
+        descent: warm-up and clipping.
         flip: mirror each image with probability 1/2.
         seed: of all draws.
         memory_format: of images and activations.
-        config: plain, resolved; stored in every checkpoint.
+        record: what the run is recorded as; stored in every checkpoint.
         skip_not_finite: leave out the optimizer's step where the gradient is not finite; the host waits for the device
             in every step to know it.
     """
@@ -46,24 +61,20 @@ class DiffusionModule(pl.LightningModule):
         denoiser: NetworkDenoiser,
         objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        warmup_steps: int = 0,
-        gradient_clip: float = 1.0,
-        label_dropout: float = 0.0,
+        descent: Descent | None = None,
         flip: bool = False,
         seed: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
-        config: dict[str, Any] | None = None,
+        record: Recorded | None = None,
         skip_not_finite: bool = False,
     ) -> None:
         super().__init__()
-        if label_dropout and denoiser.network.null_label is None:
-            raise ValueError(
-                f"objective.label_dropout={label_dropout} needs a conditional network: model.num_classes is 0."
-            )
+        if (hidden := objective.label_dropout) and denoiser.network.null_label is None:
+            raise ValueError(f"objective.label_dropout={hidden} needs a conditional network: model.num_classes is 0.")
         self.network = denoiser.network
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
-        self.warmup_steps, self.gradient_clip, self.label_dropout = warmup_steps, gradient_clip, label_dropout
-        self.flip, self.seed, self.memory_format, self.config = flip, seed, memory_format, config or {}
+        self.descent, self.label_dropout = descent or Descent(), objective.label_dropout
+        self.flip, self.seed, self.memory_format, self.record = flip, seed, memory_format, record
         self.skip_not_finite, self._unstable = skip_not_finite, objective.unstable
         self.num_timesteps = denoiser.schedule.num_timesteps
         self._sums: Tensor | None = None  # (2, 2 + QUARTILES), sum and count: loss, by quartile of t, stand-ins
@@ -78,7 +89,7 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self._optimizer(self.network.parameters())
-        warmup = max(self.warmup_steps, 1)
+        warmup = max(self.descent.warmup_steps, 1)
         ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ramp, "interval": "step"}}
 
@@ -131,7 +142,7 @@ class DiffusionModule(pl.LightningModule):
         self._sums = new if self._sums is None else self._sums.add_(new)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        limit = self.gradient_clip or float("inf")
+        limit = self.descent.gradient_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach()
         finite = self._norm.isfinite()
         self.skipped = self.skip_not_finite and not finite
@@ -158,7 +169,7 @@ class DiffusionModule(pl.LightningModule):
         return counts
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.config
+        checkpoint["config"] = {} if self.record is None else self.record.plain()
         counts = {"sums": self._sums, "norms": self._norms}
         if self.trainer.world_size > 1:  # of all ranks; given back to the first
             strategy = self.trainer.strategy

@@ -22,7 +22,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,13 +30,15 @@ from PIL import Image, ImageOps
 from diffusion.data.sources.source import BadEntry
 
 READ = ("PNG", "JPEG", "WEBP", "BMP")
+Stored = Literal["png", "webp", "jpeg"]
 STORED = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # format -> extension
-CROPS = ("centre", "celeba", "adm", "ddim", "none")
+Crop = Literal["centre", "celeba", "adm", "ddim", "none"]
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX, "hamming": Image.Resampling.HAMMING,
 }  # fmt: skip
-RESIZES = (*FILTERS, "none")
+Resize = Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "none"]
+Background = Literal["white", "black"]
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 CELEBA_SIZE, CELEBA_BOX = (178, 218), (89 - 64, 121 - 64, 89 + 64, 121 + 64)
 
@@ -51,7 +53,7 @@ class Rule:
 
     Args:
         image_size: side of the square samples, in pixels. channels: 3, or 1.
-        crop: one of CROPS. resize: the filter, or `none`: what is cropped must have the size.
+        crop: what is cut out. resize: the filter, or `none`: what is cropped must have the size.
         format: of what is encoded anew: png, webp or jpeg. quality: None is lossless; 1..100 for webp and jpeg.
         background: white or black, what transparent images are laid on; None refuses them.
         max_pixels: of an image before it is cropped.
@@ -59,11 +61,11 @@ class Rule:
 
     image_size: int
     channels: int = 3
-    crop: str = "centre"
-    resize: str = "lanczos"
-    format: str = "png"
+    crop: Crop = "centre"
+    resize: Resize = "lanczos"
+    format: Stored = "png"
     quality: int | None = None
-    background: str | None = None
+    background: Background | None = None
     max_pixels: int = 100_000_000
 
     @property

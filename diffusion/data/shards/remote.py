@@ -24,9 +24,10 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 from diffusion.files import UNWRITABLE, Room, is_file_of, lock, writing
+from diffusion.settings import Above, Count, Positive, settings
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "pipe:")
 CHUNK = 1 << 18
@@ -71,6 +72,7 @@ def address(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{urllib.parse.quote(name)}"
 
 
+@settings("data.remote")
 @dataclass(frozen=True)
 class Access:
     """How patiently remote files are read.
@@ -80,14 +82,8 @@ class Access:
         timeout: seconds without a byte after which an attempt ends.
     """
 
-    attempts: int = 6
-    timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"data.remote.attempts={self.attempts} must be at least 1.")
-        if not self.timeout > 0:
-            raise ValueError(f"data.remote.timeout={self.timeout} must be above 0: it counts seconds.")
+    attempts: Count = 6
+    timeout: Annotated[float, Above(0, ": it counts seconds")] = 30.0
 
     def fetch(self, url: str, file: BinaryIO, size: int | None = None, sha256: str | None = None) -> None:
         """Fill `file` (open for reading and writing; what it holds already is taken for the beginning) from `url`.
@@ -221,6 +217,18 @@ def _read_gopen(url: str, timeout: float) -> Iterator[bytes]:
 def _words(error: Exception) -> str:
     reason = getattr(error, "reason", None)
     return str(reason or error or type(error).__name__)
+
+
+@dataclass(frozen=True)
+class Remote(Access):
+    """How a remote set is had: as `Access`, and where its shards are kept.
+
+    Args:
+        folder: on this machine, for all runs. gigabytes: that the shards may take there.
+    """
+
+    folder: str = "~/.cache/diffusion"
+    gigabytes: Positive = 50.0
 
 
 class FileCache:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from diffusion.data.shards.index import Index, sample_digest
 from diffusion.data.shards.readers import CURE, LocalShards, ShardReader, Shards, changed, named, wrong_sample
 from diffusion.data.shards.remote import Unreachable
 from diffusion.files import Unwritable, shortage
+from diffusion.settings import Share, settings
 
-CACHES = ("auto", "memory", "none")
-ON_BAD_SAMPLE = ("error", "skip")
 CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
 NPY_HEADER = 1024  # bytes, at most
 READ_TOGETHER = 32  # samples: their encoded bytes are held at one time
@@ -93,6 +92,7 @@ def decode_label(data: bytes, classes: int) -> int:
     return label
 
 
+@settings("data")
 class Samples(Dataset):
     """The decoded samples of one split, by number, in the index's order: `samples[i] -> (image, label or None)`.
 
@@ -117,13 +117,12 @@ class Samples(Dataset):
         self,
         index: Index,
         split: str = "train",
-        cache: str = "none",
+        cache: Literal["auto", "memory", "none"] = "none",
         cache_bytes: int = CACHE_BYTES,
         shards: Shards | None = None,
-        on_bad_sample: str = "error",
-        max_bad_share: float = 0.01,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        max_bad_share: Share = 0.01,
     ) -> None:
-        check_values(cache, on_bad_sample, max_bad_share)
         self.index, self.shards = index, index.of_split(split)
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
@@ -341,16 +340,6 @@ class Samples(Dataset):
                         f"{self.max_bad_share:g} allows. The last one: {error}"
                     ) from error
         raise BadSample(f"data.root={self.index.root}: no sample can be decoded.")
-
-
-def check_values(cache: str, on_bad_sample: str, max_bad_share: float) -> None:
-    """ValueError for what `Samples` cannot take."""
-    if cache not in CACHES:
-        raise ValueError(f"data.cache={cache} is not one of {', '.join(CACHES)}.")
-    if on_bad_sample not in ON_BAD_SAMPLE:
-        raise ValueError(f"data.on_bad_sample={on_bad_sample} is not one of {', '.join(ON_BAD_SAMPLE)}.")
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"data.max_bad_share={max_bad_share} is outside [0, 1].")
 
 
 class _Cache:

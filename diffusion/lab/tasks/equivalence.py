@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.build import door
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.lab.equivalence import losses, walk_both
 from diffusion.lab.page import Charts, Grid, Words
@@ -34,7 +33,7 @@ ROUNDING = 1e-9
 WALKS = 16  # images that are sampled, at most
 
 
-class Subject(NamedTuple):
+class LookedAt(NamedTuple):
     """network: what is looked at. prediction: what it outputs. who: what to call it. x0 (N, C, H, W) float64, labels
     (N,) or None: images for it."""
 
@@ -46,7 +45,7 @@ class Subject(NamedTuple):
 
 
 def main(lab: Laboratory) -> None:
-    subject = subject_of(lab)
+    subject = looked_at(lab)
     page = lab.page(
         f"One model under two names: {subject.who}",
         "DDPM's loss of the noise and score matching weighted by sigma², on the same draws of data, noise and times; "
@@ -59,10 +58,10 @@ def main(lab: Laboratory) -> None:
     lab.finish(page)
 
 
-def same_losses(lab: Laboratory, subject: Subject) -> list[Words | Grid]:
+def same_losses(lab: Laboratory, subject: LookedAt) -> list[Words | Grid]:
     """Both losses and their gradients, on the schedule and its twin, in two precisions."""
     network, prediction, _, x0, labels = subject
-    seed, numbers, rows = lab.cfg.seed, torch.arange(len(x0)), []
+    seed, numbers, rows = lab.seed, torch.arange(len(x0)), []
     t = 1 + uniform_int(keys(numbers, seed, Stream.TIME), lab.schedule.num_timesteps)
     epsilon = normal(keys(numbers, seed, Stream.NOISE), x0.shape[1:], torch.float64)
     names = {lab.schedule_name: lab.schedule, f"VE twin of {lab.schedule_name}": Exploding(lab.schedule)}
@@ -84,10 +83,10 @@ def same_losses(lab: Laboratory, subject: Subject) -> list[Words | Grid]:
     return [Words(said, "verdict"), Grid("Losses on the same draws", columns, cells, "Differences are relative.")]
 
 
-def same_walks(lab: Laboratory, subject: Subject) -> list[Words | Charts]:
+def same_walks(lab: Laboratory, subject: LookedAt) -> list[Words | Charts]:
     """Samples of one model in both variables, step by step, in two precisions."""
-    cfg, schedule, seed = lab.cfg.equivalence, lab.schedule, lab.cfg.seed
-    grid = times(schedule.num_timesteps, min(cfg.num_steps, schedule.num_timesteps), "trailing")
+    asked, schedule, seed = lab.asked, lab.schedule, lab.seed
+    grid = times(schedule.num_timesteps, min(asked.num_steps, schedule.num_timesteps), "trailing")
     shape, numbers = subject.x0.shape[1:], torch.arange(min(len(subject.x0), WALKS))
     start = float(schedule.std(grid[0])) * normal(keys(numbers, seed, Stream.PRIOR), shape, torch.float64)
     rows, series, worst = [], [], 0.0
@@ -109,7 +108,7 @@ def same_walks(lab: Laboratory, subject: Subject) -> list[Words | Charts]:
     return [Words(said, "verdict"), lab.drawn(walks=chart)]
 
 
-def of_these(subject: Subject, denoiser: Denoiser) -> Denoiser:
+def of_these(subject: LookedAt, denoiser: Denoiser) -> Denoiser:
     """With the labels of the first images bound."""
 
     def denoise(x_t: Tensor, t: float | Tensor, labels: None = None) -> Prediction:
@@ -118,24 +117,24 @@ def of_these(subject: Subject, denoiser: Denoiser) -> Denoiser:
     return denoise
 
 
-def subject_of(lab: Laboratory) -> Subject:
+def looked_at(lab: Laboratory) -> LookedAt:
     """The checkpoint's network with images of its data, or a small network of random weights with points."""
-    number = lab.cfg.equivalence.num_images
+    number = lab.asked.num_images
     if lab.model is None:
         points = lab.points(number)[..., None, None]
-        return Subject(random_network(lab), "epsilon", "a small network with random weights", points, None)
+        return LookedAt(random_network(lab), "epsilon", "a small network with random weights", points, None)
     network, who = lab.model.denoiser.network, f"the network of {lab.model.path.name}"
     if lab.toy is not None:
-        return Subject(network, lab.model.denoiser.prediction, who, lab.points(number)[..., None, None], None)
-    images, labels = chosen_images(door.data_of(lab.model, lab.cfg.data.root), number, lab.cfg.seed)
+        return LookedAt(network, lab.model.denoiser.prediction, who, lab.points(number)[..., None, None], None)
+    images, labels = chosen_images(lab.subject.data(None), number, lab.seed)
     given = labels if network.num_classes else None
-    return Subject(network, lab.model.denoiser.prediction, who, images.double(), given)
+    return LookedAt(network, lab.model.denoiser.prediction, who, images.double(), given)
 
 
 def random_network(lab: Laboratory) -> nn.Module:
     """A network of points; a function of the seed. As it is first made it would answer 0."""
     state = torch.get_rng_state()
-    torch.manual_seed(seed63(lab.cfg.seed, Stream.INIT))
+    torch.manual_seed(seed63(lab.seed, Stream.INIT))
     try:
         network = MLP(channels=lab.dim, width=64, blocks=2)
         for parameter in network.parameters():

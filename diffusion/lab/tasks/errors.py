@@ -54,10 +54,10 @@ def check_settings(lab: Laboratory) -> None:
         for words, sampler in {"sampler": lab.sampler, **compared}.items():
             refuse_curved(words, sampler, lab)
         for named in lab.samplers:
-            named.times(lab.schedule, min(lab.cfg.errors.num_steps), LOWEST)
+            named.times(lab.schedule, min(lab.asked.num_steps), LOWEST)
     else:
         refuse_stays(lab.times)
-        nested_grids([1.0, 0.0], sorted(set(lab.cfg.errors.num_steps)))
+        nested_grids([1.0, 0.0], sorted(set(lab.asked.num_steps)))
 
 
 def refuse_curved(words: str, sampler: Sampler, lab: Laboratory) -> None:
@@ -85,7 +85,7 @@ def parts(lab: Laboratory) -> int:
 
 def denoiser_of(lab: Laboratory) -> tuple[Denoiser, str | None]:
     """The denoiser whose walk is measured, and what to call it; None of the exact one."""
-    number = lab.cfg.gaussian.fitted_on
+    number = lab.fitted_on
     if lab.model is not None:
         return lab.trained_on_points(), f"the network of {lab.model.path.name}"
     if number is None:
@@ -95,7 +95,7 @@ def denoiser_of(lab: Laboratory) -> tuple[Denoiser, str | None]:
             f"gaussian.fitted_on={number} is for toy=gaussian. Train a network on {lab.toy_name}, by python -m "
             f"diffusion.train +experiment=gmm data.toy={lab.toy_name}, and give checkpoint=runs/gmm."
         )
-    generator = torch.Generator().manual_seed(seed63(lab.cfg.seed, Stream.SAMPLES))
+    generator = torch.Generator().manual_seed(seed63(lab.seed, Stream.SAMPLES))
     return fitted(lab.toy, number, generator).denoiser(lab.schedule), f"that of the Gaussian of {number:,} points"
 
 
@@ -114,7 +114,7 @@ def ends_of_walks(lab: Laboratory, denoise: Denoiser, name: str | None) -> list[
     note = "Wasserstein distances (W2) of Gaussians, their mean and covariance carried through every step exactly."
     if not exactly(lab):
         note = (
-            f"Root mean square distances of {lab.cfg.errors.num_points:,} points that share their noise: at least the "
+            f"Root mean square distances of {lab.asked.num_points:,} points that share their noise: at least the "
             f"W2 of their laws. What stands for a walk without discretisation has {parts(lab)} steps in each step."
         )
     return [*(Words(text, "verdict") for text in said.words), Grid("The end of the walk", columns, rows, note)]
@@ -123,8 +123,8 @@ def ends_of_walks(lab: Laboratory, denoise: Denoiser, name: str | None) -> list[
 def parts_of(lab: Laboratory, denoise: Denoiser) -> errors.Parts:
     if exactly(lab):
         return errors.of_gaussian(lab.toy, lab.sampler, denoise, lab.times)
-    x0 = lab.points(lab.cfg.errors.num_points)
-    return errors.of_mixture(lab.toy, lab.sampler, denoise, lab.times, x0, lab.cfg.seed, parts(lab))
+    x0 = lab.points(lab.asked.num_points)
+    return errors.of_mixture(lab.toy, lab.sampler, denoise, lab.times, x0, lab.seed, parts(lab))
 
 
 # ---- initialisation ----
@@ -169,8 +169,8 @@ def step_by_step(lab: Laboratory, page: Page) -> None:
         steps = errors.steps_of_gaussian(lab.toy, lab.sampler, times)
         how = "The local error is W2 between the law after one exact step from the law at t, and the law at s."
     else:
-        x0 = lab.points(min(lab.cfg.errors.num_points, FEWER))
-        steps = errors.steps_of_mixture(lab.toy, lab.sampler, times, x0, lab.cfg.seed, parts(lab))
+        x0 = lab.points(min(lab.asked.num_points, FEWER))
+        steps = errors.steps_of_mixture(lab.toy, lab.sampler, times, x0, lab.seed, parts(lab))
         how = (
             f"The local error is how far a step ends from {parts(lab)} short ones on the same noise, root mean square."
         )
@@ -199,7 +199,7 @@ def step_by_step(lab: Laboratory, page: Page) -> None:
 
 def against_steps(lab: Laboratory, page: Page) -> None:
     """Distance from the exact law at t = 1 against the number of steps, for every sampler, with the fitted order."""
-    wanted, rows, series, table = sorted(set(lab.cfg.errors.num_steps)), [], [], []
+    wanted, rows, series, table = sorted(set(lab.asked.num_steps)), [], [], []
     chosen = [named for named in lab.samplers if not named.plain and (exactly(lab) or not named.anneals)]
     for k, named in enumerate(chosen):
         steps, found, order = distances(lab, named, wanted)
@@ -240,9 +240,9 @@ def distances(
         taken = [len(grid) - 1 for grid in grids]
         return taken, found, refinement.fitted_order(taken, found, onset(taken))
     nested = nested_grids(named.times(lab.schedule, wanted[0], LOWEST), wanted)
-    x0 = lab.points(min(lab.cfg.errors.num_points, FEWER))
-    x = errors.starts(lab.schedule, nested[0][0], x0, lab.cfg.seed).data
-    ends = refinement.refine(built, lab.toy.denoiser(lab.schedule), x, nested, lab.cfg.seed, torch.arange(len(x)))
+    x0 = lab.points(min(lab.asked.num_points, FEWER))
+    x = errors.starts(lab.schedule, nested[0][0], x0, lab.seed).data
+    ends = refinement.refine(built, lab.toy.denoiser(lab.schedule), x, nested, lab.seed, torch.arange(len(x)))
     return ends.num_steps[:-1], ends.gaps(), refinement.order_of_gaps(ends.num_steps, ends.gaps())
 
 
@@ -272,8 +272,8 @@ def of_training(lab: Laboratory, page: Page, denoise: Denoiser, trained: bool) -
         times = list(range(1, top + 1))
         found = [denoising_error(denoise, lab.toy, lab.schedule, t) for t in times]
     else:
-        times, x0 = training_error.some_times(top, lab.cfg.errors.times), lab.points(lab.cfg.errors.num_points)
-        found = [training_error.of_known(denoise, lab.toy, lab.schedule, t, x0, lab.cfg.seed) for t in times]
+        times, x0 = training_error.some_times(top, lab.asked.times), lab.points(lab.asked.num_points)
+        found = [training_error.of_known(denoise, lab.toy, lab.schedule, t, x0, lab.seed) for t in times]
     irreducible, excess = [k.irreducible for k in found], [k.excess for k in found]
     lab.table("training.csv", [{"t": t, **k._asdict()} for t, k in zip(times, found, strict=True)])
     series = [Series("q3", "irreducible", times, irreducible, tag="irreducible")]
@@ -296,7 +296,7 @@ def in_units_of_the_loss(lab: Laboratory) -> Grid:
     network, rows, cells = lab.model.denoiser, [], []
     for kind in dict.fromkeys((network.prediction, "v")):
         points = lab.points(training_error.POINTS_OF_A_QUARTER)
-        found = training_error.loss_by_quarter(network, lab.toy, lab.schedule, kind, points, lab.cfg.seed)
+        found = training_error.loss_by_quarter(network, lab.toy, lab.schedule, kind, points, lab.seed)
         for quarter, (irreducible, excess) in enumerate(found, 1):
             share = f"{excess / irreducible:.2%}"
             cells.append((kind, quarter, irreducible, excess, share))

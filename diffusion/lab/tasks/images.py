@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.build import door
-from diffusion.build import parts as build
-from diffusion.config.check import check_guidance, check_variance
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped
 from diffusion.errors import Refusal
@@ -19,7 +16,7 @@ from diffusion.lab import images, verdict
 from diffusion.lab.initialisation import spectrum
 from diffusion.lab.page import Grid, Words
 from diffusion.lab.tasks.ideas import ideas
-from diffusion.lab.tasks.laboratory import Laboratory, refuse_stays
+from diffusion.lab.tasks.laboratory import Laboratory
 from diffusion.lab.training_error import Known, quarters, some_times
 from diffusion.noise import Stream, keys, normal, permutation
 from diffusion.page.chart import Chart, Series
@@ -42,16 +39,15 @@ DISTANCES = 1e10  # and so many that their number squared, times the numbers in 
 
 def main(lab: Laboratory) -> None:
     """Measure, write, judge."""
-    check_settings(lab)
     found, split = measure(lab)
     model, steps = lab.model, len(lab.times) - 1
-    unseen = split != (model.config.at("data.split") or "train")
+    unseen = split != (model.record.at("data.split") or "train")
     said = verdict.of_images(found.begun, found.short, found.learned, found.tried, lab.walk, unseen)
     page = lab.page(
         f"Where the error comes from: {model.name}, step {model.step}",
         f"A walk of {steps} steps by {type(lab.sampler).__name__}. The exact score is not known, so errors are "
         f"bounded by "
-        f"{lab.cfg.errors.num_images} images of {model.data_name}, split {split}, and by walks on shared "
+        f"{lab.asked.num_images} images of {model.data_name}, split {split}, and by walks on shared "
         f"noise. Grey "
         f"levels, of 255: root mean square over pixels of the difference that an error makes to an image.",
     )
@@ -67,13 +63,6 @@ def main(lab: Laboratory) -> None:
     lab.finish(page)
 
 
-def check_settings(lab: Laboratory) -> None:
-    """Refuse what cannot be measured."""
-    check_guidance(lab.cfg.guidance.scale, lab.model.num_classes, lab.model.label_dropout)
-    check_variance(lab.cfg.sampler, lab.model.learns_variance)
-    refuse_stays(lab.times)
-
-
 class Found(NamedTuple):
     """All that is measured."""
 
@@ -85,13 +74,13 @@ class Found(NamedTuple):
 
 def measure(lab: Laboratory) -> tuple[Found, str]:
     """All of it, and the split whose images it is measured on."""
-    cfg, model, device = lab.cfg, lab.model, lab.place.device
+    asked, model, device = lab.asked, lab.model, lab.place.device
     module, split = held_out(lab)
-    known = known_images(module, cfg.errors.num_images, cfg.seed, bool(model.denoiser.network.num_classes), device)
-    x0, labels = first(known, cfg.errors.num_images)
+    known = known_images(module, asked.num_images, lab.seed, bool(model.denoiser.network.num_classes), device)
+    x0, labels = first(known, asked.num_images)
     walked, given = first(known, WALKS)
     model.denoiser.network.to(device, memory_format=lab.place.memory_format)
-    steps, at = len(lab.times) - 1, some_times(lab.schedule.num_timesteps, cfg.errors.times)
+    steps, at = len(lab.times) - 1, some_times(lab.schedule.num_timesteps, asked.times)
     lab.say(
         f"Errors of {model.path} (step {model.step}, {model.weights} weights), {type(lab.sampler).__name__}, {steps} "
         f"steps, by {len(x0)} images of {model.data_name}, split {split}"
@@ -99,18 +88,18 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
     settings = settings_tried(lab)
     walks = 2 * steps + steps * sum(images.LEVELS) + len(images.all_times(settings)) - 1
     walks += sum(len(t) - 1 for _, _, t in settings)
-    total = walks * -(-len(walked) // cfg.batch_size) + len(at) * -(-len(x0) // cfg.batch_size)
+    total = walks * -(-len(walked) // lab.batch_size) + len(at) * -(-len(x0) // lab.batch_size)
     with Progress("errors", total, "network calls") as progress:
         attend = progress.add
         denoise = sampled(lab, attend, given)
-        begun = images.initialisation(lab.sampler, denoise, lab.times, walked, known.spectrum, cfg.seed)
+        begun = images.initialisation(lab.sampler, denoise, lab.times, walked, known.spectrum, lab.seed)
         numbers = torch.arange(len(walked), device=device)
-        z = normal(keys(numbers, cfg.seed, Stream.PRIOR), walked.shape[1:])
+        z = normal(keys(numbers, lab.seed, Stream.PRIOR), walked.shape[1:])
         noise = float(lab.schedule.std(lab.times[0])) * z
-        short = images.discretisation(lab.sampler, denoise, lab.times, noise, cfg.seed)
-        tried = images.candidates(settings, denoise, z, cfg.seed)
+        short = images.discretisation(lab.sampler, denoise, lab.times, noise, lab.seed)
+        tried = images.candidates(settings, denoise, z, lab.seed)
         plain = measured(lab, attend)
-        learned = images.training(lab.sampler, plain, lab.times, at, x0, labels, known, cfg.seed, cfg.batch_size)
+        learned = images.training(lab.sampler, plain, lab.times, at, x0, labels, known, lab.seed, lab.batch_size)
     return Found(begun, short, learned, tried), split
 
 
@@ -119,8 +108,8 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
 
 def held_out(lab: Laboratory) -> tuple[ImageShardsDataModule, str]:
     """The split of the model's data that its denoiser is measured on."""
-    of = lambda split: door.data_of(lab.model, lab.cfg.data.root, split)  # noqa: E731
-    there, wanted = of(None).index.splits, lab.cfg.errors.split
+    of = lab.subject.data
+    there, wanted = of(None).index.splits, lab.asked.split
     split = wanted or ("test" if "test" in there else "train")
     if split not in there:
         raise Refusal(f"errors.split={split} is none of the splits of the data set, {', '.join(there)}.")
@@ -152,11 +141,11 @@ def first(known: Known, number: int) -> tuple[Tensor, Tensor | None]:
 
 def sampled(lab: Laboratory, attend: Callable[[], None], labels: Tensor | None) -> Denoiser:
     """What the sampler calls: guided, clipped, with labels bound, in batches."""
-    denoise = build.sampled(lab.cfg, Counted(lab.model.denoiser, attend), lab.model.denoiser, lab.place)
+    denoise = lab.recipe.denoiser(Counted(lab.model.denoiser, attend), lab.model.denoiser, lab.place)
 
     def in_batches(x_t: Tensor, t: float, given: None = None) -> Prediction:
         parts = []
-        for rows in torch.arange(len(x_t), device=x_t.device).split(lab.cfg.batch_size):
+        for rows in torch.arange(len(x_t), device=x_t.device).split(lab.batch_size):
             parts.append(denoise(x_t[rows], t, None if labels is None else labels[rows]))
         x0, epsilon, variance = zip(*parts, strict=True)
         return Prediction(torch.cat(x0), torch.cat(epsilon), None if variance[0] is None else torch.cat(variance))
@@ -167,12 +156,12 @@ def sampled(lab: Laboratory, attend: Callable[[], None], labels: Tensor | None) 
 def measured(lab: Laboratory, attend: Callable[[], None]) -> Denoiser:
     """The denoiser as it was trained, its x_0 clipped where the sampler's is."""
     called = Counted(lab.model.denoiser, attend)
-    return Clipped(called, lab.schedule) if lab.cfg.sampler.clip_x0 else called
+    return Clipped(called, lab.schedule) if lab.recipe.plan.clip_x0 else called
 
 
 def settings_tried(lab: Laboratory) -> list[tuple[str, Any, list[float]]]:
     """The present setting, other spacings of as many steps, and twice as many of each."""
-    top, steps, present = lab.schedule.num_timesteps, len(lab.times) - 1, lab.cfg.sampler.spacing
+    top, steps, present = lab.schedule.num_timesteps, len(lab.times) - 1, lab.recipe.plan.spacing
     found = [("the present setting", lab.sampler, list(lab.times))]
     for number in dict.fromkeys((steps, min(2 * steps, top))):
         for spacing in SPACINGS:

@@ -1,43 +1,39 @@
-"""From the settings of `lab` to what its tasks measure with: schedule, data, denoiser, samplers, and where it all goes.
+"""What the tasks of the laboratory measure with: schedule, data, denoiser, samplers; and where it all goes.
 
-    lab = Laboratory(cfg, say)
-    page = lab.page("errors", title, lead)
+    page = lab.page(title, lead)
     ...
     lab.finish(page)              page.json, report.html
 
-What a task does is in lab_errors.py, lab_images.py, lab_plane.py, lab_modes.py and lab_equivalence.py, each with
-`main(lab)`.
+What a task does is in errors.py, images.py, plane.py, modes.py and equivalence.py, each with `main(lab)`.
 """
 
 import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from diffusion.build import door
-from diffusion.build import parts as build
-from diffusion.config.check import check
-from diffusion.config.compose import check_kind, conf_dir, groups, lookup, nearest, parse, plain, typed, unknown
-from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
 from diffusion.files import csv_text, write_atomically
 from diffusion.lab.page import Charts, Page, write_page
+from diffusion.lab.settings import Asked
 from diffusion.lab.verdict import Walk
 from diffusion.noise import Stream, seed63
 from diffusion.page.chart import Chart, save
 from diffusion.process.grids import even, geometric
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
-from diffusion.process.toy import SETS, Gaussian, Mixture
-from diffusion.runs.folder import RunFolder
+from diffusion.process.toy import Mixture
 from diffusion.samplers.base import Sampler
+from diffusion.scoring.recipe import Recipe
+from diffusion.scoring.trained import Trained
 
 SHADES = ("q3", "q1", "q4", "q2", "paper", "ink", "q5")  # of the samplers that are held against each other
 LOWEST = 1.0  # time at which walks end whose law is compared: below it a table's noise falls to nothing in one step
@@ -77,56 +73,71 @@ class Named(NamedTuple):
         return [t for t in grid[:-1] for _ in range(self.visits)] + grid[-1:]
 
 
-class Laboratory:
-    """What the tasks share, built and checked; nothing written yet.
+class Subject(NamedTuple):
+    """What is looked at.
 
-    model: of the checkpoint, None without one. toy: the data, if their score is known, else None.
-
-    Raises:
-        Refusal: what is asked for cannot be.
+    toy: the data, if their score is known, else None. model: of a checkpoint, None without one.
     """
 
-    def __init__(self, cfg: DictConfig, say: Callable[[str], None]) -> None:
-        self.cfg, self.say, self.place, self.model = cfg, say, build.place(cfg.trainer), None
-        if cfg.checkpoint is not None:
-            self.model = door.trained(cfg.checkpoint, cfg.ema)
-        self.schedule = build.schedule(cfg) if self.model is None else self.model.denoiser.schedule
-        self.toy = self._toy()
-        if self.model is not None:
-            refuse_idle(cfg, typed(), OF_IMAGES if self.toy is None else OF_POINTS)
-        self.folder = Path(cfg.out) if cfg.out is not None else self._beside() / "lab"
-        if cfg.out is None and self.model is not None and self.model.run_folder is not None:
-            RunFolder(self.model.run_folder).refuse_links()
-        self.samplers = [named(words) for words in cfg.samplers]
-        for sampler in self.samplers:
-            sampler.make(self.schedule)
-        if cfg.task == "errors":  # no other task takes the setting `sampler`
-            self.sampler, self.times = build.sampler(cfg, self.schedule)
+    schedule: Schedule
+    schedule_name: str
+    toy: Mixture | None
+    toy_name: str
+    model: Trained | None = None
+    data: Callable[[str | None], ImageShardsDataModule] | None = None  # split -> the model's data set, for reading
 
-    def _beside(self) -> Path:
-        return (None if self.model is None else self.model.run_folder) or Path(".")
 
-    def _toy(self) -> Mixture | None:
-        """The distribution whose score is known: that of the checkpoint's data, or the one that `toy` names."""
-        cfg = self.cfg
-        if self.model is not None:
-            return door.data_of(self.model).mixture if self.model.on_points else None
-        name = cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
-        if name != "gaussian":
-            return SETS[name]()
-        mean, stds = list(cfg.gaussian.mean), list(cfg.gaussian.stds)
-        return Gaussian(mean, covariance=torch.diag(torch.tensor(stds, dtype=torch.float64) ** 2))
+@dataclass(frozen=True)
+class Laboratory:
+    """What the tasks share; nothing written yet.
+
+    Args:
+        task: its name. asked: its settings. subject: what is looked at. place: the model runs on.
+        samplers: that are held against each other. recipe: of the walk whose errors are measured.
+        folder: for a folder of each task and report.html. fitted_on: points that a Gaussian denoiser knows.
+        say: tells the user something.
+    """
+
+    task: str
+    asked: Asked
+    subject: Subject
+    place: Place
+    samplers: Sequence[Named]
+    recipe: Recipe
+    folder: Path
+    seed: int
+    batch_size: int
+    say: Callable[[str], None]
+    fitted_on: int | None = None
 
     @property
-    def toy_name(self) -> str:
-        if self.model is not None:
-            return self.model.config.at("data.toy") or self.model.data_name
-        return self.cfg.toy or ("gaussian" if self.cfg.task == "errors" else "modes")
+    def schedule(self) -> Schedule:
+        return self.subject.schedule
 
     @property
     def schedule_name(self) -> str:
-        cfg = self.cfg if self.model is None else self.model.config
-        return str(cfg["schedule"]["_target_"]).rpartition(".")[2]
+        return self.subject.schedule_name
+
+    @property
+    def toy(self) -> Mixture | None:
+        return self.subject.toy
+
+    @property
+    def toy_name(self) -> str:
+        return self.subject.toy_name
+
+    @property
+    def model(self) -> Trained | None:
+        return self.subject.model
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return self.recipe.sampler_of(self.schedule)[0]
+
+    @cached_property
+    def times(self) -> list[float]:
+        """That the walk visits."""
+        return self.recipe.sampler_of(self.schedule)[1]
 
     @property
     def walk(self) -> Walk:
@@ -150,7 +161,7 @@ class Laboratory:
     def points(self, number: int) -> Tensor:
         """So many points of the toy, (N, d), float64: a function of the seed."""
         assert self.toy is not None
-        return self.toy.sample(number, torch.Generator().manual_seed(seed63(self.cfg.seed, Stream.SAMPLES)))
+        return self.toy.sample(number, torch.Generator().manual_seed(seed63(self.seed, Stream.SAMPLES)))
 
     def trained_on_points(self) -> Denoiser:
         """The checkpoint's denoiser, of points (N, C): what a network sees as images of one pixel."""
@@ -171,7 +182,7 @@ class Laboratory:
 
     def path(self, name: str) -> Path:
         """Of a file of this task."""
-        return self.folder / self.cfg.task / name
+        return self.folder / self.task / name
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], first: Iterable[str] = ()) -> Path:
         """A CSV file of this task; its path."""
@@ -187,7 +198,7 @@ class Laboratory:
 
     def finish(self, page: Page) -> None:
         """Write the page, say where things are."""
-        report = write_page(page, self.folder / self.cfg.task)
+        report = write_page(page, self.folder / self.task)
         for path in sorted(self.path("").iterdir()):
             if path.suffix in (".csv", ".png", ".gif"):
                 self.say(str(path))
@@ -212,47 +223,3 @@ def told(words: Sequence[str]) -> list[str]:
             value = value[1:-1].replace("\\'", "'")
         found.append(f"{key}{equals}{value}")
     return found
-
-
-# ---- the samplers by name ----
-
-
-def named(words: str) -> Named:
-    """`ddim eta=0.5` -> the option of the group `sampler` with these settings.
-
-    Raises:
-        Refusal: no such option, or no such setting of it.
-    """
-    name, *settings = words.split() or [""]
-    known = groups()["sampler"]
-    if name not in known:
-        raise Refusal(f"samplers: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
-    cfg = group("sampler", name)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not (equals and value):
-            raise Refusal(f"samplers: {words!r}: settings are key=value, as in 'ddim eta=0.5'.")
-        parent, last, there = lookup(cfg, key)
-        if not there:
-            raise Refusal(f"samplers: {words!r}: {unknown(key, parent, last)}")
-        try:
-            given = check_kind(f"sampler.{key}", plain(parse(setting).value()), parent[last])
-        except Refusal as e:
-            raise Refusal(f"samplers: {words!r}: {e}") from e
-        OmegaConf.update(cfg, key, given)
-    check(OmegaConf.create({"sampler": cfg}))
-    taken = build.without(cfg, "num_steps", "spacing", "visits", "clip_x0")
-    make = lambda schedule: build.make(taken, "samplers", schedule=schedule)  # noqa: E731
-    stays, visits = cfg.num_steps == 1, cfg.get("visits", 1)
-    anneals = visits > 1 or str(cfg._target_).endswith("AnnealedLangevin")
-    return Named(words, make, 1 if stays else visits, stays, anneals)
-
-
-def group(name: str, option: str) -> DictConfig:
-    """An option of a config group as it stands in conf/; may be asked for within a command."""
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(overrides=[f"+{name}={option}"])[name]
-    finally:
-        GlobalHydra.instance().hydra = outer

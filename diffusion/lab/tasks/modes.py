@@ -33,25 +33,25 @@ class Counted(NamedTuple):
 
 
 def main(lab: Laboratory) -> None:
-    cfg, weights = lab.cfg.modes, class_weights(lab.toy).tolist()
+    asked, weights = lab.asked, class_weights(lab.toy).tolist()
     if len(weights) < 2:
         raise Refusal(f"task=modes: toy={lab.toy_name} has a single class, of which there is nothing to count.")
-    if cfg.num_points * min(weights) < LEAST:
+    if asked.num_points * min(weights) < LEAST:
         raise Refusal(
-            f"modes.num_points={cfg.num_points}: of the rarest class {LEAST} samples or more must be expected, for a "
+            f"modes.num_points={asked.num_points}: of the rarest class {LEAST} samples or more must be expected, for a "
             f"test to mean anything: give at least {math.ceil(LEAST / min(weights))}."
         )
     page = lab.page(
         f"Shares of modes: {lab.toy_name} on {lab.schedule_name}",
-        f"{cfg.num_points:,} samples of each sampler in {cfg.num_steps:,} steps by exact scores, counted by the class "
-        f"they belong to. One that samples from the data makes of each class what its weight is, but for chance; p is "
-        f"the chance of shares as far off as these, were there no other reason.",
+        f"{asked.num_points:,} samples of each sampler in {asked.num_steps:,} steps by exact scores, counted by the "
+        f"class they belong to. One that samples from the data makes of each class what its weight is, but for chance; "
+        f"p is the chance of shares as far off as these, were there no other reason.",
     )
     found = []
     for named in lab.samplers:
-        times = named.times(lab.schedule, cfg.num_steps, widest=lab.widest)
+        times = named.times(lab.schedule, asked.num_steps, widest=lab.widest)
         counted = sampled_shares(lab, named.make(lab.schedule), times)
-        found.append(Counted(named.words, counted, counted.intervals(cfg.confidence) if counted else []))
+        found.append(Counted(named.words, counted, counted.intervals(asked.confidence) if counted else []))
         p = "its walks ran away" if counted is None else f"p = {counted.p:.3g}"
         lab.say(f"{named.words}: {p}" + ("" if found[-1].right else ", not the weights of the data"))
     said = verdict(found)
@@ -66,8 +66,8 @@ def main(lab: Laboratory) -> None:
 def sampled_shares(lab: Laboratory, sampler: Sampler, times: Sequence[float]) -> Shares | None:
     """Counts of the samples; None if some are not finite."""
     denoise, ends = lab.toy.denoiser(lab.schedule), []
-    for numbers in torch.arange(lab.cfg.modes.num_points).split(CHUNK):
-        noise = ImageNoise(lab.cfg.seed, numbers)
+    for numbers in torch.arange(lab.asked.num_points).split(CHUNK):
+        noise = ImageNoise(lab.seed, numbers)
         x = float(lab.schedule.std(times[0])) * noise(torch.zeros(len(numbers), lab.dim, dtype=torch.float64))
         ends.append(sampler.sample(denoise, x, times, noise))
     x = torch.cat(ends)
@@ -101,7 +101,7 @@ def grid(lab: Laboratory, found: Sequence[Counted], weights: Sequence[float]) ->
         cells = (f"{interval.share:.4f}" for interval in counted.intervals)
         rows.append((counted.words, *cells, f"{counted.shares.p:.2g}", "yes" if counted.right else "no"))
     columns = ("sampler", *map(str, range(len(weights))), "p", "the weights?")
-    note = f"Intervals of {lab.cfg.modes.confidence:.0%} (Wilson) are in modes.csv. No: p is below {UNLIKELY:g}."
+    note = f"Intervals of {lab.asked.confidence:.0%} (Wilson) are in modes.csv. No: p is below {UNLIKELY:g}."
     return Grid("Shares by class", columns, rows, note)
 
 
@@ -121,7 +121,7 @@ def charts(lab: Laboratory, found: Sequence[Counted], weights: Sequence[float]) 
         Series("q3", "share", list(range(len(shown))), [c.intervals[rare].share for c in shown], "points", "share")
     ]
     for k, counted in enumerate(shown):
-        name = "" if k else f"interval of {lab.cfg.modes.confidence:.0%}"
+        name = "" if k else f"interval of {lab.asked.confidence:.0%}"
         ends = [counted.intervals[rare].low, counted.intervals[rare].high]
         series.append(Series("q4", name, [k, k], ends, tag=f"interval-{k}"))
     note = "; ".join(f"{k}: {counted.words}" for k, counted in enumerate(shown))

@@ -28,8 +28,8 @@ A_ROW = 3  # frames beside each other
 
 def main(lab: Laboratory) -> None:
     if lab.dim != 2:
-        raise Refusal(f"task={lab.cfg.task} shows the plane: gaussian.mean and gaussian.stds need two numbers each.")
-    (forward if lab.cfg.task == "forward" else reverse)(lab)
+        raise Refusal(f"task={lab.task} shows the plane: gaussian.mean and gaussian.stds need two numbers each.")
+    (forward if lab.task == "forward" else reverse)(lab)
 
 
 # ---- noise comes ----
@@ -37,7 +37,7 @@ def main(lab: Laboratory) -> None:
 
 def forward(lab: Laboratory) -> None:
     """Densities and scores at some times, what is left to know of the class, space and time, an animation."""
-    cfg, toy, schedule = lab.cfg.forward, lab.toy, lab.schedule
+    asked, toy, schedule = lab.asked, lab.toy, lab.schedule
     page = lab.page(
         f"Noise comes: {lab.toy_name} on {lab.schedule_name}",
         "Each point of the data is moved towards noise, x_t = alpha_t x_0 + sigma_t epsilon. Modes widen, meet and "
@@ -45,10 +45,10 @@ def forward(lab: Laboratory) -> None:
         "one; the score, which points to where the density rises, turns from many pits to a single one. Everything is "
         "drawn at the width that data and noise have together, x_t / std_t.",
     )
-    times = telling(lab) if cfg.times is None else checked(cfg.times, schedule.num_timesteps)
+    times = telling(lab) if asked.times is None else checked(asked.times, schedule.num_timesteps)
     lab.say(f"{lab.toy_name} on {lab.schedule_name} at t = {', '.join(f'{t:g}' for t in times)}")
-    x0 = lab.points(cfg.num_points)
-    walk = plane.noising(toy, schedule, times, x0, lab.cfg.seed)
+    x0 = lab.points(asked.num_points)
+    walk = plane.noising(toy, schedule, times, x0, lab.seed)
     fields = [plane.field(toy, schedule, t) for t in times]
     above = [
         Frame(f"t = {t:g}", plane.HALF, found.density, found.places, found.scores)
@@ -61,12 +61,12 @@ def forward(lab: Laboratory) -> None:
     page.add(Picture(panels([above, below], lab.path("fields.png")), words + "colours of their classes."))
     page.add(known_of_the_class(lab))
     ladder = down(schedule)[::-1]
-    moving = plane.noising(toy, schedule, ladder, x0[:SHOWN_PATHS], lab.cfg.seed)
+    moving = plane.noising(toy, schedule, ladder, x0[:SHOWN_PATHS], lab.seed)
     words = "The first coordinate over time: from modes at the left to one bell at the right."
     page.add(Picture(landscape(lab, ladder, moving, "Density over time, and points of data in it"), words))
-    if cfg.frames:
-        stops = [0.0, *thinned(ladder, cfg.frames - 1)]
-        page.add(Picture(film(lab, plane.noising(toy, schedule, stops, x0, lab.cfg.seed)), "Noise comes."))
+    if asked.frames:
+        stops = [0.0, *thinned(ladder, asked.frames - 1)]
+        page.add(Picture(film(lab, plane.noising(toy, schedule, stops, x0, lab.seed)), "Noise comes."))
     page.add(*ideas("score", "class", "langevin"))
     lab.finish(page)
 
@@ -76,7 +76,7 @@ def known_of_the_class(lab: Laboratory) -> Charts:
     toy, schedule, x0, rows = lab.toy, lab.schedule, lab.points(KNOWN), []
     for t in down(schedule)[::-1][::EVERY]:
         alpha, sigma = (float(value) for value in schedule(t))
-        bits = plane.class_bits(toy, schedule, t, x0, lab.cfg.seed)
+        bits = plane.class_bits(toy, schedule, t, x0, lab.seed)
         peaks = plane.peaks_at(toy, schedule, t)
         rows.append({"t": t, "alpha": alpha, "sigma": sigma, "class_bits": bits, "peaks": peaks})
     lab.table("forward.csv", rows)
@@ -94,10 +94,10 @@ def known_of_the_class(lab: Laboratory) -> Charts:
 
 def reverse(lab: Laboratory) -> None:
     """Walks of the samplers from noise, when each is decided, and an animation of the flow."""
-    cfg, toy, schedule = lab.cfg.reverse, lab.toy, lab.schedule
+    asked, toy, schedule = lab.asked, lab.toy, lab.schedule
     page = lab.page(
         f"Noise goes: {lab.toy_name} on {lab.schedule_name}",
-        f"Walks of {cfg.num_steps} steps from pure noise to data by exact scores. A walk is decided when the class "
+        f"Walks of {asked.num_steps} steps from pure noise to data by exact scores. A walk is decided when the class "
         f"that "
         f"its x_t makes most probable is the one it ends in. Where a walk along the flow ends is settled by its "
         f"start; a sampler that adds noise may change its mind for as long as modes overlap.",
@@ -112,12 +112,12 @@ def reverse(lab: Laboratory) -> None:
     page.add(Picture(panels(rows, lab.path("paths.png")), words), when_decided(lab, walks))
     ladder = down(schedule)
     flow, exact = DDIM(schedule), toy.denoiser(schedule)
-    some = plane.denoising(toy, flow, exact, ladder, SHOWN_PATHS, lab.cfg.seed)
+    some = plane.denoising(toy, flow, exact, ladder, SHOWN_PATHS, lab.seed)
     words = "The first coordinate over time, from one bell at the left to modes at the right."
     page.add(Picture(landscape(lab, ladder, some, "Density over time, and walks along the flow in it"), words))
-    if cfg.frames:
-        stops = [*thinned(ladder, cfg.frames - 1), 0.0]
-        walk = plane.denoising(toy, flow, exact, stops, cfg.num_points, lab.cfg.seed)
+    if asked.frames:
+        stops = [*thinned(ladder, asked.frames - 1), 0.0]
+        walk = plane.denoising(toy, flow, exact, stops, asked.num_points, lab.seed)
         page.add(Picture(film(lab, walk), "Noise goes, along the flow."))
     page.add(*ideas("flow", "langevin", "class"))
     lab.finish(page)
@@ -125,16 +125,18 @@ def reverse(lab: Laboratory) -> None:
 
 def walks_of_all(lab: Laboratory) -> dict[str, plane.Paths]:
     """By the words of each sampler that goes from noise to data."""
-    cfg, exact, found = lab.cfg.reverse, lab.toy.denoiser(lab.schedule), {}
+    asked, exact, found = lab.asked, lab.toy.denoiser(lab.schedule), {}
     for named in lab.samplers:
         if named.plain:
             continue
-        lab.say(f"{named.words}: {cfg.num_points} walks")
-        times = named.times(lab.schedule, cfg.num_steps, widest=lab.widest)
+        lab.say(f"{named.words}: {asked.num_points} walks")
+        times = named.times(lab.schedule, asked.num_steps, widest=lab.widest)
         sampler = named.make(lab.schedule)
-        walk = plane.denoising(lab.toy, sampler, exact, times, cfg.num_points, lab.cfg.seed)
+        walk = plane.denoising(lab.toy, sampler, exact, times, asked.num_points, lab.seed)
         if not np.isfinite(walk.places).all():
-            raise Refusal(f"samplers: {named.words!r} runs away in reverse.num_steps={cfg.num_steps} steps: give more.")
+            raise Refusal(
+                f"samplers: {named.words!r} runs away in reverse.num_steps={asked.num_steps} steps: give more."
+            )
         found[named.words] = walk
     if not found:
         raise Refusal("samplers: none of them goes from noise to data; give ddim or ancestral, for example.")
@@ -198,4 +200,4 @@ def film(lab: Laboratory, walk: plane.Paths) -> Path:
     for t, places in zip(walk.times, walk.places, strict=True):
         density = plane.field(lab.toy, lab.schedule, t, points=120).density
         frames.append(Frame(f"t = {t:.4g}", plane.HALF, density, points=places, classes=walk.classes))
-    return animation(frames, lab.path(f"{lab.cfg.task}.gif"))
+    return animation(frames, lab.path(f"{lab.task}.gif"))

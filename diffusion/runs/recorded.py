@@ -1,14 +1,16 @@
-"""Settings that were read from a file: they can be looked at, and nothing can be built from them.
+"""What a run is recorded as: its settings, to be looked at and compared; nothing can be built from them.
 
 A checkpoint and a run folder may come from anybody. What they say of their configuration is plain data, of a type that
 neither Hydra nor OmegaConf accepts: `instantiate`, `OmegaConf.create` and `OmegaConf.merge` refuse it. A text such as
-`${oc.env:HOME}` stays this text. What is built from such settings is built in one place (`app/door.py`).
+`${oc.env:HOME}` stays this text. What is built from such settings is built in one place (`build/door.py`).
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from diffusion.metrics.published import TIMESTEPS
 
 MOST_VALUES, DEEPEST, LONGEST = 10_000, 20, 20_000  # values, groups within groups, characters of a text
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or forge lines of a terminal
@@ -36,7 +38,7 @@ KINDS = {  # of the values that this program reads; null is allowed in each
 }  # fmt: skip
 
 
-class UntrustedConfig(Mapping[str, Any]):
+class Recorded(Mapping[str, Any]):
     """A group of settings, read-only. Values are None, bool, int, float, str, lists of these, and groups again.
 
     Args:
@@ -68,7 +70,7 @@ class UntrustedConfig(Mapping[str, Any]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"UntrustedConfig({self._values!r})"
+        return f"Recorded({self._values!r})"
 
     def at(self, key: str, default: Any = None) -> Any:
         """The value of 'data.root'; `default` where it or a group on the way is absent."""
@@ -79,14 +81,46 @@ class UntrustedConfig(Mapping[str, Any]):
             value = value[name]
         return value
 
-    def group(self, key: str) -> "UntrustedConfig":
+    def plain(self) -> dict[str, Any]:
+        """The same in dictionaries, to be written."""
+        return {key: value.plain() if isinstance(value, Recorded) else value for key, value in self._values.items()}
+
+    def replaced(self, group: str, **values: Any) -> "Recorded":
+        """The same with other values of some settings of a group."""
+        return _group({**self._values, group: _group({**self.group(group)._values, **values})})
+
+    def group(self, key: str) -> "Recorded":
         """The group of that name; an empty one where it is absent or no group."""
         found = self.at(key)
-        return found if isinstance(found, UntrustedConfig) else _group({})
+        return found if isinstance(found, Recorded) else _group({})
 
 
-def _group(values: dict[str, Any]) -> UntrustedConfig:
-    made = object.__new__(UntrustedConfig)
+def described(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the model that its run trains, in the words of results.jsonl: objective, prediction,
+    learned variance, schedule, classes, size."""
+
+    def at(key: str) -> Any:
+        value: Any = record
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+    last = lambda key: str(at(key) or "").rpartition(".")[2]  # noqa: E731
+    levels = at("schedule.num_timesteps")
+    of_levels = "" if levels in (None, TIMESTEPS) else f" of {levels:,} levels"
+    known = {
+        "objective": last("objective._target_").lower() or None,
+        "prediction": at("objective.prediction"),
+        "learned_variance": at("objective.variance") == "learned",
+        "schedule": last("schedule._target_") + of_levels or None,
+        "num_classes": at("model.num_classes"),
+        "image_size": at("data.image_size"),
+    }
+    return {k: v for k, v in known.items() if v is not None}
+
+
+def _group(values: dict[str, Any]) -> Recorded:
+    made = object.__new__(Recorded)
     made._values = values
     return made
 

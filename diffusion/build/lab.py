@@ -1,0 +1,117 @@
+"""From the settings of `lab` to its laboratory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.build import door, parts
+from diffusion.build.sampling import recipe
+from diffusion.build.take import left, take
+from diffusion.config.check import check, check_guidance, check_variance
+from diffusion.config.compose import composing, typed
+from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle
+from diffusion.config.values import check_kind, kind_at, lookup, unknown
+from diffusion.config.words import conf_dir, groups, nearest, parse, plain
+from diffusion.distributed.launcher import Compute
+from diffusion.distributed.place import Place
+from diffusion.errors import Refusal
+from diffusion.lab.settings import TASKS, Gaussian
+from diffusion.lab.tasks.laboratory import Laboratory, Named, Subject, refuse_stays
+from diffusion.process import toy
+from diffusion.process.toy import SETS, Mixture
+from diffusion.runs.folder import RunFolder
+from diffusion.samplers.annealed import AnnealedLangevin
+from diffusion.scoring.recipe import Plan
+
+
+def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
+    """What the task measures with, built and checked; nothing written yet.
+
+    Raises:
+        ValueError: what is asked for cannot be.
+    """
+    place = Place.of(take(cfg.trainer, Compute))
+    subject = subject_of(cfg)
+    model, run = subject.model, None if subject.model is None else subject.model.run_folder
+    if model is not None:
+        refuse_idle(cfg, typed(), OF_IMAGES if subject.toy is None else OF_POINTS)
+    if cfg.out is None and run is not None:
+        RunFolder(run).refuse_links()
+    samplers = [named(words) for words in cfg.samplers]
+    for sampler in samplers:
+        sampler.make(subject.schedule)
+    folder = Path(cfg.out) if cfg.out is not None else (run or Path(".")) / "lab"
+    made = Laboratory(
+        cfg.task, take(cfg[cfg.task], TASKS[cfg.task]), subject, place, samplers, recipe(cfg, cfg.batch_size), folder,
+        cfg.seed, cfg.batch_size, say, cfg.gaussian.fitted_on,
+    )  # fmt: skip
+    if cfg.task == "errors":  # no other task takes the setting `sampler`
+        assert made.sampler is not None
+        if subject.toy is None and model is not None:
+            check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
+            check_variance(cfg.sampler, model.learns_variance)
+            refuse_stays(made.times)
+    return made
+
+
+def subject_of(cfg: DictConfig) -> Subject:
+    """What is looked at: the checkpoint's model and its data, or the toy that is asked for."""
+    last = lambda target: str(target).rpartition(".")[2]  # noqa: E731
+    if cfg.checkpoint is None:
+        name = cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
+        return Subject(parts.schedule(cfg), last(cfg.schedule._target_), toy_of(name, cfg), name)
+    model = door.trained(cfg.checkpoint, cfg.ema)
+    mixture = door.data_of(model).mixture if model.on_points else None
+    of = lambda split: door.data_of(model, cfg.data.root, split)  # noqa: E731
+    name = model.record.at("data.toy") or model.data_name
+    return Subject(model.denoiser.schedule, last(model.record.at("schedule._target_")), mixture, name, model, of)
+
+
+def toy_of(name: str, cfg: DictConfig) -> Mixture:
+    """The distribution of this name, whose score is known."""
+    if name != "gaussian":
+        return SETS[name]()
+    chosen = take(cfg.gaussian, Gaussian)
+    return toy.Gaussian(chosen.mean, covariance=torch.diag(torch.tensor(chosen.stds, dtype=torch.float64) ** 2))
+
+
+def named(words: str) -> Named:
+    """`ddim eta=0.5` -> the option of the group `sampler` with these settings.
+
+    Raises:
+        Refusal: no such option, or no such setting of it.
+    """
+    name, *settings = words.split() or [""]
+    known = groups()["sampler"]
+    if name not in known:
+        raise Refusal(f"samplers: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
+    cfg = option("sampler", name)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (equals and value):
+            raise Refusal(f"samplers: {words!r}: settings are key=value, as in 'ddim eta=0.5'.")
+        parent, last, there = lookup(cfg, key)
+        if not there:
+            raise Refusal(f"samplers: {words!r}: {unknown(key, parent, last)}")
+        whole = OmegaConf.create({"sampler": cfg})
+        try:
+            kind = kind_at(f"sampler.{key}", whole)
+            given = check_kind(f"sampler.{key}", plain(parse(setting).value()), parent[last], kind)
+        except Refusal as e:
+            raise Refusal(f"samplers: {words!r}: {e}") from e
+        OmegaConf.update(cfg, key, given)
+    check(OmegaConf.create({"sampler": cfg}))
+    plan = take(cfg, Plan)
+    made = parts.factory(left(cfg, Plan), "samplers")
+    stays = plan.num_steps == 1
+    anneals = plan.visits > 1 or made.func is AnnealedLangevin
+    return Named(words, lambda schedule: made(schedule=schedule), 1 if stays else plan.visits, stays, anneals)
+
+
+def option(group: str, name: str) -> DictConfig:
+    """An option of a config group as it stands in conf/; may be asked for within a command."""
+    with composing(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(overrides=[f"+{group}={name}"])[group]

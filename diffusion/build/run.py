@@ -1,0 +1,163 @@
+"""From the configuration of `train` to the parts of a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.build import parts
+from diffusion.build.extractors import Choice, extractor
+from diffusion.build.sampling import recipe
+from diffusion.build.take import take
+from diffusion.config.check import check
+from diffusion.config.compose import Typed, composed
+from diffusion.data.module import Described
+from diffusion.denoiser import NetworkDenoiser
+from diffusion.distributed.launcher import Compute
+from diffusion.distributed.place import Place
+from diffusion.metrics.extractors import Extractor
+from diffusion.metrics.metric import Metric
+from diffusion.runs.folder import RECORDED, OnError, RunFolder
+from diffusion.runs.recorded import Recorded
+from diffusion.scoring.looks import During, Grids, Looks, Scores
+from diffusion.scoring.recipe import Recipe
+from diffusion.training.checkpoint import CheckpointWriter, Saving
+from diffusion.training.ema import EMA
+from diffusion.training.fit import Length, Training
+from diffusion.training.logger import loggers
+from diffusion.training.meter import MetricsCsv, count_parameters
+from diffusion.training.module import Descent, DiffusionModule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All parts of a run, built and checked; nothing written yet.
+
+    Args:
+        record: what the run is recorded as.
+        recipe: how its images are sampled. looks, metrics: what is looked at. paper: published values by metric.
+        extractor: makes the extractor of its scores when it is wanted, which may train it on the run's own data.
+        ready: that extractor, if it was made at once. described: the data set, as the configuration has it.
+        checkpoint_bytes: about as large as a checkpoint is.
+    """
+
+    name: str
+    debug: bool
+    record: Recorded
+    compute: Compute
+    place: Place
+    training: Training
+    denoiser: NetworkDenoiser
+    recipe: Recipe
+    looks: Looks
+    metrics: Mapping[str, Metric]
+    paper: Mapping[str, float | None]
+    extractor: Callable[[], Extractor]
+    ready: Extractor | None
+    choice: Choice
+    described: Described
+    checkpoint_bytes: int
+
+
+def parts_of(words: Sequence[str]) -> Parts:
+    """The parts of the run that these words of `train` ask for. Raises ValueError as the command does."""
+    cfg = composed("train", list(words))
+    check(cfg, Typed("train", tuple(words)))
+    return run_parts(cfg, RunFolder(cfg.run_dir))
+
+
+def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
+    """The parts of the run that a composed and checked configuration asks for, in its folder.
+
+    Raises:
+        ValueError: some part cannot be built as asked.
+    """
+    record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
+    recorded = folder.config()
+    if recorded is not None:  # what was left open was found out when the run began
+        known = {k: recorded.at(f"data.{k}") for k in RECORDED if cfg.data[k] is None}
+        cfg = OmegaConf.merge(cfg, {"data": known})
+    compute = take(cfg.trainer, Compute)
+    place = Place.of(compute)
+    data = parts.data(cfg)
+    levels = parts.schedule(cfg)
+    network = parts.network(cfg, cfg.seed).to(memory_format=place.memory_format)
+    denoiser = NetworkDenoiser(network, levels, cfg.objective.prediction)
+    optimizer = parts.optimizer(cfg)
+    module = DiffusionModule(
+        denoiser,
+        parts.objective(cfg, levels),
+        optimizer,
+        descent=take(cfg.optimizer, Descent),
+        flip=cfg.data.flip,
+        seed=cfg.seed,
+        memory_format=place.memory_format,
+        record=record,
+        skip_not_finite=cfg.on_nonfinite == "skip",
+    )
+    sampled = recipe(cfg)
+    sampled.sampler_of(levels)
+    saving = take(cfg.save, Saving)
+    on_error = OnError(saving.on_error)
+    looks = _looks(cfg.callbacks)
+    choice = take(cfg.extractor, Choice)
+    at_once = looks.enabled and cfg.metrics and choice.name != "digits"
+    training = Training(
+        module,
+        data,
+        EMA(cfg.ema.decay, cfg.ema.warmup),
+        folder,
+        CheckpointWriter(),
+        [MetricsCsv(folder.metrics_path, on_error), *parts_loggers(cfg, folder, record)],
+        take(cfg.trainer, Length),
+        saving,
+        on_error,
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        log_every=cfg.log_every,
+        fingerprint_every=cfg.fingerprint_every,
+        max_nonfinite=cfg.max_nonfinite,
+        deterministic=cfg.deterministic,
+    )
+    return Parts(
+        cfg.name,
+        cfg.debug,
+        record,
+        compute,
+        place,
+        training,
+        denoiser,
+        sampled,
+        looks,
+        parts.metrics(cfg.metrics),
+        dict(cfg.paper),
+        lambda: extractor(choice, data),
+        extractor(choice) if at_once else None,
+        choice,
+        take(cfg.data, Described),
+        4
+        * count_parameters(network)
+        * (2 + states_of(optimizer)),  # weights, average, what the optimizer keeps of each
+    )
+
+
+def parts_loggers(cfg: DictConfig, folder: RunFolder, record: Recorded) -> list:
+    """What the `logger` group adds to metrics.csv."""
+    chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k != "name"}
+    return loggers(cfg.logger.name, folder, record, **chosen)
+
+
+def _looks(cfg: DictConfig) -> Looks:
+    if not cfg.enabled:
+        return Looks()
+    score = take(cfg.score, Scores, during=take(cfg.score.during, During))
+    return Looks(True, take(cfg.grid, Grids), score)
+
+
+def states_of(optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> int:
+    """Tensors of a parameter's size that an optimizer keeps of it: two of Adam."""
+    one = torch.nn.Parameter(torch.zeros(2))
+    made, one.grad = optimizer([one]), torch.zeros(2)
+    made.step()
+    return sum(isinstance(value, torch.Tensor) and value.shape == one.shape for value in made.state[one].values())

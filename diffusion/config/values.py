@@ -1,0 +1,255 @@
+"""Which settings there are, and what each may be: by the class that takes it, else by its default in conf/.
+
+The kind of a setting of a group is declared by the class of its `_target_`, or by those that OWNERS names for groups,
+and for what beside its target a group has. Needs neither torch nor lightning.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from diffusion.config.declared import arguments
+from diffusion.config.words import is_interpolation, nearest, plain, quoted, shown, typeable
+from diffusion.errors import Refusal
+from diffusion.settings import ANY, Between, Each, Kind, Positive, kind_of
+
+COMMANDS = ("train", "sample", "evaluate", "lab", "prepare", "report", "benchmark")
+
+OWNERS: dict[str, tuple[str, ...]] = {  # group -> who takes its settings, beside the class of its _target_
+    "callbacks": ("diffusion.scoring.looks.Looks",),
+    "callbacks.grid": ("diffusion.scoring.looks.Grids",),
+    "callbacks.score": ("diffusion.scoring.looks.Scores",),
+    "callbacks.score.during": ("diffusion.scoring.looks.During",),
+    "data": ("diffusion.data.module.Described", "diffusion.config.commands.Data"),
+    "data.remote": ("diffusion.data.shards.remote.Remote",),
+    "data.rule": ("diffusion.data.prepare.image.Rule",),
+    "digests": ("diffusion.benchmark.settings.Digests",),
+    "ema": ("diffusion.training.ema.EMA",),
+    "equivalence": ("diffusion.lab.settings.Equivalence",),
+    "errors": ("diffusion.lab.settings.Errors",),
+    "extractor": ("diffusion.build.extractors.Choice",),
+    "forward": ("diffusion.lab.settings.Forward",),
+    "gaussian": ("diffusion.lab.settings.Gaussian",),
+    "gpu_check": ("diffusion.benchmark.settings.GpuCheck",),
+    "guidance": ("diffusion.guidance.ClassifierFree",),
+    "likelihood": ("diffusion.scoring.bits.Settings",),
+    "loader": ("diffusion.benchmark.settings.Loader",),
+    "logger": ("diffusion.training.logger.Choice", "diffusion.training.logger.Wandb"),
+    "modes": ("diffusion.lab.settings.Modes",),
+    "optimizer": ("diffusion.training.module.Descent",),
+    "overhead": ("diffusion.benchmark.settings.Overhead",),
+    "reverse": ("diffusion.lab.settings.Reverse",),
+    "sampler": ("diffusion.scoring.recipe.Plan",),
+    "save": ("diffusion.training.checkpoint.Saving",),
+    "sweep": ("diffusion.scoring.evaluation.Sweep",),
+    "trainer": ("diffusion.distributed.launcher.Compute", "diffusion.training.fit.Length"),
+    **{name: (f"diffusion.config.commands.{name.capitalize()}",) for name in COMMANDS},
+}  # fmt: skip
+FOREIGN = {  # of other packages, whose annotations do not say all
+    "torch.optim.Adam": {
+        "lr": kind_of(Positive), "eps": kind_of(Positive),
+        "betas": kind_of(Annotated[tuple[float, float], Each(Between(0, 1, "", "[)"), "two numbers in [0, 1)")]),
+    },
+}  # fmt: skip
+FIXED = {  # what this package reads itself of a class of the user's own, and so cannot be removed
+    "model": ("image_size", "channels", "num_classes"),
+    "schedule": ("num_timesteps",),
+    "objective": ("prediction",),
+    "data": ("root", "split", "batch_size", "flip", "lanes", "digest"),
+    "guidance": ("scale",),
+}
+
+
+# ---- kinds ----
+
+
+def kind_at(key: str, cfg: DictConfig, command: str = "") -> Kind:
+    """What a setting may be, as far as it is declared; ANY if it is not.
+
+    Args:
+        cfg: that its group stands in. command: whose settings those of no group are.
+    """
+    group, _, name = key.rpartition(".")
+    found = (kinds.get(name, ANY) for kinds in _declared(group, cfg, command))
+    return next((kind for kind in found if kind != ANY), ANY)
+
+
+def _declared(group: str, cfg: DictConfig, command: str) -> Iterator[dict[str, Kind]]:
+    node = OmegaConf.select(cfg, group, throw_on_missing=False) if group else None
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if isinstance(target, str):
+        yield FOREIGN.get(target, {})
+        yield arguments(target) or {}
+    for owner in OWNERS.get(group or command, ()):
+        yield arguments(owner) or {}
+    if group == "paper" and isinstance(node, DictConfig):  # by the names of metrics
+        yield dict.fromkeys(map(str, node), kind_of(float | None))
+
+
+def kind_of_default(default: Any) -> Kind:
+    """The kind that a default shows: that of a setting which nobody declares."""
+    if isinstance(default, DictConfig | dict):
+        return Kind(dict)
+    if isinstance(default, ListConfig | list):
+        return Kind(list, member=kind_of_default(default[0]) if len(default) else ANY)
+    return ANY if default is None else Kind(type(default))
+
+
+# ---- keys ----
+
+
+def lookup(cfg: DictConfig, key: str) -> tuple[DictConfig, str, bool]:
+    """(parent node, last name, whether it is there); refuses a path that leads through what is no group of keys."""
+    node, names = cfg, key.split(".")
+    for i, name in enumerate(names[:-1]):
+        child, above = node._get_node(name, validate_access=False), ".".join(names[: i + 1])
+        if child is not None and not isinstance(child, DictConfig):
+            raise Refusal(f"Unknown setting: {key}. {above} is a value, not a group of keys: give {above}=VALUE.")
+        if child is None:
+            raise Refusal(unknown(key, node, name, above))
+        if child._is_none() or child._is_missing():
+            raise Refusal(f"{key}: {above} is switched off (null) by the chosen options.")
+        node = child
+    return node, names[-1], node._get_node(names[-1], validate_access=False) is not None
+
+
+def unknown(key: str, parent: DictConfig, name: str, path: str | None = None) -> str:
+    """That a key is unknown, as `parent` has no `name`, which stands at `path` if that is not the whole key."""
+    allowed = [str(k) for k in parent.keys() if not str(k).startswith("_") and k != "hydra"]
+    where = (path or key).rpartition(".")[0]
+    listed = f"{where} has" if where else "There are"
+    hint = nearest(name, allowed).replace("mean ", f"mean {where}." if where else "mean ")
+    return f"Unknown setting: {key}.{hint} {listed}: {', '.join(allowed)}."
+
+
+# ---- values ----
+
+
+def check_kind(key: str, value: Any, default: Any, kind: Kind, beside: str | None = None) -> Any:
+    """The value as Hydra shall see it.
+
+    Args:
+        default: what holds without it, None if nothing does. kind: what it may be.
+
+    Raises:
+        Refusal: it is of another kind, out of its range, or null where a value is needed.
+    """
+    shows = default is not None and not isinstance(default, DictConfig) and len(shown(default)) < 80
+    beside = f"; the default is {key}={shown(default)}" if shows else ""
+    kind = kind if kind != ANY else kind_of_default(default)
+    if value is None:
+        if isinstance(default, DictConfig):
+            raise Refusal(f"{key}=null: this group of settings cannot be switched off.")
+        if not kind.null and kind != ANY:
+            raise Refusal(f"{key}=null: a value is needed, {kind.words}{beside}.")
+        return None
+    if is_interpolation(value):
+        return value
+    if value == "":
+        raise Refusal(f"{key}= is empty: give {kind.words}{beside}.")
+    try:
+        value = kind.fitted(value)
+    except TypeError:
+        wanted = "a finite number" if kind.of is float and isinstance(value, float) else kind.words
+        raise Refusal(f"{key}={shown(value)} is not {wanted}{beside}.") from None
+    if why := kind.outside(value):
+        raise Refusal(f"{key}={shown(value)} {why}.")
+    return value
+
+
+def check_group_value(key: str, value: dict, default: DictConfig, command: str) -> dict:
+    """`check_kind` of a group of settings that is given as a whole, each of them."""
+    found = {}
+    for name, inner in value.items():
+        parent, last, present = lookup(default, str(name))
+        if not present and not (isinstance(parent, DictConfig) and parent.get("_target_")):
+            raise Refusal(unknown(f"{key}.{name}", parent, last))
+        found[name] = checked(f"{key}.{name}", inner, OmegaConf.create({key: default}), command) if present else inner
+    return found
+
+
+def checked(key: str, value: Any, reference: DictConfig, command: str) -> Any:
+    """A value, or all values of a group, as Hydra shall see them; refused as by `check_kind`."""
+    default = OmegaConf.select(reference, key, throw_on_missing=False)
+    if isinstance(value, dict) and isinstance(default, DictConfig):
+        return check_group_value(key, value, default, command)
+    return check_kind(key, value, default, kind_at(key, reference, command))
+
+
+def check_word(override: Override, reference: DictConfig, command: str) -> str | None:
+    """Refuse an unknown key, or a value that its setting cannot have; a rewritten word where one is plain.
+
+    Args:
+        reference: the configuration without the user's settings.
+    """
+    key = override.key_or_group
+    parent, name, present = lookup(reference, key)
+    if not present:
+        return _check_added(override, parent, name)
+    if override.is_delete():
+        return _check_deletion(key, parent)
+    if override.is_sweep_override():
+        for value in override.sweep_iterator():
+            checked(key, plain(value), reference, command)
+        return None
+    value = plain(override.value())
+    found = checked(key, value, reference, command)
+    if type(found) is type(value) and found == value:
+        return None
+    name, _, text = override.input_line.partition("=")
+    return f"{name}={quoted(text) if isinstance(found, str) else typeable(found)}"  # trainer.precision=32 as typed
+
+
+def _check_added(override: Override, parent: DictConfig, name: str) -> None:
+    """Refuse `+key` unless the class of its group takes it, or is one of which nothing is known."""
+    key, target = override.key_or_group, parent.get("_target_") if isinstance(parent, DictConfig) else None
+    if not override.is_add() or not target:
+        raise Refusal(unknown(key, parent, name))
+    allowed = arguments(str(target))
+    if allowed is None and not str(target).startswith("diffusion."):
+        return  # its own constructor judges when everything is built
+    if name not in (allowed or {}):
+        listed = list(allowed or {})
+        raise Refusal(f"{key} is no argument of {target}.{nearest(name, listed)} It has: {', '.join(listed)}.")
+
+
+def _check_deletion(key: str, parent: DictConfig) -> None:
+    """Refuse to take away what this package reads itself; a class of the user's own may lack any other key."""
+    group, _, name = key.rpartition(".")
+    owned = {n for owner in OWNERS.get(group, ()) for n in arguments(owner) or ()} | set(FIXED.get(group, ()))
+    if "_target_" not in parent or name in owned:
+        raise Refusal(f"~{key}: this setting cannot be removed. Give it another value: {key}=VALUE.")
+
+
+def check_all(cfg: DictConfig, command: str, typed: Any = None) -> None:
+    """Refuse any value of a composed, resolved configuration that its setting cannot have.
+
+    Args:
+        typed: `compose.Typed`: of a value that it holds an interpolation for, also the kind of the default counts.
+    """
+    for key in _keys(cfg):
+        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        kind, default = kind_at(key, cfg, command), None
+        if kind == ANY and typed is not None and "${" in typed.settings.get(key, ""):
+            default = OmegaConf.select(typed.defaults, key, throw_on_missing=False)
+        if value is None and kind.null or kind == ANY and default is None:
+            continue
+        found = check_kind(key, value, default, kind)
+        if found != value:
+            word = f"{key}={shown(value)}" if typed is None else typed.settings.get(key, f"{key}={shown(value)}")
+            raise Refusal(f"{word}: its value, {shown(value)}, is not {kind.words}.")
+
+
+def _keys(cfg: DictConfig, above: str = "") -> Iterator[str]:
+    """All settings that have a value."""
+    for name in cfg:
+        key = f"{above}{name}"
+        if str(name).startswith("_") or key == "hydra" or OmegaConf.is_missing(cfg, name):
+            continue
+        if isinstance(node := cfg._get_node(name), DictConfig) and not node._is_none():
+            yield from _keys(node, f"{key}.")
+        else:
+            yield key

@@ -1,0 +1,30 @@
+"""The Inception score, by torch-fidelity's function."""
+
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+from diffusion.metrics.extractors import Features
+from diffusion.metrics.metric import Metric
+from diffusion.metrics.reference import Reference
+
+
+def inception_score(features: Features, reference: Reference | None = None, splits: int = 10) -> dict[str, float]:
+    """exp(mean KL(p(y|x) || p(y))) over 10 splits (Salimans et al. 2016): {'is': mean, 'is_std': std}.
+
+    Raises:
+        ValueError: fewer images than splits.
+    """
+    if len(features.logits) < splits:
+        raise ValueError(f"IS of {len(features.logits)} image(s): {splits} splits need at least {splits}.")
+    out = isc_features_to_metric(features.logits, splits)
+    return {"is": out[KEY_METRIC_ISC_MEAN], "is_std": out[KEY_METRIC_ISC_STD]}
+
+
+class InceptionScore(Metric):
+    """`inception_score`."""
+
+    title = "IS"
+    higher_is_better = True
+    least_images = 10
+    compares = False
+    beside = ("is_std",)
+    compute = staticmethod(inception_score)

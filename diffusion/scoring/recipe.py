@@ -1,0 +1,141 @@
+"""How images are sampled from a model: by which sampler, at which times, how guided. A recipe knows no model yet.
+
+recipe.sampling(denoiser, place, image_shape)      the Sampling of that model
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor
+
+from diffusion.config.check import check_variance
+from diffusion.denoiser import Clipped, NetworkDenoiser
+from diffusion.distributed.place import Place
+from diffusion.errors import Refusal
+from diffusion.process.schedule import Denoiser, Prediction, Schedule
+from diffusion.process.times import Spacing, times
+from diffusion.samplers.base import Sampler
+from diffusion.samplers.ddim import DDIM
+from diffusion.scoring.sampling import Counted, Sampling
+from diffusion.settings import Count, settings
+
+
+@settings("sampler")
+@dataclass(frozen=True)
+class Plan:
+    """Which times a walk visits, and what its sampler sees.
+
+    Args:
+        num_steps: levels that are visited; None: every level of the schedule. spacing: of them. visits: steps at each.
+        clip_x0: clip the estimate of x0 to [-1, 1] at every step.
+    """
+
+    num_steps: Count | None = None
+    spacing: Spacing = "linear"
+    visits: Count = 1
+    clip_x0: bool = True
+
+    def times(self, schedule: Schedule) -> list[float]:
+        """Descending, the last 0. ValueError if the schedule has fewer levels than are to be visited."""
+        top = schedule.num_timesteps
+        return times(top, top if self.num_steps is None else self.num_steps, self.spacing, self.visits)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the images of a model but the model and their numbers.
+
+    Args:
+        sampler: schedule -> sampler, a partial whose keywords are its settings.
+        guide: (denoiser=..., null_label=...) -> denoiser; None: unguided. guidance_scale: 1: unguided.
+        seed: of the noise. batch_size: images at a time; changes rounding at most.
+        labels: given to the images in turn; none: image k of a conditional model gets label k mod classes.
+    """
+
+    sampler: Callable[[Schedule], Sampler]
+    plan: Plan
+    guide: Callable[..., Denoiser] | None = None
+    guidance_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+    labels: tuple[int, ...] = ()
+
+    def by_ddim(self, num_steps: int, eta: float = 0.0, **plan: Any) -> Self:
+        """The same with DDIM of so many steps, linearly spaced unless `plan` says otherwise."""
+        chosen = Plan(num_steps=num_steps, **{"spacing": "linear", "clip_x0": self.plan.clip_x0, **plan})
+        return replace(self, sampler=partial(DDIM, eta=eta), plan=chosen)
+
+    def batched(self, batch_size: int) -> Self:
+        """The same, so many images at a time."""
+        return replace(self, batch_size=batch_size)
+
+    def about(self) -> dict[str, Any]:
+        """Settings of the sampler, for the record."""
+        plan = {"spacing": self.plan.spacing, "clip_x0": self.plan.clip_x0}
+        return {**described(self.sampler), **({"visits": self.plan.visits} if self.plan.visits > 1 else {}), **plan}
+
+    def sampler_of(self, schedule: Schedule) -> tuple[Sampler, list[float]]:
+        """The sampler on a schedule, and the times it visits."""
+        visited = self.plan.times(schedule)
+        return self.sampler(schedule=schedule), visited
+
+    def denoiser(self, called: Denoiser, network: NetworkDenoiser, where: Place) -> Denoiser:
+        """What the sampler calls: `called`, the network's denoiser, in its precision, guided and clipped."""
+
+        def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+            with where.autocast():
+                return called(x_t.contiguous(memory_format=where.memory_format), t, labels)
+
+        guided: Denoiser = denoise
+        if self.guide is not None:
+            guided = self.guide(denoiser=denoise, null_label=network.network.null_label)
+        return Clipped(guided, network.schedule) if self.plan.clip_x0 else guided
+
+    def sampling(
+        self,
+        denoiser: NetworkDenoiser,
+        where: Place,
+        image_shape: tuple[int, int, int],
+        attend: Callable[[], None] = lambda: None,
+    ) -> Sampling:
+        """The sampling of a model.
+
+        Args:
+            attend: called at every evaluation of the network; may raise to leave the sampling.
+
+        Raises:
+            ValueError: the model has not so many levels, has not these labels, or learns no variance.
+        """
+        sampler, visited = self.sampler_of(denoiser.schedule)
+        num_classes = denoiser.network.num_classes
+        self.refuse(num_classes, learned=denoiser.network.out_channels == 2 * image_shape[0])
+        counted = Counted(denoiser, attend)
+        about = {"sampler": type(sampler).__name__.lower(), **self.about()}
+        about |= {"guidance_scale": self.guidance_scale, "precision": where.precision}
+        return Sampling(
+            self.denoiser(counted, denoiser, where), counted, sampler, visited, image_shape, num_classes, self.seed,
+            where.device, self.batch_size, self.labels, about,
+        )  # fmt: skip
+
+    def refuse(self, num_classes: int, learned: bool) -> None:
+        """Refusal where a model of so many classes cannot be sampled like this. learned: whether its variance is."""
+        check_variance(getattr(self.sampler, "keywords", {}), learned)
+        labels = list(self.labels)
+        for label in labels:
+            if label >= max(num_classes, 1):
+                raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
+        if labels and not num_classes:
+            raise Refusal(f"labels={labels}: this model is unconditional.")
+
+
+def described(made: Any) -> dict[str, Any]:
+    """The settings of a partial, those of partials among them as `corrector.snr`."""
+    found: dict[str, Any] = {}
+    for name, value in (getattr(made, "keywords", None) or {}).items():
+        if isinstance(value, partial):
+            found |= {f"{name}.{key}": inner for key, inner in described(value).items()}
+        elif value is None or isinstance(value, bool | int | float | str | list | tuple | Mapping):
+            found[name] = value
+    return found
