@@ -170,10 +170,8 @@ class Kind:
         """The kind for a message: "an integer", "one of small, large", "two numbers, as [0.9,0.99]"."""
         if self.allowed and self.of is None:
             return f"one of {', '.join(map(_plain, self.allowed))}"
-        if self.of is list:
-            return _list_words(self)
-        text = WORDS.get(self.of, "a value")
-        return f"{text} or {', '.join(map(_plain, self.allowed))}" if self.allowed else text
+        text = _list_words(self) if self.of is list else WORDS.get(self.of, "a value")
+        return f"{', '.join(map(_plain, self.allowed))}, or {text}" if self.allowed else text
 
     def fitted(self, value: Any) -> Any:
         """The value as one of this kind, which a number may be written as in more than one way: 3.0 is an integer, 3 a
@@ -210,7 +208,7 @@ class Kind:
         if isinstance(value, Mapping | str) and (isinstance(value, Mapping) or self.member.of is not str):
             _fail()
         members = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if self.length not in (None, len(members)):
+        if self.length not in (None, len(members)) or "" in members:
             _fail()
         return [self.member.fitted(member) for member in members]
 

@@ -102,6 +102,14 @@ class Training:
         """Whether images are being made."""
         return bool(listed(self.run / "evaluations"))
 
+    def python_itself_was_interrupted(self) -> bool:
+        """Whether a Ctrl-C came before the interpreter had begun with the command, which then cannot answer it: its
+        traceback leads through no file."""
+        said = (self.folder / "output.txt").read_text().splitlines()[-30:]
+        trace = said[max((k for k, line in enumerate(said) if line.startswith("Traceback")), default=0) :]
+        files = [line for line in trace if line.startswith('  File "')]
+        return trace[-1] == "KeyboardInterrupt" and all('"<frozen' in line for line in files)
+
     def step(self) -> int:
         """The last step of which metrics.csv has a row, 0 without one."""
         return int(rows[-1][0]) if (rows := metrics(self.run)[1:]) else 0
@@ -192,7 +200,7 @@ def kill(training: Training, number: signal.Signals, phase: str, share: float) -
     status = training.end()
     if status == 0:
         return None
-    if status not in (-number, 128 + number):
+    if status not in (-number, 128 + number) and not training.python_itself_was_interrupted():
         raise Wrong(f"{number.name} at step {training.step()} ({phase}) ended the training with status {status}")
     deadline = time.monotonic() + 30
     while any(alive(pid) for pid in children):
@@ -318,7 +326,8 @@ def main() -> int:
             said = (folder / "output.txt").read_text().splitlines()
             print(f"Wrong: {error}.\nThe last lines of output.txt:", *said[-30:], sep="\n", file=sys.stderr)
             return 1
-        traces = [line for line in (folder / "output.txt").read_text().splitlines() if line.startswith("Traceback")]
+        said = (folder / "output.txt").read_text().splitlines()
+        traces = [k for k, line in enumerate(said) if line.startswith("Traceback") and '"<frozen' not in said[k + 1]]
     counted = [Counter(k.phase for k in made), Counter(k.number.name for k in made)]
     phases, sent = (", ".join(f"{n} {name}" for name, n in sorted(count.items())) for count in counted)
     print(f"{len(made)} kills ({phases}; {sent}), {given.steps} steps: the same bytes as without a kill.")

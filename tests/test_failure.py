@@ -20,18 +20,17 @@ import pytest
 import torch
 from conftest import ROOT
 from numbered import damaged
-from omegaconf import OmegaConf
 from reporting import SIZE, reporting
 from test_resume import finish, start, wait_for
 from torch.distributed import PrefixStore, TCPStore
 
 from diffusion.data.shards.index import read_index
 from diffusion.data.shards.order import Plan
-from diffusion.distributed.launcher import main_rank
+from diffusion.distributed.launcher import Compute
 from diffusion.files import Room, reason, shortage
 from diffusion.runs.folder import OnError, RunFolder
 from diffusion.training.checkpoint import contents
-from diffusion.training.fit import Fit
+from diffusion.training.fit import Fit, Length
 from diffusion.training.meter import MetricsCsv
 from diffusion.training.module import DiffusionModule
 
@@ -416,7 +415,7 @@ def test_the_rank_that_writes_is_rank_0_of_whoever_has_started_the_ranks(environ
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert main_rank(OmegaConf.create({"trainer": {"devices": 2, "num_nodes": 1, "accelerator": "cpu"}})) == main
+    assert Compute(devices=2, accelerator="cpu").main == main
 
 
 # ---- how gradients are summed ----
@@ -428,6 +427,6 @@ def test_the_rank_that_writes_is_rank_0_of_whoever_has_started_the_ranks(environ
 )
 def test_a_static_graph_is_for_steps_of_one_backward_pass(device, accumulate, deterministic, static):
     fit = Fit.__new__(Fit)
-    cfg = OmegaConf.create({"deterministic": deterministic, "trainer": {"accumulate": accumulate}})
-    fit.run = SimpleNamespace(cfg=cfg, place=SimpleNamespace(device=torch.device(device)))
+    fit.training = SimpleNamespace(deterministic=deterministic, length=Length(max_steps=1, accumulate=accumulate))
+    fit.place = SimpleNamespace(device=torch.device(device))
     assert fit._strategy()._ddp_kwargs["static_graph"] == static

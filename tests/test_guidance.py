@@ -7,9 +7,9 @@ import torch
 
 from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.guidance import ClassifierFree
+from diffusion.process.grids import times
 from diffusion.process.kernels import noised
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Mixture
 from diffusion.samplers.ddim import DDIM
 

@@ -127,10 +127,8 @@ def test_errors_of_a_model_of_images(lab, images_run, tmp_path):
     found = {row["error"]: float(row["grey_levels"]) for row in rows(out_folder / "errors" / "errors.csv")}
     assert 0 <= found["training, at least"] <= found["training, at most"]
     assert [int(row["num_steps"]) for row in rows(out_folder / "errors" / "refinement.csv")] == [4, 8, 16]
-    assert (
-        len(rows(out_folder / "errors" / "settings.csv")) == 6
-        and len(rows(out_folder / "errors" / "training.csv")) == 6
-    )
+    assert len(rows(out_folder / "errors" / "settings.csv")) == 10  # five spacings, of as many steps and of twice
+    assert len(rows(out_folder / "errors" / "training.csv")) == 6
 
 
 @pytest.mark.slow
@@ -212,7 +210,7 @@ def test_every_idea_names_functions_that_say_what_they_do():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["task=error"], "task=error is none of errors, forward, reverse, modes, equivalence."),
+        (["task=error"], "task=error is none of equivalence, forward, reverse, modes, errors."),
         (["task=errors", "toy=ring"], "toy=ring is none of modes, rings"),
         (["task=errors", "checkpoint=nowhere"], "checkpoint=nowhere does not exist. Give a run folder"),
         (["task=modes", "checkpoint=nowhere"], "checkpoint=nowhere is for task=errors and task=equivalence"),
@@ -220,10 +218,10 @@ def test_every_idea_names_functions_that_say_what_they_do():
             ["task=errors", "gaussian.mean=[0.1]"],
             "gaussian.mean=[0.1] and gaussian.stds=[0.5, 0.1] must be as many numbers",
         ),
-        (["task=errors", "gaussian.stds=[0.5,-1]"], "gaussian.stds=[0.5,-1] must be above 0"),
+        (["task=errors", "gaussian.stds=[0.5,-1]"], "gaussian.stds=[0.5,-1] holds -1, which must be above 0"),
         (["task=modes", "modes.num_points=0"], "modes.num_points=0 must be at least"),
         (["task=modes", "modes.confidence=1"], "modes.confidence=1 is outside"),
-        (["task=errors", "errors.num_steps=[]"], "errors.num_steps=[] must be numbers of steps"),
+        (["task=errors", "errors.num_steps=[]"], "errors.num_steps=[] is empty: give two or more numbers of steps"),
         (["task=errors", "errors.num_steps=[0,4]"], "errors.num_steps=[0,4]"),
         (
             ["task=forward", "forward.times=[0,2000]"],
@@ -253,7 +251,7 @@ def test_every_idea_names_functions_that_say_what_they_do():
         (["task=errors", "sampler=predictor_corrector"], "give corrector.norms=expected"),
         (["task=errors", "toy=modes", "errors.num_steps=[20]"], "errors.num_steps=[20]: give two or more"),
         (["task=modes", "samplers=['ddim eta=2']"], "sampler.eta=2 is outside [0, 1]"),
-        (["task=modes", "samplers=[]"], "samplers=[] names none"),
+        (["task=modes", "samplers=[]"], "samplers=[] is empty: give some of the group sampler"),
         (["task=reverse", "samplers=[langevin]"], "samplers: none of them goes from noise to data"),
         (["task=modes", "guidance=classifier_free"], "guidance=classifier_free has no effect: task=modes"),
         (["task=errors", "guidance=classifier_free"], "guidance.scale=2.0"),

@@ -13,8 +13,8 @@ from diffusion.lab.images import Candidate, Discretisation, Initialisation, Trai
 from diffusion.lab.initialisation import Bounds
 from diffusion.lab.verdict import Walk, of_images, of_parts
 from diffusion.models.mlp import MLP
+from diffusion.process.grids import times
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_cosine, vp_linear
-from diffusion.process.times import times
 from diffusion.process.variables import Exploding
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.annealed import AnnealedLangevin

@@ -11,9 +11,8 @@ from scipy.linalg import sqrtm
 from diffusion.lab.errors import distance_of_gaussian, of_gaussian, renewed, steps_of_gaussian
 from diffusion.lab.gaussian import Law, denoising_error, end_of, fitted, law_at, prior_at, propagated, step_of, w2
 from diffusion.lab.initialisation import of_mixture, of_points, spectrum
-from diffusion.process.grids import even
+from diffusion.process.grids import even, times
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_continuous, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, Mixture, modes
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.annealed import AnnealedLangevin

@@ -9,8 +9,8 @@ from scipy.stats import binomtest
 
 from diffusion.lab import plane
 from diffusion.lab.modes import class_weights, judged, shares, wilson
+from diffusion.process.grids import times
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, checkerboard, modes, moons, rings
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.ddim import DDIM

@@ -8,10 +8,9 @@ import torch
 
 from diffusion.lab.errors import of_mixture, starts, steps_of_mixture
 from diffusion.lab.refinement import SharedNoise, fitted_order, local_errors, order_of_gaps, refine, rms
-from diffusion.process.grids import even, geometric, refined
+from diffusion.process.grids import even, geometric, refined, times
 from diffusion.process.prediction import PREDICTIONS
 from diffusion.process.schedule import Prediction, sub_vp, ve_geometric, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, modes
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.ddim import DDIM

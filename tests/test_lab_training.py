@@ -19,8 +19,8 @@ from diffusion.lab.training_error import (
     quarters,
     some_times,
 )
+from diffusion.process.grids import times
 from diffusion.process.schedule import Prediction, ve_geometric, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, Mixture, modes
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.ddim import DDIM

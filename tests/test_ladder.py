@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffusion.process.grids import times
 from diffusion.process.ladder import (
     PUBLISHED_OVERLAP,
     Ladder,
@@ -18,7 +19,6 @@ from diffusion.process.ladder import (
     step_size,
 )
 from diffusion.process.schedule import ve_geometric
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian
 from diffusion.samplers.annealed import AnnealedLangevin
 

@@ -9,8 +9,8 @@ import torch
 from torch.distributions import Normal
 
 from diffusion.noise import ImageNoise
+from diffusion.process.grids import times
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, Mixture, modes
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.annealed import AnnealedLangevin

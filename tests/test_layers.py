@@ -80,7 +80,7 @@ def test_imports_only_from_a_smaller_layer(path):
 TORCH_FREE = [
     "diffusion.config.compose", "diffusion.config.check", "diffusion.config.sweep", "diffusion.command",
     "diffusion.distributed.submission", "diffusion.runs.folder", "diffusion.data.shards.index",
-    "diffusion.data.shards.layout", "diffusion.process.times", "diffusion.metrics.published", "diffusion.page",
+    "diffusion.data.shards.layout", "diffusion.process.grids", "diffusion.metrics.published", "diffusion.page",
     "diffusion.train", "diffusion.sample", "diffusion.evaluate", "diffusion.prepare", "diffusion.report",
     "diffusion.benchmark.__main__", "diffusion.lab.__main__",
 ]  # fmt: skip
@@ -94,3 +94,59 @@ def test_checking_a_configuration_needs_neither_torch_nor_lightning():
     code += "print([m for m in ('torch', 'pytorch_lightning', 'matplotlib', 'sklearn') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- the house as a whole ----
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_folder_holds_more_than_an_eighth_of_the_lines():
+    files = [path for path in FILES if "benchmark" not in path.relative_to(PACKAGE).parts]
+    whole, by_folder = sum(map(lines_of, files)), {}
+    for path in files:
+        by_folder[path.parent] = by_folder.get(path.parent, 0) + lines_of(path)
+    assert {folder.name: lines for folder, lines in by_folder.items() if lines > 0.12 * whole} == {}
+
+
+def test_files_import_each_other_in_no_circle():
+    """Also where an import stands within a function."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+    def file_of(name):
+        return name if name in names else name.rpartition(".")[0]
+
+    graph = {name: {file_of(other) for other in imports(path)} & names.keys() - {name} for name, path in names.items()}
+    done, way = set(), []
+
+    def visit(name):
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            way.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(way.pop())
+
+    for name in graph:
+        visit(name)
+
+
+READS_CONFIGURATION = ("config", "build", "command", *(part for part, layer in LAYERS.items() if layer == 7))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_behind_the_door_no_function_takes_a_configuration(path):
+    if part_of(path) in READS_CONFIGURATION:
+        return
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert not {a.arg for a in given} & {"cfg", "config"}, f"{path.name}:{node.lineno}"
+    assert (
+        not [name for name in imports(path) if name.split(".")[0] in ("omegaconf", "hydra")]
+        or path.name == "submission.py"
+    )

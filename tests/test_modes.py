@@ -10,8 +10,8 @@ import torch
 from scipy.stats import chisquare
 
 from diffusion.noise import ImageNoise
+from diffusion.process.grids import times
 from diffusion.process.schedule import sub_vp, ve_geometric, vp_continuous, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import modes
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.annealed import AnnealedLangevin

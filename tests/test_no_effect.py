@@ -32,6 +32,8 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("train", ["sampler.num_steps=1000"], "sampler.spacing=trailing", "sampler.num_steps=1000"),
     ("sample", ["checkpoint=x", "out=y", "sampler=predictor_corrector", "sampler.visits=1"],
      "sampler.corrector.snr=0.2", "sampler.visits=1"),
+    ("sample", ["checkpoint=x", "out=y", "sampler.max_calls=9"], "sampler.num_steps=7", "sampler.max_calls=9"),
+    ("train", ["sampler.spacing=[900,1]"], "sampler.num_steps=7", "gives the times themselves"),
     ("train", ["callbacks=none"], "metrics=[is]", "callbacks=none"),
     ("train", ["callbacks=none"], "extractor.weights=x", "callbacks=none"),
     ("train", ["callbacks.enabled=false"], "callbacks.grid.num_images=4", "callbacks=none"),

@@ -19,6 +19,7 @@ from diffusion.page.training_curves import quartile_names
 from diffusion.progress import duration
 from diffusion.report import collect
 from diffusion.runs.folder import RunFolder
+from diffusion.runs.recorded import Recorded
 from diffusion.training.meter import MetricsCsv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def run(path, config=CONFIG, rows=20, results=(), grids=(), every=10):
     folder = RunFolder(path)
     folder.path.mkdir(parents=True)
     if config:
-        folder.write_config(config)
+        folder.write_config(Recorded(config, "here"))
     metrics = MetricsCsv(folder.metrics_path)
     for step in range(every, every * rows + 1, every):
         loss = {f"train/loss_q{q}": 4.0**-q * (1 + 1 / step) for q in (1, 2, 3, 4)}
@@ -206,7 +207,7 @@ def test_an_empty_folder_has_a_report_and_no_folder_has_none(tmp_path):
 @pytest.mark.parametrize("rows", [1, 2, 1500])
 def test_curves_of_any_length_are_drawn(tmp_path, rows):
     folder = RunFolder(tmp_path / "rings")
-    folder.write_config(CONFIG)
+    folder.write_config(Recorded(CONFIG, "here"))
     lines = (f"{s},{1 / s},{0.1 / s},,inf,{3 / s},2.5e-4,0\n" for s in range(1, rows + 1))
     names = "step,train/loss,train/loss_q1,train/loss_q2,train/loss_q3,train/grad_norm,train/lr,train/images_per_second"
     folder.metrics_path.write_text(names + "\n" + "".join(lines) + f"{rows + 1},0.")  # the last cut off by a kill

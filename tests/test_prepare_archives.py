@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from test_prepare_sources import FLAT, RNG, coded, filled, listed
 
-from diffusion.data.sources.source import BadEntry, open_source, safe_key, shown
+from diffusion.data.sources.opening import open_source
+from diffusion.data.sources.source import BadEntry, safe_key, shown
 
 SLIPS = ["../../slip.png", "/tmp/slip.png", "a/../../../slip.png", "a\\..\\..\\slip.png", "ü b;$(x)'.png"]
 

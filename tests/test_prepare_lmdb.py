@@ -7,7 +7,8 @@ import pytest
 from test_prepare_sources import coded, listed, starts_anywhere
 
 from diffusion.data.sources.lmdb_folder import LmdbSource
-from diffusion.data.sources.source import BadEntry, open_source
+from diffusion.data.sources.opening import open_source
+from diffusion.data.sources.source import BadEntry
 
 PAGE = 4096
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data.sources.cifar import CLASSES
-from diffusion.data.sources.source import open_source
+from diffusion.data.sources.opening import open_source
 
 RNG = np.random.default_rng(3)
 

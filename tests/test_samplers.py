@@ -10,10 +10,10 @@ from torch.distributions import Normal
 
 from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.noise import ImageNoise
+from diffusion.process.grids import times
 from diffusion.process.kernels import transition
 from diffusion.process.prediction import PREDICTIONS
 from diffusion.process.schedule import Prediction, sub_vp, ve_geometric, vp_cosine, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Gaussian, Mixture
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.ddim import DDIM

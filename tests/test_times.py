@@ -1,22 +1,27 @@
 """Time grids: as many transitions as asked for, descending, down to clean data."""
 
+import math
 import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from diffusion.process.times import SPACINGS, times
+from diffusion.process.grids import OF_LEVELS, SPACINGS, times
+from diffusion.process.schedule import ve_geometric, vp_linear
+
+ALL = ["linear", "trailing", "lambda", "karras"]  # quadratic visits fewer
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 4, 5, 6, 7, 10, 97, 250, 1000])
+@pytest.mark.parametrize("spacing", ALL)
+@pytest.mark.parametrize("num_timesteps", [2, 3, 4, 5, 6, 7, 10, 97, 250, 1000])
 def test_any_number_of_steps_gives_that_many_strictly_descending(spacing, num_timesteps):
-    for num_steps in range(1, num_timesteps + 1):
-        grid = times(num_timesteps, num_steps, spacing)
-        assert len(grid) == num_steps + 1 and grid[-1] == 0 and grid[0] <= num_timesteps
+    schedule = vp_linear(num_timesteps, 1e-4, 0.02)
+    for num_steps in range(1, num_timesteps + 1, max(num_timesteps // 50, 1)):
+        grid = times(schedule, num_steps, spacing)
+        assert len(grid) == num_steps + 1 and grid[-1] == 0 and grid[0] <= num_timesteps and grid[-2] >= 1
         assert all(t > s for t, s in pairwise(grid)), (num_steps, grid)
-        assert all(isinstance(t, int) for t in grid)
 
 
 def test_the_published_grids():
@@ -25,18 +30,41 @@ def test_the_published_grids():
     assert times(1000, 10, "trailing") == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
 
 
-def test_repeats_of_the_quadratic_grid_move_up_by_one():
-    raw = [1 + int(800 * (k / 99) ** 2 + 1e-9) for k in range(100)]
-    assert len(set(raw)) < 100, "the formula repeats levels at S = 100, which is what the rule is for"
-    grid = times(1000, 100, "quadratic")[-2::-1]
-    assert grid[:5] == [1, 2, 3, 4, 5] and grid[-1] == 801
-    assert all(got >= wanted for got, wanted in zip(grid, raw, strict=True))
-    assert grid[50:] == raw[50:]
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50, 100, 1000])
+def test_the_quadratic_grid_is_that_of_the_code_of_ddim_each_level_once(num_steps):
+    published = [int(level) for level in np.linspace(0, np.sqrt(1000 * 0.8), num_steps) ** 2]  # counted from 0
+    assert times(1000, num_steps, "quadratic")[:-1] == sorted({1 + level for level in published}, reverse=True)
+    if num_steps >= 50:
+        assert len(times(1000, num_steps, "quadratic")) - 1 < num_steps
+
+
+@pytest.mark.parametrize("schedule", [vp_linear(1000), ve_geometric(1000)], ids=["vp", "ve"])
+def test_uniform_in_lambda_and_karras_grid_are_their_formulas(schedule):
+    by_lambda = [float(schedule.log_ratio(t)) for t in times(schedule, 12, "lambda")[:-1]]
+    assert np.diff(by_lambda) == pytest.approx(np.full(11, (by_lambda[-1] - by_lambda[0]) / 11), rel=1e-6)
+    ratios = np.array([math.exp(-float(schedule.log_ratio(t))) for t in times(schedule, 12, "karras")[:-1]])
+    high, low, i = ratios[0], ratios[-1], np.arange(12)
+    assert (high, low) == tuple(math.exp(-float(schedule.log_ratio(t))) for t in (1000, 1))
+    wanted = (high ** (1 / 7) + i / 11 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    assert ratios == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
+def test_no_number_of_steps_visits_every_level(spacing):
+    assert times(vp_linear(1000), None, spacing) == list(range(1000, -1, -1))
+
+
+@pytest.mark.parametrize("spacing", ["linear", "trailing"])
 def test_as_many_steps_as_levels_visits_every_level(spacing):
     assert times(1000, 1000, spacing) == list(range(1000, -1, -1))
+
+
+def test_times_may_be_given_one_by_one():
+    assert times(1000, None, [1000, 500.5, 3]) == times(1000, None, [1000, 500.5, 3, 0]) == [1000, 500.5, 3, 0]
+    assert times(1000, None, [7, 1], visits=2) == [7, 7, 1, 1, 0]
+    for wrong in ([], [0], [5, 5], [1, 5], [1001, 3], [5, -1]):
+        with pytest.raises(ValueError, match="sampler.spacing=.* must be falling times"):
+            times(1000, None, wrong)
 
 
 def test_leading_and_trailing_agree_with_diffusers():
@@ -51,7 +79,7 @@ def test_leading_and_trailing_agree_with_diffusers():
         assert times(1000, num_steps, "trailing")[:-1] == (theirs.timesteps + 1).tolist()
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", OF_LEVELS)
 def test_visits_repeat_every_level_but_the_last(spacing):
     once = times(100, 7, spacing)
     assert times(100, 7, spacing, visits=1) == once
@@ -73,10 +101,10 @@ def test_an_impossible_number_of_steps_is_refused(num_steps):
 
 
 def test_an_unknown_spacing_is_refused():
-    with pytest.raises(ValueError, match="sampler.spacing=even is none of linear, quadratic, trailing"):
+    with pytest.raises(ValueError, match="sampler.spacing=even is none of linear, quadratic, trailing, lambda, karras"):
         times(1000, 10, "even")
 
 
 def test_the_configuration_checker_need_not_load_torch():
-    code = "import sys, diffusion.process.times; sys.exit('torch' in sys.modules)"
+    code = "import sys, diffusion.process.grids; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

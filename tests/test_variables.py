@@ -7,9 +7,9 @@ import torch
 
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.noise import ImageNoise
+from diffusion.process.grids import times
 from diffusion.process.kernels import reverse_std
 from diffusion.process.schedule import sub_vp, vp_cosine, vp_linear
-from diffusion.process.times import times
 from diffusion.process.toy import Mixture
 from diffusion.process.variables import Exploding, carried, carried_denoiser
 from diffusion.samplers.ancestral import Ancestral

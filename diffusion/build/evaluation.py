@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from diffusion.build import door, extractors, parts
 from diffusion.build.extractors import Choice
-from diffusion.build.sampling import recipe
+from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
 from diffusion.config.check import check_guidance, check_number
 from diffusion.config.compose import typed
@@ -78,7 +78,11 @@ def evaluation(cfg: DictConfig) -> Evaluation:
     kept = None if cfg.samples is None else Kept(Path(cfg.samples), cfg.overwrite)
     published = (cfg.split, cfg.reference) == ("train", None)
     arguments = (model, place, output(cfg, model), sampled, against, cfg.num_images, likelihood, kept, published)
-    made = SweepEvaluation(*arguments, sweep=take(cfg.sweep, Sweep)) if swept else Evaluation(*arguments)
+    if swept:
+        others = [chosen_sampler(words, "sweep.samplers") for words in cfg.sweep.samplers]
+        made: Evaluation = SweepEvaluation(*arguments, sweep=take(cfg.sweep, Sweep), others=others)
+    else:
+        made = Evaluation(*arguments)
     if cfg.out is None and (why := obstacle(made.output.folder)):
         word = "out=FOLDER" if swept else "out=FILE"
         raise Refusal(f"checkpoint={cfg.checkpoint}: {why}, so nothing can be kept there: give {word}.")

@@ -4,27 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from diffusion.build import door, parts
-from diffusion.build.sampling import recipe
-from diffusion.build.take import left, take
-from diffusion.config.check import check, check_guidance, check_variance
-from diffusion.config.compose import composing, typed
+from diffusion.build.sampling import chosen_sampler, recipe
+from diffusion.build.take import take
+from diffusion.config.check import check_guidance, check_variance
+from diffusion.config.compose import typed
 from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle
-from diffusion.config.values import check_kind, kind_at, lookup, unknown
-from diffusion.config.words import conf_dir, groups, nearest, parse, plain
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
-from diffusion.errors import Refusal
 from diffusion.lab.settings import TASKS, Gaussian
 from diffusion.lab.tasks.laboratory import Laboratory, Named, Subject, refuse_stays
 from diffusion.process import toy
 from diffusion.process.toy import SETS, Mixture
 from diffusion.runs.folder import RunFolder
 from diffusion.samplers.annealed import AnnealedLangevin
-from diffusion.scoring.recipe import Plan
 
 
 def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
@@ -79,39 +74,8 @@ def toy_of(name: str, cfg: DictConfig) -> Mixture:
 
 
 def named(words: str) -> Named:
-    """`ddim eta=0.5` -> the option of the group `sampler` with these settings.
-
-    Raises:
-        Refusal: no such option, or no such setting of it.
-    """
-    name, *settings = words.split() or [""]
-    known = groups()["sampler"]
-    if name not in known:
-        raise Refusal(f"samplers: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
-    cfg = option("sampler", name)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not (equals and value):
-            raise Refusal(f"samplers: {words!r}: settings are key=value, as in 'ddim eta=0.5'.")
-        parent, last, there = lookup(cfg, key)
-        if not there:
-            raise Refusal(f"samplers: {words!r}: {unknown(key, parent, last)}")
-        whole = OmegaConf.create({"sampler": cfg})
-        try:
-            kind = kind_at(f"sampler.{key}", whole)
-            given = check_kind(f"sampler.{key}", plain(parse(setting).value()), parent[last], kind)
-        except Refusal as e:
-            raise Refusal(f"samplers: {words!r}: {e}") from e
-        OmegaConf.update(cfg, key, given)
-    check(OmegaConf.create({"sampler": cfg}))
-    plan = take(cfg, Plan)
-    made = parts.factory(left(cfg, Plan), "samplers")
+    """A sampler of the list `samplers`, as `ddim eta=0.5`. Raises Refusal as `chosen_sampler`."""
+    made, plan = chosen_sampler(words, "samplers")
     stays = plan.num_steps == 1
     anneals = plan.visits > 1 or made.func is AnnealedLangevin
     return Named(words, lambda schedule: made(schedule=schedule), 1 if stays else plan.visits, stays, anneals)
-
-
-def option(group: str, name: str) -> DictConfig:
-    """An option of a config group as it stands in conf/; may be asked for within a command."""
-    with composing(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(overrides=[f"+{group}={name}"])[group]

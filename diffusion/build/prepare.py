@@ -13,7 +13,8 @@ from diffusion.data.prepare.image import Rule, most_bytes
 from diffusion.data.prepare.plan import Job, Plan, first_sizes
 from diffusion.data.prepare.shards import SHEET, SKIPPED
 from diffusion.data.shards.index import Index
-from diffusion.data.sources.source import open_source, shown
+from diffusion.data.sources.opening import open_source
+from diffusion.data.sources.source import shown
 from diffusion.errors import Refusal
 from diffusion.files import size_of
 from diffusion.models.resolutions import nearest_resolutions, resolutions

@@ -1,12 +1,18 @@
-"""From the groups `sampler` and `guidance` to the recipe of a sampling."""
+"""From the groups `sampler` and `guidance` to the recipe of a sampling; and samplers by name."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
-from diffusion.build.parts import factory
+from diffusion.build.parts import Factory, factory
 from diffusion.build.take import left, take
+from diffusion.config.check import check
+from diffusion.config.compose import composing
+from diffusion.config.values import check_kind, kind_at, lookup, unknown
+from diffusion.config.words import conf_dir, groups, nearest, parse, plain
+from diffusion.errors import Refusal
 from diffusion.scoring.recipe import Plan, Recipe
 
 
@@ -23,3 +29,41 @@ def recipe(cfg: DictConfig, batch_size: int = 256, labels: Sequence[int] = ()) -
     return Recipe(
         sampler, take(cfg.sampler, Plan), **guided, seed=cfg.seed, batch_size=batch_size, labels=tuple(labels)
     )
+
+
+def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
+    """`ddim eta=0.5` -> what makes the sampler of this option of the group `sampler` with these settings, and its plan.
+
+    Args:
+        key: the setting that the words are from.
+
+    Raises:
+        Refusal: no such option, or no such setting of it.
+    """
+    name, *settings = words.split() or [""]
+    known = groups()["sampler"]
+    if name not in known:
+        raise Refusal(f"{key}: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
+    cfg = option("sampler", name)
+    for setting in settings:
+        inner, equals, value = setting.partition("=")
+        if not (equals and value):
+            raise Refusal(f"{key}: {words!r}: settings are key=value, as in 'ddim eta=0.5'.")
+        parent, last, there = lookup(cfg, inner)
+        if not there:
+            raise Refusal(f"{key}: {words!r}: {unknown(inner, parent, last)}")
+        whole = OmegaConf.create({"sampler": cfg})
+        try:
+            kind = kind_at(f"sampler.{inner}", whole)
+            given = check_kind(f"sampler.{inner}", plain(parse(setting).value()), parent[last], kind)
+        except Refusal as e:
+            raise Refusal(f"{key}: {words!r}: {e}") from e
+        OmegaConf.update(cfg, inner, given)
+    check(OmegaConf.create({"sampler": cfg}))
+    return factory(left(cfg, Plan), key), take(cfg, Plan)
+
+
+def option(group: str, name: str) -> DictConfig:
+    """An option of a config group as it stands in conf/; may be asked for within a command."""
+    with composing(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(overrides=[f"+{group}={name}"])[group]

@@ -21,7 +21,7 @@ from diffusion.data.shards.remote import Access, is_remote
 from diffusion.errors import Refusal
 from diffusion.files import obstacle
 from diffusion.models.resolutions import check_attention
-from diffusion.process.times import times
+from diffusion.process.grids import check_grid
 
 SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
 EXTRACTORS = ("inception", "digits")
@@ -56,8 +56,11 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         raise Refusal(
             f"extractor.name={cfg.extractor.name} names another one: give extractor.target's a name of its own."
         )
-    if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large)):
-        raise Refusal("The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...] or sweep.large=true.")
+    if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large or cfg.sweep.samplers)):
+        raise Refusal(
+            "The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...], sweep.large=true or "
+            "sweep.samplers=[...]."
+        )
     if "objective" in cfg:
         check_training(cfg)
 
@@ -125,8 +128,8 @@ def check_training(cfg: DictConfig) -> None:
 
 def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
     """Refuse more sampling steps than the schedule has levels, and an unknown spacing."""
-    steps = num_timesteps if sampler.num_steps is None else sampler.num_steps
-    times(num_timesteps, steps, sampler.spacing, sampler.get("visits", 1))
+    spacing = sampler.spacing if isinstance(sampler.spacing, str) else list(sampler.spacing)
+    check_grid(num_timesteps, sampler.num_steps, spacing, sampler.get("visits", 1))
 
 
 def learns_variance(objective: DictConfig) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from diffusion.data.prepare.image import Background, Crop, Resize, Stored
-from diffusion.settings import AtLeast, Between, Count, Distinct, Each, Number, Seed, Share
+from diffusion.settings import AtLeast, Between, Count, Distinct, Each, Filled, Number, Seed, Share
 
 Labels = Annotated[list[int], Each(AtLeast(0), "class numbers, from 0 on")]
 Metrics = Annotated[list[str], Distinct()]
@@ -74,7 +74,7 @@ class Lab(Command):
     ema: bool
     out: str | None
     toy: Literal["modes", "rings", "moons", "checkerboard", "gaussian"] | None
-    samplers: Annotated[list[str], Distinct()]
+    samplers: Annotated[list[str], Distinct(), Filled("give some of the group sampler")]
     batch_size: Count
 
 

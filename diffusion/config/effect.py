@@ -48,7 +48,10 @@ def all_visited(cfg: DictConfig) -> bool:
     """Whether a sampler visits every level of its schedule, of which there is one order only."""
     steps, levels = cfg.sampler.get("num_steps"), OmegaConf.select(cfg, "schedule.num_timesteps")
     levels = levels if cfg.get("checkpoint") is None else None  # a checkpoint has levels of its own
-    return not swept(cfg) and "spacing" in cfg.sampler and (steps is None or steps == levels)
+    spacing = cfg.sampler.get("spacing")
+    if swept(cfg) or not isinstance(spacing, str) or cfg.sampler.get("max_calls") is not None:
+        return False
+    return steps is None or steps == levels and spacing in ("linear", "trailing")
 
 
 def data_set(path: str | None) -> bool:
@@ -86,6 +89,10 @@ TABLE = (
     Idle(ANY, "guidance.scale", unguided, "guidance=none", "guidance=classifier_free {word}"),
     Idle(ANY, "sampler.spacing", all_visited, "every level is visited (sampler.num_steps={sampler.num_steps})",
          "sampler.num_steps=N below the number of levels"),
+    Idle(ANY, "sampler.num_steps", lambda cfg: cfg.sampler.get("max_calls") is not None,
+         "sampler.max_calls={sampler.max_calls} decides the number of steps", "sampler.max_calls=null {word}"),
+    Idle(ANY, "sampler.num_steps sampler.max_calls", lambda cfg: not isinstance(cfg.sampler.get("spacing", ""), str),
+         "sampler.spacing={sampler.spacing} gives the times themselves", "sampler.spacing=linear {word}"),
     Idle(ANY, "sampler.corrector.*", lambda cfg: cfg.sampler.get("visits") == 1,
          "with sampler.visits=1 every step is the predictor's", "sampler.visits=2"),
     # ---- training ----
@@ -129,8 +136,8 @@ TABLE = (
     Idle("evaluate", "split", lambda cfg: cfg.reference is not None and not data_set(cfg.reference),
          "reference={reference} is not a data set of shards"),
     Idle("evaluate", "sweep sweep.*", lambda cfg: not swept(cfg), "task={task}", "task=sweep {word}"),
-    Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.variance sampler.visits "
-         "sampler.step_size sampler.convention sampler.denoise sampler.predictor.* sampler.corrector.*", swept,
+    Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.max_calls "
+         "sampler.variance sampler.visits sampler.step_size sampler.convention sampler.denoise sampler.predictor.* sampler.corrector.*", swept,
          "task=sweep has samplers of its own: sweep.num_steps, sweep.eta, sweep.large", "task=score {word}"),
     Idle("evaluate", "neighbours per_class", swept, "task=sweep measures FID alone", "task=score {word}"),
     Idle("evaluate", "metrics", lambda cfg: swept(cfg) and list(cfg.metrics) != ["fid"],

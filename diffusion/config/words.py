@@ -35,9 +35,9 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Config groups and their options, by listing conf/."""
+    """Config groups and their options, by listing conf/; what options have in common, in _NAME.yaml, is none."""
     found = sorted(p for p in conf_dir().iterdir() if p.is_dir() and not p.name.startswith("_"))
-    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in found}
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml") if f.name[0] != "_") for p in found}
 
 
 def nearest(word: str, allowed: list[str]) -> str:

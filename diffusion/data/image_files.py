@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion.data.prepare.image import Rule, coloured, most_bytes, opened
-from diffusion.data.sources.source import BadEntry, open_source
+from diffusion.data.sources.opening import open_source
+from diffusion.data.sources.source import BadEntry
 
 MAX_PIXELS = 100_000_000
 GREY = ("1", "L", "LA", "La", "I;16", "I", "F")

@@ -66,6 +66,8 @@ class MixtureDataModule(ImageShardsDataModule):
         ValueError: no such set, or a value out of its range.
     """
 
+    drawn = True
+
     def __init__(
         self,
         toy: Literal["modes", "rings", "moons", "checkerboard"],

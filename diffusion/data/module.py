@@ -64,11 +64,12 @@ class ImageShardsDataModule(LightningDataModule):
     """
 
     holds: ClassVar[dict[str, int]] = {}  # what its index must say, of a class for one data set
+    drawn = False  # whether its samples are drawn, so that it has no root
     kept_beside = True  # whether what is derived from the set, as features, may be kept beside its shards
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: str | os.PathLike | None,
         batch_size: Count,
         seed: Seed = 0,
         split: str = "train",
@@ -84,6 +85,8 @@ class ImageShardsDataModule(LightningDataModule):
         prepare: str | None = None,
     ) -> None:
         super().__init__()
+        if root is None and not self.drawn:
+            raise ValueError("data.root=null: a value is needed, a folder or an address.")
         if lanes is not None:
             check_lanes(lanes, batch_size)
         self.remote = Remote(**(remote or {}))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, Level, Schedule
 from diffusion.process.toy import Gaussian, Mixture
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Moment, Sampler
 
 
 class Law(NamedTuple):
@@ -29,7 +29,8 @@ class Law(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """x -> matrix x + offset + noise z, z standard normal: (d, d), (d,), (d, d), float64."""
+    """x -> matrix x + offset + noise z, z standard normal: (d, e), (d,), (d, d), float64; x of e numbers may be several
+    places of a walk, one after the other."""
 
     matrix: Tensor
     offset: Tensor
@@ -39,6 +40,13 @@ class Affine(NamedTuple):
         """The law of the outcome."""
         covariance = self.matrix @ law.covariance @ self.matrix.mT + self.noise @ self.noise.mT
         return Law(self.matrix @ law.mean + self.offset, (covariance + covariance.mT) / 2)
+
+    def remembered(self, kept: int) -> "Affine":
+        """The outcome, followed by the first `kept` numbers of x."""
+        d, e = self.matrix.shape
+        rest = torch.eye(e, dtype=torch.float64)[:kept]
+        noise = torch.cat([self.noise, torch.zeros(kept, d, dtype=torch.float64)])
+        return Affine(torch.cat([self.matrix, rest]), torch.cat([self.offset, rest.new_zeros(kept)]), noise)
 
 
 def law_at(toy: Mixture, level: Level) -> Law:
@@ -74,26 +82,35 @@ def w2(one: Law, other: Law) -> float:
     return (shift + max(spread, 0.0)) ** 0.5
 
 
-def step_of(sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int) -> Affine:
+def step_of(sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int, before: Sequence[float] = ()) -> Affine:
     """The sampler's step from t to s as a map, found by trying it on the axes; for vectors of `dim` numbers.
+
+    Args:
+        before: the times of the walk before t that the step remembers, newest first. The map is then of x_t followed
+            by x at these times.
 
     Raises:
         ValueError: the step is not affine: the denoiser is not, or the sampler is not linear in what it says.
     """
-    eye, zero = torch.eye(dim, dtype=torch.float64), torch.zeros(1, dim, dtype=torch.float64)
-    trial = torch.linspace(0.3, 1.1, dim, dtype=torch.float64)[None]
-    x = torch.cat([zero, eye, 0 * eye, trial])
-    z = torch.cat([zero, 0 * eye, eye, -2 * trial])
+    places = dim * (1 + len(before))
+    eye, zero = torch.eye(places, dtype=torch.float64), torch.zeros(1, places, dtype=torch.float64)
+    trial = torch.linspace(0.3, 1.1, places, dtype=torch.float64)[None]
+    x = torch.cat([zero, eye, torch.zeros(dim, places, dtype=torch.float64), trial])
+    shaken = torch.linspace(-0.6, -2.2, dim, dtype=torch.float64)[None]
+    still = torch.zeros(1 + places, dim, dtype=torch.float64)
+    z = torch.cat([still, torch.eye(dim, dtype=torch.float64), shaken])
     drawn: list[Tensor] = []
 
     def noise(like: Tensor) -> Tensor:
         drawn.append(like)
         return z
 
-    y = sampler.step(denoise, x, t, s, noise)
+    x_t, *others = x.split(dim, dim=1)
+    past = tuple(Moment(u, x_u, denoise(x_u, u)) for u, x_u in zip(before, others, strict=True))
+    y = sampler.step(denoise, x_t, t, s, noise, past)
     offset, last = y[0], y[-1]
-    found = Affine((y[1 : 1 + dim] - offset).mT, offset, (y[1 + dim : -1] - offset).mT)
-    expected = found.matrix @ trial[0] + offset - 2 * found.noise @ trial[0]
+    found = Affine((y[1 : 1 + places] - offset).mT, offset, (y[1 + places : -1] - offset).mT)
+    expected = found.matrix @ trial[0] + offset + found.noise @ shaken[0]
     if len(drawn) > 1 or not torch.allclose(last, expected, rtol=1e-9, atol=1e-9 * float(1 + x.abs().max())):
         raise ValueError(
             f"{type(sampler).__name__}: its step is not affine on Gaussian data, so their law is not known."
@@ -102,10 +119,19 @@ def step_of(sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int) -
 
 
 def propagated(sampler: Sampler, denoise: Denoiser, law: Law, times: Sequence[float]) -> Iterator[Law]:
-    """The law after each step of the walk along these times, from `law` at the first."""
-    for t, s in pairwise(times):
-        law = step_of(sampler, denoise, t, s, len(law.mean))(law)
-        yield law
+    """The law after each step of the walk along these times, from `law` at the first. Of a sampler that remembers, the
+    law of all places that it remembers is carried along."""
+    dim, before = len(law.mean), []
+    whole = law
+    for k, (t, s) in enumerate(pairwise(times)):
+        if k and (s - t) * (t - times[k - 1]) <= 0:
+            before = []
+        places = dim * (1 + len(before))
+        whole = Law(whole.mean[:places], whole.covariance[:places, :places])
+        step = step_of(sampler, denoise, t, s, dim, before)
+        before = [t, *before][: sampler.memory]
+        whole = step.remembered(dim * len(before))(whole)
+        yield Law(whole.mean[:dim], whole.covariance[:dim, :dim])
 
 
 def end_of(sampler: Sampler, denoise: Denoiser, law: Law, times: Sequence[float]) -> Law:

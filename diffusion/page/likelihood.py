@@ -90,14 +90,14 @@ def published_points(data: str | None) -> list[Series]:
     return [Series("paper", f"published: {table.source}", rate, distortion, kind="points", tag="published")]
 
 
-def progress_rows(bound: Bound | None, config: Mapping[str, Any], results: Sequence[Row]) -> list[Row]:
+def progress_rows(bound: Bound | None, record: Mapping[str, Any], results: Sequence[Row]) -> list[Row]:
     """The terms at the times of DDPM's Table 4, as results to put into it; none for another number of noise levels."""
     if bound is None or bound.terms[-1]["t"] != PUBLISHED_T:
         return []
     at = {PUBLISHED_T + 1 - int(term["t"]): term for term in bound.terms}
     of_it = [r for r in results if r.get("name") == "bits_per_dim" and r.get("step") == bound.step]
     row = next((r for r in reversed(of_it) if r.get("likelihood") in (None, "bound")), {})  # the terms are of the last
-    known = {"metric": "bits/dim", "data": get(config, "data.name"), "weights": "ema", "step": bound.step} | dict(row)
+    known = {"metric": "bits/dim", "data": get(record, "data.name"), "weights": "ema", "step": bound.step} | dict(row)
     known = {k: v for k, v in known.items() if k not in ("value", "rate", "distortion", "sampler")}
     return [
         known | {"name": "bits_per_dim", "reverse_steps": n, "rate": at[n]["rate"], "rmse_255": at[n]["rmse_255"]}

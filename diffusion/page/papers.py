@@ -9,18 +9,18 @@ from diffusion.runs.recorded import described
 Row = Mapping[str, Any]
 
 
-def told(row: Row, config: Mapping[str, Any]) -> Row:
+def told(row: Row, record: Mapping[str, Any]) -> Row:
     """The row with what the run's configuration says of the model and the row does not: objective, learned variance,
     schedule, classes, size. A row about images of files is not about the model."""
-    if "images" in row or not config:
+    if "images" in row or not record:
         return row
-    return described(config) | dict(row)
+    return described(record) | dict(row)
 
 
-def against_papers(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
+def against_papers(rows: Sequence[Row], record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows: `tables` (title, source, note, columns, lines), `departures`, `missing` fields, and
     `others`: why scores without a place have none."""
-    rows = [told(row, config) for row in rows]
+    rows = [told(row, record) for row in rows]
     inside = [row for row in rows if places(row)]
     tables = []
     for table in filled(rows):

@@ -11,30 +11,30 @@ from diffusion.progress import duration
 Row = Mapping[str, Any]
 
 
-def summary(config: Mapping[str, Any], step: int | None) -> str:
+def summary(record: Mapping[str, Any], step: int | None) -> str:
     """What was trained on what, for how long, in a sentence or two."""
-    if not config:
+    if not record:
         return "This folder has no config.yaml: what was trained is not known."
-    network = (get(config, "model._target_") or "a network").rpartition(".")[2]
-    size, channels, classes = (get(config, f"data.{k}") for k in ("image_size", "channels", "num_classes"))
+    network = (get(record, "model._target_") or "a network").rpartition(".")[2]
+    size, channels, classes = (get(record, f"data.{k}") for k in ("image_size", "channels", "num_classes"))
     what = [f"{size}×{size} pixels"] if size else []
     what += [counted(channels, "channel", "channels")] if channels else []
     what += [counted(classes, "class", "classes")] if classes else []
-    images = f"{get(config, 'data.name') or 'images'}" + (f" ({', '.join(what)})" if what else "")
-    kind = "conditional " if get(config, "model.num_classes") else ""
-    target, limit = get(config, "objective.prediction"), get(config, "trainer.max_steps")
+    images = f"{get(record, 'data.name') or 'images'}" + (f" ({', '.join(what)})" if what else "")
+    kind = "conditional " if get(record, "model.num_classes") else ""
+    target, limit = get(record, "objective.prediction"), get(record, "trainer.max_steps")
     begun = "not trained yet" if not step else f"trained for {step:,}" + (f" of {limit:,}" if limit else "") + " steps"
     text = f"A {kind}{network}" + (f" that predicts {target}" if target else "") + f", {begun} on {images}."
-    decay = get(config, "ema.decay")
+    decay = get(record, "ema.decay")
     if decay is not None:
-        ramp = " after a ramp" if get(config, "ema.warmup") else ""
+        ramp = " after a ramp" if get(record, "ema.warmup") else ""
         text += f" Samples show the averaged weights (decay {decay}{ramp}); so do scores that do not say otherwise."
     return text
 
 
-def figures_of_training(config: Mapping, step: int | None, metrics: Metrics, results: Sequence[Row]) -> list[tuple]:
+def figures_of_training(record: Mapping, step: int | None, metrics: Metrics, results: Sequence[Row]) -> list[tuple]:
     """(name, value) of what a person asks first: steps, images, speed, time, size."""
-    batch, limit = get(config, "data.batch_size"), get(config, "trainer.max_steps")
+    batch, limit = get(record, "data.batch_size"), get(record, "trainer.max_steps")
     found: list[tuple[str, str]] = []
     if step is not None:
         found.append(("steps", f"{step:,}" + (f" of {limit:,}" if limit and limit != step else "")))
@@ -62,7 +62,7 @@ def origin(results: Sequence[Row]) -> list[tuple[str, str]]:
     return found
 
 
-def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def settings(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """[(group, [(key, value), ...]), ...]; keys that are in no group come first, under ''."""
 
     def text(value: Any) -> str:
@@ -76,6 +76,6 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
             return [(k, v) for k, v in found if not k.endswith("_partial_")]  # how it is built, not what it is
         return [(prefix, text(value))]
 
-    single = [(str(k), v) for k, v in config.items() if not isinstance(v, Mapping)]
-    groups = [(str(k), leaves(v, "")) for k, v in config.items() if isinstance(v, Mapping) and v]
+    single = [(str(k), v) for k, v in record.items() if not isinstance(v, Mapping)]
+    groups = [(str(k), leaves(v, "")) for k, v in record.items() if isinstance(v, Mapping) and v]
     return ([("", [pair for k, v in single for pair in leaves(v, k)])] if single else []) + groups

@@ -33,7 +33,8 @@ Row = Mapping[str, Any]
 
 
 class Point(NamedTuple):
-    """One row: its eta (or sigma hat), steps, network calls an image, FID, and the published FID of the same."""
+    """One row: its eta (or sigma hat, or the sampler's name), steps, network calls an image, FID, and the published FID of
+    the same."""
 
     eta: float | str
     steps: int
@@ -48,11 +49,13 @@ def points(rows: Sequence[Row]) -> list[Point]:
     found: dict[tuple, Point] = {}
     for row in map(result, rows):
         eta, steps, fid = eta_of(row), row.get("num_steps"), row.get("value")
+        if eta is None and row.get("sampler") not in ("ddim", "ancestral"):
+            eta = row.get("sampler")
         if eta is None or not steps or fid is None:
             continue
         published = next((p.figure for p in places(row) if p.table.by_eta), None)
         found[eta, steps] = Point(eta, steps, row.get("nfe") or float(steps), fid, published, row)
-    return sorted(found.values(), key=lambda p: (order(p.eta), p.steps))
+    return sorted(found.values(), key=lambda p: (order(p.eta), str(p.eta), p.steps))
 
 
 def order(eta: float | str) -> float:

@@ -26,9 +26,9 @@ def quartile_names(num_timesteps: int | None) -> list[str]:
     return [f"q{i}: {w}, t = {edges[i - 1] + 1}–{edges[i]}" for i, w in enumerate(words, 1)]
 
 
-def curves(config: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) -> list[Chart]:
+def curves(record: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) -> list[Chart]:
     """What there is to draw, in the order it is asked for."""
-    names = quartile_names(get(config, "schedule.num_timesteps"))
+    names = quartile_names(get(record, "schedule.num_timesteps"))
     loss = [Series("ink", "all noise levels", *metrics.curve("train/loss"))]
     loss += [Series(f"q{i}", names[i - 1], *metrics.curve(f"train/loss_q{i}")) for i in (1, 2, 3, 4)]
     single = lambda column: [Series("q3", "", *metrics.curve(column))]  # noqa: E731
@@ -40,25 +40,25 @@ def curves(config: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) 
     ]
     for column in sorted(c for c in metrics.columns if c.startswith("eval/")):
         if len(metrics.curve(column)[0]) > 1:  # one score is in the table
-            found.append(score_curve(column.removeprefix("eval/"), metrics, config, results))
+            found.append(score_curve(column.removeprefix("eval/"), metrics, record, results))
     return found
 
 
-def score_curve(name: str, metrics: Metrics, config: Mapping[str, Any], results: Sequence[Row]) -> Chart:
+def score_curve(name: str, metrics: Metrics, record: Mapping[str, Any], results: Sequence[Row]) -> Chart:
     """A score over training, with the levels it is read against. results: the newest step first."""
     rows = [r for r in results if r.get("name") == name]
     title = title_of(rows[0] if rows else {"name": name})
-    levels = [*published(name, config, rows), *floor(rows)]
+    levels = [*published(name, record, rows), *floor(rows)]
     series = Series("q4", "this run" if levels else "", *metrics.curve(f"eval/{name}"), tag="curve")
     values = [*series.y, *(level.value for level in levels)]
     wide_range = higher_is_better(name) is False and min(values) > 0 and max(values) / min(values) > WIDE_RANGE
     return Chart(title, title, [series], levels, log=wide_range)
 
 
-def published(name: str, config: Mapping[str, Any], rows: Sequence[Row]) -> list[Level]:
+def published(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Level]:
     """The paper's value: as the scores have it, or else the configuration."""
     found = [r["reference"] for r in rows if r.get("reference") is not None]
-    value = found[0] if found else get(config, f"paper.{name}")
+    value = found[0] if found else get(record, f"paper.{name}")
     number = f", {PUBLISHED_IMAGES:,} images" if name in FROM_IMAGES else ""
     return (
         [] if value is None else [Level("paper", f"published: {shown(value)}{number}", float(value), tag="published")]

@@ -23,9 +23,9 @@ def counted(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
-def get(config: Mapping[str, Any], key: str) -> Any:
-    """config['a']['b'] for 'a.b'; None where any of it is absent."""
-    value: Any = config
+def get(record: Mapping[str, Any], key: str) -> Any:
+    """record['a']['b'] for 'a.b'; None where any of it is absent."""
+    value: Any = record
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value

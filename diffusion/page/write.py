@@ -28,7 +28,7 @@ class Run(Protocol):
     report_path: Path
     samples: Path
 
-    def config(self) -> dict | None: ...
+    def config(self) -> Mapping[str, Any] | None: ...
     def results(self) -> list[dict]: ...
     def steps(self) -> list[int]: ...
 
@@ -43,18 +43,18 @@ def write_report(folder: Run) -> Path:
     """
     if not folder.path.is_dir():
         raise ValueError(f"run_dir={folder.path}: there is no such folder.")
-    config, steps, metrics = folder.config() or {}, folder.steps(), Metrics.read(folder.metrics_path)
+    record, steps, metrics = folder.config() or {}, folder.steps(), Metrics.read(folder.metrics_path)
     results = sorted(folder.results(), key=lambda r: r.get("step") or 0, reverse=True)  # stable: newest step first
     step = max([*steps[:1], *metrics.steps[-1:]], default=None)
     scored = results[0].get("step") if results else None
     scores = [r for r in results if r.get("step") == scored]
     newest, others, damaged = pictures(folder.samples)
     unread = [f"samples/{name}" for name in damaged]
-    bound, sweep = read_bound(folder.path / "likelihood"), [told(row, config) for row in sweep_of(folder.path)]
+    bound, sweep = read_bound(folder.path / "likelihood"), [told(row, record) for row in sweep_of(folder.path)]
     page = {
-        "title": config.get("name") or folder.path.resolve().name,
-        "summary": summary(config, step),
-        "figures": figures_of_training(config, step, metrics, results),
+        "title": record.get("name") or folder.path.resolve().name,
+        "summary": summary(record, step),
+        "figures": figures_of_training(record, step, metrics, results),
         "newest": newest,
         "others": others,
         "film": newest_picture(folder.samples, "film_step_", unread),
@@ -63,16 +63,16 @@ def write_report(folder: Run) -> Path:
         "unread": unread,
         "scores": score_table(scores),
         "earlier": score_table([r for r in results if r.get("step") != scored]),
-        "papers": against_papers(scores, config),
-        "curves": drawn(curves(config, metrics, results)),
+        "papers": against_papers(scores, record),
+        "curves": drawn(curves(record, metrics, results)),
         "classes": drawn(by_class(scores)),
-        "bound": drawn(bound_charts(bound, get(config, "data.name"))),
-        "progress": against_papers(progress_rows(bound, config, results), config),
+        "bound": drawn(bound_charts(bound, get(record, "data.name"))),
+        "progress": against_papers(progress_rows(bound, record, results), record),
         "bound_step": bound.step if bound else None,
         "sweep": drawn([sweep_chart(sweep)]),
         "sweep_table": sweep_grid(sweep),
         "notes": metrics.notes,
-        "settings": settings(config),
+        "settings": settings(record),
         "origin": origin(results),
     }
     write(folder.report_path, "page.html", page)

@@ -45,23 +45,22 @@ ALIKE = (  # what two FIDs have in common that may be compared
     "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",
     "split",
 )  # fmt: skip
-Config = Mapping[str, Any]
 OF_ANOTHER_RUN = "it belongs to another run"
 MOST_BYTES = 1 << 20  # of config.yaml
 RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
 
 
-def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}; lists are values."""
-    if not isinstance(cfg, Mapping) or not cfg:
-        return {prefix: dict(cfg) if isinstance(cfg, Mapping) else cfg}
+    if not isinstance(values, Mapping) or not values:
+        return {prefix: dict(values) if isinstance(values, Mapping) else values}
     flat: dict[str, Any] = {}
-    for name, value in cfg.items():
+    for name, value in values.items():
         flat.update(flatten(value, f"{prefix}.{name}" if prefix else str(name)))
     return flat
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
     recorded value."""
     old, new = _effective(flatten(old)), _effective(flatten(new))
@@ -118,13 +117,13 @@ def digest_beside(path: Path) -> str | None:
 def fault(
     path: Path,
     step: int | None = None,
-    config: Config | None = None,
+    record: Recorded | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str | None:
     """Why a checkpoint file cannot be used, in a clause, or None. Nothing in it is executed.
 
     Args:
-        step: that its name states. config: of the run it is to belong to. shapes: of that run's weights, by the names
+        step: that its name states. record: of the run it is to belong to. shapes: of that run's weights, by the names
             of `state_dict`. None: any.
     """
     wrong = damage(path)
@@ -141,7 +140,7 @@ def fault(
         return _unsafe(head)
     if step is not None and head.step != step:
         return f"it is of step {head.step}, not of step {step}"
-    if config is not None and (found := differences(head.config, config)):
+    if record is not None and (found := differences(head.config, record)):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"{OF_ANOTHER_RUN} ({found[0]}{more})"
     if shapes is not None and head.shapes != shapes:
@@ -240,13 +239,13 @@ class RunFolder:
             raise ValueError(f"{where} is damaged (it lacks {missing}, which the newest checkpoint has)")
         return config
 
-    def _lacks(self, config: Config) -> str | None:
+    def _lacks(self, record: Recorded) -> str | None:
         """A setting that the newest checkpoint has and a configuration lacks: a file that is cut off at the end of a
         line is well formed."""
         for step in self.steps()[:1]:
             with contextlib.suppress(ValueError, OSError):
                 recorded = read_head(self.checkpoint_path(step)).config
-                return next(iter(sorted(flatten(recorded).keys() - flatten(config).keys())), None)
+                return next(iter(sorted(flatten(recorded).keys() - flatten(record).keys())), None)
         return None
 
     def refuse_other(self, new: Recorded) -> None:
@@ -329,22 +328,22 @@ class RunFolder:
 
     def latest_valid(
         self,
-        config: Recorded | None = None,
+        record: Recorded | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         any_run: bool = False,
     ) -> tuple[int, Path | None, list[str]]:
         """(step, path, complaints): the newest sound checkpoint of this run, (0, None, ...) if there is none.
 
         Args:
-            config: of the run; None takes that of the folder, unless `any_run`. shapes: of its weights; None: any.
+            record: of the run; None takes that of the folder, unless `any_run`. shapes: of its weights; None: any.
         """
         complaints = []
-        if config is None and not any_run and self.config_path.is_file():
+        if record is None and not any_run and self.config_path.is_file():
             with contextlib.suppress(ValueError):
-                config = self._read_config()
+                record = self._read_config()
         for step in self.steps():
             path = self.checkpoint_path(step)
-            wrong = fault(path, step, config, shapes)
+            wrong = fault(path, step, record, shapes)
             if wrong is None:
                 return step, path, complaints
             complaints.append(f"{path} is not used: {wrong}.")

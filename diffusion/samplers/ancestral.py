@@ -4,7 +4,7 @@ from torch import Tensor
 
 from diffusion.process.kernels import Variance, posterior, reverse_std
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Past, Sampler
 from diffusion.settings import settings
 
 
@@ -26,7 +26,7 @@ class Ancestral(Sampler):
         super().__init__(schedule)
         self.variance = variance
 
-    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         prediction, kernel = denoise(x_t, t), posterior(self.schedule, t, s)
         mean = kernel.x_t * x_t + kernel.x0 * prediction.x0
         if s == 0:

@@ -9,11 +9,13 @@ with the half of the step that their published code takes, under the same name a
 The published figures come from the code. One at twice the step is the other.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
+from diffusion.samplers.base import Past
 from diffusion.samplers.langevin import LangevinDynamics
 from diffusion.settings import Positive, settings
 
@@ -25,7 +27,7 @@ SHARES = {"code": 1.0, "paper": 0.5}  # of the step, in h of x + h score + sqrt(
 class AnnealedLangevin(LangevinDynamics):
     """Langevin updates of step_size sigma_t^2 at the levels of a walk, as often as its times name each of them.
 
-    `process.times.times(..., visits=T)` names each T times: the papers' T updates at every level. The papers' step at
+    `process.grids.times(..., visits=T)` names each T times: the papers' T updates at every level. The papers' step at
     level i is epsilon sigma_i^2 / sigma_1^2, sigma_1 the least: `step_size` is their epsilon / sigma_1^2, which has no
     units. NCSN: 0.2 with T = 100, no denoising; NCSNv2 on CIFAR-10: 0.062 with T = 5, denoised.
 
@@ -50,10 +52,13 @@ class AnnealedLangevin(LangevinDynamics):
         super().__init__(schedule)
         self.step_size, self.convention, self.denoise = step_size, convention, denoise
 
+    def calls(self, times: Sequence[float]) -> int:
+        return super().calls(times) + (self.denoise and times[-1] == 0)
+
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> float:
         return SHARES[self.convention] * self.step_size
 
-    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         if s == 0 and self.denoise:
             return denoise(self.update(denoise, x_t, t, randn), t).x0
         return super().step(denoise, x_t, t, s, randn)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion.process.kernels import posterior
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Past, Sampler
 from diffusion.settings import Between, settings
 
 Eta = Annotated[float, Between(0, 1, ": 0 is DDIM, 1 is ancestral sampling")]
@@ -32,7 +32,7 @@ class DDIM(Sampler):
         super().__init__(schedule)
         self.eta = eta
 
-    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         alpha_s, sigma_s = self.schedule(s)
         x0, epsilon, _ = denoise(x_t, t)
         if self.eta == 0:

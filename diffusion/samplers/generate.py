@@ -59,7 +59,7 @@ def generate(
 
     Args:
         denoise: guided and clipped as wanted; called as denoise(x_t, t, labels=...).
-        sampler: takes the steps. times: descending, as `process.times` gives them.
+        sampler: takes the steps. times: descending, as `process.grids` gives them.
         image_numbers: int64 (N,); the noise of image k belongs to (seed, k) alone.
         image_shape: (C, H, W).
         labels: int64 (N,) or None.

@@ -4,7 +4,7 @@
 
 A step that stays, s = t, is one such update of the law at time t. A step down, s < t, is the update, and then x is
 relabelled as being at s: x alpha_s / alpha_t, which is x itself under VE. How often a level is visited is said by the
-times, `process.times`. With h as a share of sigma_t^2 an update is the same under VP and VE:
+times, `process.grids`. With h as a share of sigma_t^2 an update is the same under VP and VE:
 
     x_t - share sigma_t epsilon + sqrt(2 share) sigma_t z
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule, like
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Past, Sampler
 from diffusion.settings import Positive, settings
 
 NODES = ((0.06943184420297371, 0.17392742256872693), (0.33000947820757187, 0.32607257743127307))
@@ -44,7 +44,7 @@ class LangevinDynamics(Sampler):
         share = like(torch.as_tensor(self.share(t, epsilon, z), dtype=torch.float64), x_t)
         return x_t - share * sigma * epsilon + (2 * share).sqrt() * sigma * z
 
-    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         if s > t:
             raise ValueError(f"times t={t}, s={s}: Langevin dynamics stays or goes down, s <= t.")
         return self.relabelled(self.update(denoise, x_t, t, randn), t, s)
@@ -99,6 +99,7 @@ class MetropolisLangevin(Langevin):
     ) -> None:
         super().__init__(schedule, step_size)
         self.log_density = log_density
+        self.calls_per_step = 2 if log_density is not None else 2 + 2 * len(NODES)
 
     def update(self, denoise: Denoiser, x_t: Tensor, t: float, randn: RandomNormal) -> Tensor:
         h, sigma = self.step_size, self.schedule(t).sigma

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.process.kernels import transition
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Past, Sampler
 from diffusion.samplers.langevin import LangevinDynamics
 from diffusion.settings import Positive, settings
 
@@ -72,7 +72,9 @@ class PredictorCorrector(Sampler):
         super().__init__(schedule)
         self.predictor, self.corrector = predictor(schedule), corrector(schedule)
         self.of_batch = self.predictor.of_batch or self.corrector.of_batch
+        self.memory = self.predictor.memory  # the corrector's steps stay, and have no past
+        self.calls_per_step = max(self.predictor.calls_per_step, self.corrector.calls_per_step)
 
-    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal) -> Tensor:
+    def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         part = self.corrector if s == t else self.predictor
-        return part.step(denoise, x_t, t, s, randn)
+        return part.step(denoise, x_t, t, s, randn, past)

@@ -11,7 +11,7 @@ What is interrupted goes on with the pieces that were made before.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -43,11 +43,13 @@ class Sweep:
 
     Args:
         num_steps: of each. eta: of DDIM. large: also ancestral sampling with the large variance, the papers' sigma hat.
+        samplers: further ones, options of the group sampler, each with settings of it.
     """
 
     num_steps: Annotated[list[Count], Distinct()]
     eta: Annotated[list[Eta], Distinct()]
     large: bool = True
+    samplers: Annotated[list[str], Distinct()] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

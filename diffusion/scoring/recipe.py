@@ -14,8 +14,8 @@ from diffusion.config.check import check_variance
 from diffusion.denoiser import Clipped, NetworkDenoiser
 from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
+from diffusion.process.grids import Spacing, times
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
-from diffusion.process.times import Spacing, times
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddim import DDIM
 from diffusion.scoring.sampling import Counted, Sampling
@@ -28,19 +28,29 @@ class Plan:
     """Which times a walk visits, and what its sampler sees.
 
     Args:
-        num_steps: levels that are visited; None: every level of the schedule. spacing: of them. visits: steps at each.
+        num_steps: levels that are visited; None: every level of the schedule, or as many as max_calls allows.
+        max_calls: calls of the denoiser in a walk, at most. spacing: of the levels, or the times.
+        visits: steps at each.
         clip_x0: clip the estimate of x0 to [-1, 1] at every step.
     """
 
     num_steps: Count | None = None
-    spacing: Spacing = "linear"
+    max_calls: Count | None = None
+    spacing: Spacing | list[float] = "linear"
     visits: Count = 1
     clip_x0: bool = True
 
-    def times(self, schedule: Schedule) -> list[float]:
-        """Descending, the last 0. ValueError if the schedule has fewer levels than are to be visited."""
-        top = schedule.num_timesteps
-        return times(top, top if self.num_steps is None else self.num_steps, self.spacing, self.visits)
+    def times(self, sampler: Sampler) -> list[float]:
+        """Descending, the last 0. ValueError if the schedule has fewer levels than are to be visited, or a walk of one
+        step has more calls than are allowed."""
+        found = lambda steps: times(sampler.schedule, steps, self.spacing, self.visits)  # noqa: E731
+        if self.max_calls is None:
+            return found(self.num_steps)
+        most = min(self.max_calls, sampler.schedule.num_timesteps)
+        for steps in range(most, 0, -1):
+            if sampler.calls(grid := found(steps)) <= self.max_calls:
+                return grid
+        raise Refusal(f"sampler.max_calls={self.max_calls}: one step has {sampler.calls(found(1))} calls.")
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,8 @@ class Recipe:
 
     def sampler_of(self, schedule: Schedule) -> tuple[Sampler, list[float]]:
         """The sampler on a schedule, and the times it visits."""
-        visited = self.plan.times(schedule)
-        return self.sampler(schedule=schedule), visited
+        made = self.sampler(schedule=schedule)
+        return made, self.plan.times(made)
 
     def denoiser(self, called: Denoiser, network: NetworkDenoiser, where: Place) -> Denoiser:
         """What the sampler calls: `called`, the network's denoiser, in its precision, guided and clipped."""

@@ -1,6 +1,6 @@
 """FID over numbers of steps and kinds of noise (Song et al. 2021, DDIM, table 1), point by point, in sweep.csv."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,15 @@ from diffusion.scoring.scores import describe
 FIRST = ("eta", "variance", "num_steps", "nfe", "fid", "num_images", "sampler")
 
 
-def recipes_of(sweep: Sweep, recipe: Recipe) -> list[Recipe]:
-    """The recipe with each sampler of the sweep in turn, all at each number of steps: DDIM at each eta, and ancestral
-    sampling with the large variance."""
+def recipes_of(sweep: Sweep, recipe: Recipe, others: Sequence[tuple[Callable, Plan]] = ()) -> list[Recipe]:
+    """The recipe with each sampler of the sweep in turn, all at each number of steps: DDIM at each eta, ancestral
+    sampling with the large variance, and others with their plans."""
     plan = {"spacing": recipe.plan.spacing, "clip_x0": recipe.plan.clip_x0}
     found = [recipe.by_ddim(steps, eta, **plan) for eta in sweep.eta for steps in sweep.num_steps]
     for steps in sweep.num_steps if sweep.large else ():
         found.append(replace(recipe, sampler=partial(Ancestral, variance="large"), plan=Plan(steps, **plan)))
+    for sampler, chosen in others:
+        found += [replace(recipe, sampler=sampler, plan=replace(chosen, num_steps=n)) for n in sweep.num_steps]
     return found
 
 
@@ -31,16 +33,16 @@ class SweepEvaluation(Evaluation):
     """FID of each sampling of a sweep. Arguments as `Evaluation`.
 
     Args:
-        sweep: which samplings.
+        sweep: which samplings. others: its further samplers, and their plans.
     """
 
-    def __init__(self, *args: Any, sweep: Sweep, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sweep: Sweep, others: Sequence[tuple[Callable, Plan]] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sweep = sweep
+        self.sweep, self.others = sweep, others
 
     def recipes(self) -> list[Recipe]:
         assert self.recipe is not None
-        return recipes_of(self.sweep, self.recipe)
+        return recipes_of(self.sweep, self.recipe, self.others)
 
     def points(self, ranks: Ranks, where: Place) -> tuple[Path, list[dict[str, Any]]]:
         """The path of sweep.csv, and its rows of this sweep, on rank 0. Points that are there are not made again."""

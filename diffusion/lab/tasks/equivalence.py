@@ -14,8 +14,8 @@ from diffusion.lab.tasks.laboratory import Laboratory
 from diffusion.models.mlp import MLP
 from diffusion.noise import Stream, keys, normal, seed63, uniform_int
 from diffusion.page.chart import Chart, Series
+from diffusion.process.grids import times
 from diffusion.process.schedule import Denoiser, Prediction
-from diffusion.process.times import times
 from diffusion.process.variables import Exploding
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.annealed import AnnealedLangevin
@@ -86,7 +86,7 @@ def same_losses(lab: Laboratory, subject: LookedAt) -> list[Words | Grid]:
 def same_walks(lab: Laboratory, subject: LookedAt) -> list[Words | Charts]:
     """Samples of one model in both variables, step by step, in two precisions."""
     asked, schedule, seed = lab.asked, lab.schedule, lab.seed
-    grid = times(schedule.num_timesteps, min(asked.num_steps, schedule.num_timesteps), "trailing")
+    grid = times(schedule, min(asked.num_steps, schedule.num_timesteps), "trailing")
     shape, numbers = subject.x0.shape[1:], torch.arange(min(len(subject.x0), WALKS))
     start = float(schedule.std(grid[0])) * normal(keys(numbers, seed, Stream.PRIOR), shape, torch.float64)
     rows, series, worst = [], [], 0.0

@@ -20,8 +20,8 @@ from diffusion.lab.tasks.laboratory import Laboratory
 from diffusion.lab.training_error import Known, quarters, some_times
 from diffusion.noise import Stream, keys, normal, permutation
 from diffusion.page.chart import Chart, Series
+from diffusion.process.grids import SPACINGS, times
 from diffusion.process.schedule import Denoiser, Prediction
-from diffusion.process.times import SPACINGS, times
 from diffusion.progress import Progress
 from diffusion.scoring.sampling import Counted
 
@@ -169,7 +169,7 @@ def settings_tried(lab: Laboratory) -> list[tuple[str, Any, list[float]]]:
                 words = f"sampler.spacing={spacing}" if number == steps else f"sampler.num_steps={number}"
                 if number != steps and spacing != present:
                     words += f" sampler.spacing={spacing}"
-                found.append((words, lab.sampler, times(top, number, spacing)))
+                found.append((words, lab.sampler, times(lab.schedule, number, spacing)))
     return found
 
 

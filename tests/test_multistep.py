@@ -1,0 +1,135 @@
+"""Samplers with a memory and samplers of several calls: the walk owns the past, and the order is the method's."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import inside
+
+from diffusion.lab.errors import distance_of_gaussian
+from diffusion.lab.gaussian import prior_at, propagated
+from diffusion.lab.refinement import fitted_order
+from diffusion.process.grids import even, geometric
+from diffusion.process.schedule import ve_geometric, vp_linear
+from diffusion.process.toy import Gaussian
+from diffusion.samplers.base import Sampler
+from diffusion.samplers.ddim import DDIM
+from diffusion.samplers.multistep import AdamsBashforth, Heun
+
+SCHEDULES = pytest.mark.parametrize("schedule", [vp_linear(1000), ve_geometric(1000)], ids=["vp", "ve"])
+
+
+def toy():
+    return Gaussian([0.3, -0.2], covariance=torch.tensor([[0.25, 0.05], [0.05, 0.04]], dtype=torch.float64))
+
+
+@SCHEDULES
+@pytest.mark.parametrize("sampler, order", [(DDIM, 1), (AdamsBashforth, 2), (Heun, 2)])
+def test_the_error_falls_at_the_order_of_the_method(schedule, sampler, order):
+    """On Gaussian data, exactly, the past carried along with the law."""
+    steps = [80, 160, 320, 640]
+    found = [distance_of_gaussian(toy(), sampler(schedule), geometric(schedule, 1000, 1.0, n)) for n in steps]
+    assert fitted_order(steps, found).order == pytest.approx(order, abs=0.1)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("sampler", [AdamsBashforth, Heun])
+def test_the_law_that_is_carried_along_is_that_of_walks(schedule, sampler):
+    times, data = even(1000, 0, 7), toy()
+    laws = list(propagated(sampler(schedule), data.denoiser(schedule), prior_at(schedule, 1000, 2), times))
+    x = float(schedule.std(1000)) * torch.randn(
+        40_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    ends = sampler(schedule).sample(data.denoiser(schedule), x, times, torch.zeros_like)
+    assert torch.allclose(ends.mean(0), laws[-1].mean, atol=0.02)
+    assert torch.allclose(ends.T.cov(), laws[-1].covariance, atol=0.02 * float(laws[-1].covariance.max()) + 1e-4)
+
+
+@pytest.mark.parametrize("sampler", [AdamsBashforth, Heun])
+def test_two_walks_of_one_object_do_not_meet(sampler):
+    schedule, data = vp_linear(1000), toy()
+    one, denoise = sampler(schedule), data.denoiser(schedule)
+    starts = [torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    grids = [even(1000, 0, 9), even(900, 0, 9)]
+    alone = [one.sample(denoise, x, grid, torch.zeros_like) for x, grid in zip(starts, grids, strict=True)]
+    walks = [one.walk(denoise, x, grid, torch.zeros_like) for x, grid in zip(starts, grids, strict=True)]
+    for first, second in zip(*walks, strict=True):  # in turn
+        ends = first.x, second.x
+    assert all(torch.equal(end, wanted) for end, wanted in zip(ends, alone, strict=True))
+
+
+class Noting(Sampler):
+    """Stays where it is, and notes the past it is given."""
+
+    memory = 2
+
+    def __init__(self, schedule):
+        super().__init__(schedule)
+        self.seen = []
+
+    def step(self, denoise, x_t, t, s, randn, past=()):
+        x0 = denoise(x_t, t).x0
+        self.seen.append([moment.t for moment in past])
+        assert all(torch.equal(denoise(moment.x, moment.t).x0, moment.prediction.x0) for moment in past)
+        return x0
+
+
+def test_the_past_is_forgotten_where_a_walk_stays_or_turns_round():
+    schedule, data = vp_linear(1000), toy()
+    noting, x = Noting(schedule), torch.zeros(1, 2, dtype=torch.float64)
+    noting.sample(data.denoiser(schedule), x, [900, 800, 700, 600, 600, 500, 400, 450, 500, 300], torch.zeros_like)
+    #                          900  -> 800    700         600->600  ->500  ->400  turns      on        turns
+    assert noting.seen == [[], [900], [800, 900], [], [], [600], [], [400], []]
+
+
+def test_noise_may_belong_to_the_times_of_a_step():
+    """What gives noise `between` two times is asked for it at every step; DDIM draws by calling it once."""
+    asked = []
+
+    class OfTimes:
+        def between(self, t, s):
+            asked.append((t, s))
+            return torch.zeros_like
+
+    schedule, data = vp_linear(1000), toy()
+    times = even(1000, 0, 4)
+    DDIM(schedule, eta=1.0).sample(data.denoiser(schedule), torch.zeros(1, 2, dtype=torch.float64), times, OfTimes())
+    assert asked == list(pairwise(times))
+
+
+def test_a_budget_in_calls_is_turned_into_steps(digits_run, tmp_path):
+    rows = []
+    for option in ("adams_bashforth", "heun", "ddim"):
+        words = [
+            f"checkpoint={digits_run}",
+            "num_images=20",
+            "metrics=[fid]",
+            f"sampler={option}",
+            f"out={option}.jsonl",
+        ]
+        assert inside("evaluate", [*words, "sampler.max_calls=12"], tmp_path) == 0
+        rows.append(json.loads((tmp_path / f"{option}.jsonl").read_text()))
+    assert [(row["num_steps"], row["nfe"]) for row in rows] == [(12, 12), (6, 11), (12, 12)]
+
+
+def test_the_commands_take_them(digits_run, tmp_path):
+    words = [f"checkpoint={digits_run}", "sampler=adams_bashforth", "sampler.num_steps=3", "num_images=4", "out=s"]
+    assert inside("sample", words, tmp_path) == 0
+    words = [f"checkpoint={digits_run}", "task=sweep", "num_images=20", "sweep.num_steps=[2,3]", "sweep.eta=[]"]
+    words += ["sweep.large=false", "sweep.samplers=[adams_bashforth,heun]", "out=sweep"]
+    assert inside("evaluate", words, tmp_path) == 0
+    table = (tmp_path / "sweep" / "sweep.csv").read_text()
+    assert table.count("adamsbashforth") == table.count("heun") == 2
+    words = ["task=errors", "sampler=adams_bashforth", "sampler.num_steps=20", "errors.num_steps=[40,80,160]"]
+    assert inside("lab", [*words, "samplers=[adams_bashforth,heun]", "out=lab"], tmp_path) == 0
+    orders = (tmp_path / "lab" / "errors" / "orders.csv").read_text()
+    assert "adams_bashforth" in orders and "heun" in orders
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("multistep")
+    words = ["trainer=cpu", "callbacks=none", "trainer.max_steps=2", "data.batch_size=8", f"data.root={digits}"]
+    assert inside("train", [*words, "run_dir=run"], folder) == 0
+    return folder / "run"
