@@ -112,7 +112,7 @@ class Run:
         module.record = module.record.replaced("data", lanes=data.lanes, digest=data.index.digest)
         self.folder.write_config(module.record)
         for logger in self.training.loggers:
-            logger.start(self.say)
+            logger.start(self.say, module.record)
 
     def work(self) -> int:
         """What all ranks do: train, then look for a last time; the exit status. Signals are held: each part asks."""

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from diffusion.errors import Refusal
+
 # ---- ranges ----
 
 
@@ -322,6 +324,6 @@ def check(key: str, value: Any, kind: Kind) -> None:
     try:
         kind.fitted(value)
     except TypeError:
-        raise ValueError(f"{key}={_plain(value)} is not {kind.words}.") from None
+        raise Refusal(f"{key}={_plain(value)} is not {kind.words}.") from None
     if why := kind.outside(value):
-        raise ValueError(f"{key}={_plain(value)} {why}.")
+        raise Refusal(f"{key}={_plain(value)} {why}.")

@@ -152,7 +152,7 @@ def test_the_papers_figure_stands_beside_the_bound_of_the_test_split_alone(bits,
     ):  # fmt: skip
         it = bits(by=by, num_images=2, tolerance=0.1)
         parts = measured(it)
-        it.model, it.module.split, it.data = model._replace(config=config), split, data
+        it.model, it.module.split, it.data = model._replace(record=config), split, data
         assert (it.rows(parts)[0]["reference"], it.rows(parts)[0]["data"]) == (figure, data)
 
 

@@ -332,12 +332,12 @@ WRONG = {
         "reference=one.npz: fid needs at least 2 images",
     ),
     "one image for IS": (["num_images=9", "metrics=[is]"], "num_images=9: is needs at least 10 images"),
-    "an unknown metric": (["metrics=[fid,sfid]"], "sfid is none of fid, is, kid"),
+    "an unknown metric": (["metrics=[fid,sfid]"], "sfid is none of bits_per_dim, fid, is, kid"),
     "no such target": ([*OWN[:2], "extractor.target=inceptions.large"], "extractor.target=inceptions.large"),
     "a target that is no module": ([*OWN[:2], "extractor.target=os.getcwd"], "gives str, expected a torch module"),
     "a name without a target": (["extractor.name=dino"], "extractor=custom"),
     "a reference of another size": (["reference=large.npz"], "The images have 8x8 pixels, the reference has 20x20"),
-    "no metric": (["metrics=[]"], "metrics=[] measures nothing: give some of fid, is, kid"),
+    "no metric": (["metrics=[]"], "metrics=[] measures nothing: give some of bits_per_dim, fid, is, kid"),
     "a name that is taken": (
         [*OWN[:1], "extractor.name=digits", "extractor.target=inceptions.small"],
         "a name of its own",
@@ -354,7 +354,10 @@ WRONG = {
     "samples of a sweep": (["task=sweep", "samples=s", "out=sweep"], "of a sweep no samples are kept"),
     "half a step": (["task=sweep", "sweep.num_steps=[2.5]", "out=sweep"], "sweep.num_steps=[2.5]"),
     "a sweep of nothing": (["task=sweep", "sweep.num_steps=[]", "out=sweep"], "The sweep has no point"),
-    "an eta outside": (["task=sweep", "sweep.eta=[2.0]", "out=sweep"], "sweep.eta=[2.0] holds what is outside [0, 1]"),
+    "an eta outside": (
+        ["task=sweep", "sweep.eta=[2.0]", "out=sweep"],
+        "sweep.eta=[2.0] holds 2.0, which is outside [0, 1]",
+    ),
     "results in a file": (["out=large.npz/r.jsonl"], "out=large.npz/r.jsonl: large.npz is a file"),
 }
 

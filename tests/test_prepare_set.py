@@ -263,7 +263,7 @@ def test_more_bad_images_than_allowed_are_an_error_and_what_is_finished_is_used_
     assert call("prepare", *words, "max_bad_share=1", "out=fresh")[0] == 0
     assert contents(tmp_path / "fresh") == contents(tmp_path / "data" / "x")
     status, output = call("prepare", *words, "max_bad_share=1.5")
-    assert status == 2 and "max_bad_share=1.5 must be a share in [0, 1]" in output
+    assert status == 2 and "max_bad_share=1.5 is outside [0, 1]" in output
 
 
 def test_names_that_a_terminal_would_obey_are_shown_and_drawn_harmlessly(call, tmp_path):
@@ -293,7 +293,7 @@ WRONG = {
     "no data set": (["source=x", "dataset=shards"], "dataset=shards"),
     "unknown crop": (["source=x", "crop=center"], "crop=center is none of centre, celeba, adm, ddim, none"),
     "unknown filter": (["source=x", "resize=nearest"], "resize=nearest is none of lanczos"),
-    "format": (["source=x", "format=gif"], "format=gif is none of png, jpeg, webp"),
+    "format": (["source=x", "format=gif"], "format=gif is none of png, webp, jpeg"),
     "jpeg without quality": (["source=x", "format=jpeg"], "format=jpeg .* quality=95"),
     "png with quality": (["source=x", "quality=90"], "quality=90, but format=png"),
     "validation": (["source=x", "validation=1.5"], "validation=1.5 is neither a share"),
@@ -348,11 +348,13 @@ def test_two_at_once_do_not_write_into_one_folder(church, call, tmp_path):
 
 
 def test_a_rule_of_conf_is_one_that_prepare_knows():
-    from diffusion.data.prepare.image import CROPS, RESIZES
+    from typing import get_args
+
+    from diffusion.data.prepare.image import Crop, Resize
 
     for name in set(groups()["data"]) - {"mixture"}:
         rule = OmegaConf.to_container(described(name).rule)
-        assert set(rule) == {"crop", "resize"} and rule["crop"] in CROPS and rule["resize"] in RESIZES
+        assert set(rule) == {"crop", "resize"} and rule["crop"] in get_args(Crop) and rule["resize"] in get_args(Resize)
 
 
 # ---- from the download to the samples, with the network of the paper ----

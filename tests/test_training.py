@@ -276,7 +276,7 @@ def test_half_of_the_images_are_mirrored_and_only_on_request(make_run):
     straight = from_uint8(batch["image"])
     module = make_run(
         "data.flip=true", "model.width=32", "model.multipliers=[1]", "model.attention_resolutions=[]"
-    ).module
+    ).training.module
     module._denoiser[0].output = lambda x_t, t, labels: torch.zeros_like(x_t)  # the network plays no part here
     x0 = seen_by_the_objective(module, batch).x0
     same = (x0 == straight).flatten(1).all(1)

@@ -19,6 +19,7 @@ import yaml
 from conftest import ROOT, inside
 
 from diffusion.runs.folder import RunFolder
+from diffusion.runs.recorded import Recorded
 
 STEPS, SAVED, EVERY = 60, 6, 4
 TRAINING = [
@@ -213,7 +214,7 @@ def made(folder: Path, **settings):
     from diffusion.runs.folder import RunFolder
     from diffusion.training.logger import Wandb
 
-    return Wandb(RunFolder(folder), {"name": "x"}, **{"project": "p", **settings})
+    return Wandb(RunFolder(folder), **{"project": "p", **settings})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def made(folder: Path, **settings):
         ({}, {"WANDB_MODE": "shared"}, "WANDB_MODE=shared is none of online"),
         ({}, {"WANDB_API_KEY": "short"}, "logger.mode=auto: WANDB_API_KEY invalid"),
         ({"project": "a/b"}, {}, "logger.project=a/b"),
-        ({"entity": ["a"]}, {}, "logger.entity=.* is no name"),
+        ({"entity": ["a"]}, {}, "logger.entity=.* is not text"),
     ],
     ids=["no key", "no key, by environment", "unknown mode", "malformed key", "malformed project", "malformed entity"],
 )
@@ -282,7 +283,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(refusing, clean, tmp_path):
     clean.setenv("WANDB_API_KEY", "k" * 40)
     logger, said = made(tmp_path), []
     assert logger.mode == "online"
-    logger.start(said.append)
+    logger.start(said.append, Recorded({"name": "x"}, "here"))
     for step in (10, 20):
         logger.log_metrics({"train/loss": 1 / step}, step)
     logger.close(0)
@@ -293,7 +294,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(refusing, clean, tmp_path):
 
 def test_a_failure_of_its_process_is_said_once_and_raises_nothing(clean, tmp_path):
     logger, said = made(tmp_path), []
-    logger.start(said.append)
+    logger.start(said.append, Recorded({"name": "x"}, "here"))
     children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     pids = [int(p) for c in children for p in c.read_text().split()]
     core = next(p for p in pids if Path(f"/proc/{p}/comm").read_text().strip() == "wandb-core")
@@ -314,7 +315,7 @@ def test_what_is_left_null_is_taken_from_the_environment(clean, tmp_path):
     clean.setenv("WANDB_ENTITY", "us")
     clean.setenv("WANDB_RUN_GROUP", "ours")
     logger = made(tmp_path)
-    logger.start(str)
+    logger.start(str, Recorded({"name": "x"}, "here"))
     logger.log_metrics({"train/loss": 1.0}, 1)
     logger.close(0)
     run = Files(tmp_path).all("run")[0].run

@@ -289,14 +289,17 @@ def measured_small(index: Index, rounds: int) -> Measured:
 def check_loader(loader: Loader) -> None:
     """Refuse a data set that is not there, too small a one, and an interpreter without MosaicML streaming."""
     for key, images in (("root", loader.images), ("cifar_root", loader.cifar_images)):
-        if loader[key] is not None:
+        root = getattr(loader, key)
+        if root is not None:
             try:
-                index = subset(str(loader[key]), images)
+                index = subset(root, images)
             except ValueError as e:
                 raise Refusal(str(e).replace("data.root", f"loader.{key}")) from e
             found = index.count("train")
             if key == "cifar_root" and found < SMALL_BATCH:
-                raise Refusal(f"loader.{key}={loader[key]} has {found} images to train on: {SMALL_BATCH} are needed.")
+                raise Refusal(
+                    f"loader.{key}={root} has {found} images to train on: {SMALL_BATCH} are needed."
+                )
     python = loader.peers_python
     if python is None:
         return

@@ -109,7 +109,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         EMA(cfg.ema.decay, cfg.ema.warmup),
         folder,
         CheckpointWriter(),
-        [MetricsCsv(folder.metrics_path, on_error), *parts_loggers(cfg, folder, record)],
+        [MetricsCsv(folder.metrics_path, on_error), *parts_loggers(cfg, folder)],
         take(cfg.trainer, Length),
         saving,
         on_error,
@@ -142,10 +142,10 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     )
 
 
-def parts_loggers(cfg: DictConfig, folder: RunFolder, record: Recorded) -> list:
+def parts_loggers(cfg: DictConfig, folder: RunFolder) -> list:
     """What the `logger` group adds to metrics.csv."""
     chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k != "name"}
-    return loggers(cfg.logger.name, folder, record, **chosen)
+    return loggers(cfg.logger.name, folder, **chosen)
 
 
 def _looks(cfg: DictConfig) -> Looks:

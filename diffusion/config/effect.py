@@ -137,7 +137,8 @@ TABLE = (
          "reference={reference} is not a data set of shards"),
     Idle("evaluate", "sweep sweep.*", lambda cfg: not swept(cfg), "task={task}", "task=sweep {word}"),
     Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.max_calls "
-         "sampler.variance sampler.visits sampler.step_size sampler.convention sampler.denoise sampler.predictor.* sampler.corrector.*", swept,
+         "sampler.variance sampler.visits sampler.step_size sampler.convention sampler.denoise sampler.predictor.* "
+         "sampler.corrector.*", swept,
          "task=sweep has samplers of its own: sweep.num_steps, sweep.eta, sweep.large", "task=score {word}"),
     Idle("evaluate", "neighbours per_class", swept, "task=sweep measures FID alone", "task=score {word}"),
     Idle("evaluate", "metrics", lambda cfg: swept(cfg) and list(cfg.metrics) != ["fid"],

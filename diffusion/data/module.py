@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
@@ -89,6 +89,9 @@ class ImageShardsDataModule(LightningDataModule):
             raise ValueError("data.root=null: a value is needed, a folder or an address.")
         if lanes is not None:
             check_lanes(lanes, batch_size)
+        if unknown := sorted(set(remote or ()) - {field.name for field in fields(Remote)}):
+            names = ", ".join(field.name for field in fields(Remote))
+            raise ValueError(f"data.remote has no {unknown[0]}, only {names}.")
         self.remote = Remote(**(remote or {}))
         self.root, self.batch_size, self.seed, self.split = root, batch_size, seed, split
         self.num_workers, self.cache, self.cache_bytes, self.flip = num_workers, cache, cache_bytes, flip

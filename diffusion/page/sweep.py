@@ -33,8 +33,8 @@ Row = Mapping[str, Any]
 
 
 class Point(NamedTuple):
-    """One row: its eta (or sigma hat, or the sampler's name), steps, network calls an image, FID, and the published FID of
-    the same."""
+    """One row: its eta (or sigma hat, or the name of another sampler), steps, network calls an image, FID, and
+    the published FID of the same."""
 
     eta: float | str
     steps: int

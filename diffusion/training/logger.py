@@ -54,7 +54,6 @@ class Wandb(RunLogger):
 
     Args:
         folder: of the run; its wandb/ holds the files and the id.
-        record: what the run is recorded as.
         project, entity, group, tags: as W&B has them; null leaves them to its own settings, such as WANDB_ENTITY.
         mode: online, offline, or auto: WANDB_MODE if that is set, else online with a key and offline without.
 
@@ -68,7 +67,6 @@ class Wandb(RunLogger):
     def __init__(
         self,
         folder: RunFolder,
-        record: Recorded,
         project: str,
         entity: str | None = None,
         group: str | None = None,
@@ -76,7 +74,7 @@ class Wandb(RunLogger):
         tags: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.record = folder, record
+        self.folder = folder
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         if mode != "auto":
@@ -100,6 +98,7 @@ class Wandb(RunLogger):
             raise ValueError(f"logger.mode={mode}: {e} Correct it, or give logger.mode=offline.") from e
         self._run: Any = None
         self._say: Callable[[str], None] = print
+        self.record: Recorded | None = None  # of the run, once it starts
 
     @staticmethod
     def _mode(asked: str) -> str:
@@ -138,9 +137,9 @@ class Wandb(RunLogger):
 
     # ---- the life of the run ----
 
-    def start(self, say: Callable[[str], None]) -> None:
+    def start(self, say: Callable[[str], None], record: Recorded) -> None:
         """Start or go on with the W&B run and say where it is; offline where the server is out of reach or refuses."""
-        self._say = say
+        self._say, self.record = say, record
         if self.mode == "disabled":
             say("W&B: disabled by WANDB_MODE.")
             return
@@ -241,13 +240,13 @@ def first_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def loggers(name: str, folder: RunFolder, record: Recorded, **chosen: Any) -> list[RunLogger]:
+def loggers(name: str, folder: RunFolder, **chosen: Any) -> list[RunLogger]:
     """What a run logs to beside metrics.csv, by the name of the logger; nothing on ranks other than 0, which write
     nothing. chosen: arguments of the logger."""
     if name == "none" or rank_zero_only.rank != 0:
         return []
     check_wandb()
-    return [Wandb(folder, record, **chosen)]
+    return [Wandb(folder, **chosen)]
 
 
 def check_wandb() -> None:

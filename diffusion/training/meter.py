@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from diffusion.files import STEP, append, keep_damaged, read_csv, write_atomically
 from diffusion.progress import Progress
 from diffusion.runs.folder import OnError
+from diffusion.runs.recorded import Recorded
 
 STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
@@ -31,7 +32,7 @@ class RunLogger(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is in the run folder before training begins."""
 
-    def start(self, say: Callable[[str], None]) -> None:
+    def start(self, say: Callable[[str], None], record: Recorded) -> None:
         """Before training, on rank 0; `say` tells the user where to look."""
 
     def log_picture(self, path: Path, step: int) -> None:

@@ -219,6 +219,7 @@ def _words(error: Exception) -> str:
     return str(reason or error or type(error).__name__)
 
 
+@settings("data.remote")
 @dataclass(frozen=True)
 class Remote(Access):
     """How a remote set is had: as `Access`, and where its shards are kept.
