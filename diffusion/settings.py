@@ -188,7 +188,7 @@ class Kind:
             and not isinstance(value, bool | int | float | str | list | tuple | Mapping | None)
         ):
             return value
-        if value is None and self.null or isinstance(value, str | int) and value in self.allowed:
+        if value is None and self.null or any(type(value) is type(one) and value == one for one in self.allowed):
             return value
         if self.of is None:  # one of a few words; another word is out of their range
             same = next((one for one in self.allowed if _plain(one) == _plain(value)), None)
@@ -216,7 +216,7 @@ class Kind:
 
     def outside(self, value: Any) -> str | None:
         """Why a value of this kind is not allowed, in a clause; None if it is."""
-        if value is None or callable(value) or isinstance(value, str | int) and value in self.allowed:
+        if value is None or callable(value) or any(type(value) is type(one) and value == one for one in self.allowed):
             return None
         if self.allowed and self.of is None:
             return f"is none of {', '.join(map(_plain, self.allowed))}"
@@ -265,6 +265,8 @@ def kind_of(annotation: Any) -> Kind:
     if origin in (Union, types.UnionType):
         kinds = [kind_of(argument) for argument in arguments if argument is not type(None)]
         words = tuple(word for kind in kinds if kind.of is None for word in kind.allowed)
+        if len(kinds) == 2 and kinds[0] == Kind(bool) and kinds[1].of is float:  # false, true, or a number
+            return dataclasses.replace(kinds[1], allowed=(False, True))
         typed = [kind for kind in kinds if kind.of is not None]
         if len(typed) > 1 or not (typed or words):
             return ANY

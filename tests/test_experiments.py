@@ -65,7 +65,7 @@ def test_recipe_is_the_papers(name):
     assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.sampler.variance) == (lr, batch, variance)
     assert (cfg.model.dropout, cfg.data.flip) == (dropout, flip)
     assert steps is None or cfg.trainer.max_steps == steps
-    assert (cfg.optimizer.warmup_steps, cfg.optimizer.gradient_clip) == (5000, 1.0)
+    assert (cfg.lr_schedule.warmup_steps, cfg.optimizer.gradient_clip) == (5000, 1.0)
     assert (cfg.ema.decay, cfg.ema.warmup) == (0.9999, False)
     assert cfg.sampler._target_.endswith("Ancestral") and cfg.sampler.num_steps is None
     assert (cfg.schedule.num_timesteps, cfg.schedule.beta_start, cfg.schedule.beta_end) == (1000, 1e-4, 0.02)

@@ -298,7 +298,7 @@ COMPOSED = [
     *((command, []) for command in ("sample", "evaluate", "lab", "prepare", "report", "benchmark")),
     *(("train", [f"+experiment={name}"]) for name in groups()["experiment"]),
     *((("train", ["+experiment=digits", f"{group}={option}"]))
-      for group in "schedule objective sampler guidance optimizer model trainer extractor logger".split()
+      for group in "schedule objective sampler guidance optimizer lr_schedule model trainer extractor logger".split()
       for option in groups()[group]),
 ]  # fmt: skip
 

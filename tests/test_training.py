@@ -343,16 +343,16 @@ def test_metrics_hold_the_mean_loss_of_the_steps_between_two_rows(make_run, monk
 
 
 def test_learning_rate_rises_linearly(make_run):
-    run = make_run("trainer.max_steps=6", "optimizer.warmup_steps=4")
+    run = make_run("trainer.max_steps=6", "lr_schedule.warmup_steps=4")
     assert watched(run, lr=0.1).rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
 def test_without_warmup_the_rate_is_whole_from_the_first_step(make_run):
-    assert watched(make_run("trainer.max_steps=2", "optimizer.warmup_steps=0"), lr=0.1).rates == [0.1, 0.1]
+    assert watched(make_run("trainer.max_steps=2", "lr_schedule.warmup_steps=0"), lr=0.1).rates == [0.1, 0.1]
 
 
 def test_gradients_are_clipped_by_their_global_norm_and_reported_before(make_run):
-    words = ["trainer.max_steps=3", "log_every=1", "optimizer.warmup_steps=0"]
+    words = ["trainer.max_steps=3", "log_every=1", "lr_schedule.warmup_steps=0"]
     free = watched(make_run(*words, "optimizer.gradient_clip=0"), lr=1e-3)
     limit = min(free.norms) / 2
     run = make_run(*words, f"optimizer.gradient_clip={limit}")
@@ -367,7 +367,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_reported_before(make_run
 
 
 def test_micro_batches_change_rounding_alone(make_run):
-    words = ["model.dropout=0", "trainer.max_steps=4", "optimizer.warmup_steps=0"]
+    words = ["model.dropout=0", "trainer.max_steps=4", "lr_schedule.warmup_steps=0"]
     one, four = (watched(make_run(*words, f"trainer.accumulate={n}"), lr=0.1) for n in (1, 4))
     assert len(one.weights) == len(four.weights) == 5
     moved = (one.weights[-1] - one.weights[0]).norm()

@@ -111,7 +111,7 @@ def awaken(network: nn.Module) -> None:
 def build_run(experiment: str, way: Way, *more: str) -> Parts:
     """The parts of the experiment's run, its network awake and on its device; no dropout, and the whole learning rate
     at once. more: settings."""
-    words = [f"+experiment={experiment}", "callbacks=none", "model.dropout=0", "optimizer.warmup_steps=0", *way.words]
+    words = [f"+experiment={experiment}", "callbacks=none", "model.dropout=0", "lr_schedule.warmup_steps=0", *way.words]
     run = parts_of([*words, *more])
     awaken(run.denoiser.network)
     run.training.module.to(run.place.device)

@@ -297,9 +297,7 @@ def check_loader(loader: Loader) -> None:
                 raise Refusal(str(e).replace("data.root", f"loader.{key}")) from e
             found = index.count("train")
             if key == "cifar_root" and found < SMALL_BATCH:
-                raise Refusal(
-                    f"loader.{key}={root} has {found} images to train on: {SMALL_BATCH} are needed."
-                )
+                raise Refusal(f"loader.{key}={root} has {found} images to train on: {SMALL_BATCH} are needed.")
     python = loader.peers_python
     if python is None:
         return

@@ -32,7 +32,7 @@ from diffusion.runs.folder import RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.trained import Trained
 from diffusion.training.checkpoint import load
-from diffusion.training.ema import load_average
+from diffusion.training.ema import key_of, load_average
 
 
 @functools.cache
@@ -64,11 +64,12 @@ def checkpoint_path(given: str) -> Path:
     return path
 
 
-def trained(given: str, ema: bool = True) -> Trained:
+def trained(given: str, ema: bool | float = True) -> Trained:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        given: a run folder or a .ckpt. ema: the averaged weights; else the raw ones.
+        given: a run folder or a .ckpt.
+        ema: True: the averaged weights; False: the raw ones; a number: those of a further average, by its decay.
 
     Raises:
         ValueError: no checkpoint can be used, or it asks for something other than a model of this package.
@@ -81,12 +82,16 @@ def trained(given: str, ema: bool = True) -> Trained:
         denoiser = NetworkDenoiser(network, schedule, kind)
     except ValueError as error:
         raise Refusal(f"checkpoint={path}: its settings cannot be used: {error}") from error
-    if ema:
-        _check_shapes(path, "ema", {n: p for n, p in network.named_parameters()}, found.ema)
+    if ema is not False:
+        average = found.ema if ema is True else found.emas.get(key_of(ema))
+        if average is None:
+            there = ", ".join(["true", "false", *found.emas])
+            raise Refusal(f"ema={ema}: checkpoint={path} has no average of this decay. It has: {there}.")
+        _check_shapes(path, "ema", {n: p for n, p in network.named_parameters()}, average)
         with torch.no_grad():
-            load_average(network, found.ema, [p.data for p in network.parameters()])
+            load_average(network, average, [p.data for p in network.parameters()])
     network.eval().requires_grad_(False)
-    return Trained(found.config, denoiser, found.step, path, "ema" if ema else "raw")
+    return Trained(found.config, denoiser, found.step, path, {True: "ema", False: "raw"}.get(ema, f"ema {ema:g}"))
 
 
 def _network(config: Recorded, path: Path, state: Mapping[str, Tensor]) -> nn.Module:

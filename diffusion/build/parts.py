@@ -90,6 +90,11 @@ def optimizer(cfg: DictConfig) -> Callable:
     return make_partial(left(cfg.optimizer, Descent), "optimizer")
 
 
+def lr_schedule(cfg: DictConfig) -> Callable[[int], float]:
+    """The course of the learning rate."""
+    return make(cfg.lr_schedule, "lr_schedule")
+
+
 def make_partial(cfg: DictConfig, group: str) -> Callable:
     """The partial itself, its argument names tried out on one parameter so that a wrong one is refused now."""
     try:

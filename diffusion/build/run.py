@@ -18,7 +18,7 @@ from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
 from diffusion.metrics.extractors import Extractor
 from diffusion.metrics.metric import Metric
-from diffusion.runs.folder import RECORDED, OnError, RunFolder
+from diffusion.runs.folder import LR_STEPS, RECORDED, OnError, RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.looks import During, Grids, Looks, Scores
 from diffusion.scoring.recipe import Recipe
@@ -73,11 +73,12 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     Raises:
         ValueError: some part cannot be built as asked.
     """
-    record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
     recorded = folder.config()
     if recorded is not None:  # what was left open was found out when the run began
-        known = {k: recorded.at(f"data.{k}") for k in RECORDED if cfg.data[k] is None}
-        cfg = OmegaConf.merge(cfg, {"data": known})
+        cfg = OmegaConf.merge(cfg, left_open(cfg, recorded))
+    if OmegaConf.select(cfg, LR_STEPS, default=0) is None:
+        cfg = OmegaConf.merge(cfg, {"lr_schedule": {"num_steps": cfg.trainer.max_steps}})
+    record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
     compute = take(cfg.trainer, Compute)
     place = Place.of(compute)
     data = parts.data(cfg)
@@ -89,6 +90,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         denoiser,
         parts.objective(cfg, levels),
         optimizer,
+        lr_schedule=parts.lr_schedule(cfg),
         descent=take(cfg.optimizer, Descent),
         flip=cfg.data.flip,
         seed=cfg.seed,
@@ -106,7 +108,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     training = Training(
         module,
         data,
-        EMA(cfg.ema.decay, cfg.ema.warmup),
+        take(cfg.ema, EMA),
         folder,
         CheckpointWriter(),
         [MetricsCsv(folder.metrics_path, on_error), *parts_loggers(cfg, folder)],
@@ -140,6 +142,15 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         * count_parameters(network)
         * (2 + states_of(optimizer)),  # weights, average, what the optimizer keeps of each
     )
+
+
+def left_open(cfg: DictConfig, recorded: Recorded) -> DictConfig:
+    """The recorded values of what a configuration leaves open and a run finds out when it begins."""
+    found = OmegaConf.create({})
+    for key in RECORDED:
+        if OmegaConf.select(cfg, key, default=0) is None:
+            OmegaConf.update(found, key, recorded.at(key))
+    return found
 
 
 def parts_loggers(cfg: DictConfig, folder: RunFolder) -> list:

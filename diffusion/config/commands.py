@@ -7,6 +7,7 @@ from diffusion.data.prepare.image import Background, Crop, Resize, Stored
 from diffusion.settings import AtLeast, Between, Count, Distinct, Each, Filled, Number, Seed, Share
 
 Labels = Annotated[list[int], Each(AtLeast(0), "class numbers, from 0 on")]
+Average = bool | Annotated[float, Between(0, 1, ends="[)")]
 Metrics = Annotated[list[str], Distinct()]
 
 
@@ -34,7 +35,7 @@ class Sample(Command):
     out: str
     num_images: Count
     labels: Labels
-    ema: bool
+    ema: Average
     batch_size: Count
     grid_images: Count
     png: bool
@@ -60,7 +61,7 @@ class Evaluate(Command):
     per_class: bool
     neighbours: Number
     num_images: Count
-    ema: bool
+    ema: Average
     batch_size: Count
     samples: str | None
     overwrite: bool
@@ -71,7 +72,7 @@ class Evaluate(Command):
 class Lab(Command):
     task: Literal["equivalence", "forward", "reverse", "modes", "errors"]
     checkpoint: str | None
-    ema: bool
+    ema: Average
     out: str | None
     toy: Literal["modes", "rings", "moons", "checkerboard", "gaussian"] | None
     samplers: Annotated[list[str], Distinct(), Filled("give some of the group sampler")]

@@ -62,6 +62,8 @@ FIXED = {  # what this package reads itself of a class of the user's own, and so
 }
 
 
+MOVED = {"optimizer.warmup_steps": "lr_schedule.warmup_steps"}  # keys of former versions
+
 # ---- kinds ----
 
 
@@ -120,6 +122,8 @@ def unknown(key: str, parent: DictConfig, name: str, path: str | None = None) ->
     allowed = [str(k) for k in parent.keys() if not str(k).startswith("_") and k != "hydra"]
     where = (path or key).rpartition(".")[0]
     listed = f"{where} has" if where else "There are"
+    if key in MOVED:
+        return f"Unknown setting: {key}. It is {MOVED[key]} now."
     hint = nearest(name, allowed).replace("mean ", f"mean {where}." if where else "mean ")
     return f"Unknown setting: {key}.{hint} {listed}: {', '.join(allowed)}."
 

@@ -47,7 +47,8 @@ ALIKE = (  # what two FIDs have in common that may be compared
 )  # fmt: skip
 OF_ANOTHER_RUN = "it belongs to another run"
 MOST_BYTES = 1 << 20  # of config.yaml
-RECORDED = ("lanes", "digest")  # of the data: left open when a run begins, found out, and kept
+LR_STEPS = "lr_schedule.num_steps"
+RECORDED = ("data.lanes", "data.digest", LR_STEPS)  # left open when a run begins, found out, and kept
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -64,8 +65,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
     recorded value."""
     old, new = _effective(flatten(old)), _effective(flatten(new))
-    for key in (f"data.{name}" for name in RECORDED):
-        if None in (new.get(key), old.get(key)):
+    for key in RECORDED:
+        if key in old | new and None in (new.get(key), old.get(key)):
             new[key] = old[key] = new.get(key) or old.get(key)
     found = []
     for key in sorted(old.keys() | new.keys()):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusion.metrics.published import TIMESTEPS
+from diffusion.runs.migration import migrated
 
 MOST_VALUES, DEEPEST, LONGEST = 10_000, 20, 20_000  # values, groups within groups, characters of a text
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or forge lines of a terminal
@@ -52,7 +53,7 @@ class Recorded(Mapping[str, Any]):
     def __init__(self, content: Any, where: str) -> None:
         if not isinstance(content, dict):
             raise ValueError(f"{where} holds {type(content).__name__}, expected settings.")
-        self._values = _Reader(where).group(content)
+        self._values = _Reader(where).group(migrated(content))
         published = self.at("paper")
         kinds = KINDS | {f"paper.{key}": NUMBER for key in published or ()} if isinstance(published, Mapping) else KINDS
         for key, (fits, kind) in kinds.items():

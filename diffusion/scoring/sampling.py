@@ -120,12 +120,17 @@ def _model_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Of the checkpoint: the step is shown, the sha256 decides where it is known."""
     found = []
     if was.get("weights") != now.get("weights"):
-        found.append(f"ema: was {_short(was.get('weights') == 'ema')}, is {_short(now.get('weights') == 'ema')}")
+        found.append(f"ema: was {_average(was.get('weights'))}, is {_average(now.get('weights'))}")
     decides = "checkpoint_sha256" if "checkpoint_sha256" in now else "step"
     if was.get(decides) != now.get(decides):
         shown = [_of_model(model) for model in (was, now)]
         found.append(f"checkpoint: was {shown[0]}, is {shown[1]}")
     return found
+
+
+def _average(weights: Any) -> str:
+    """The value of the setting `ema` that takes these weights."""
+    return {"ema": "true", "raw": "false"}.get(str(weights), str(weights).removeprefix("ema "))
 
 
 def _of_model(model: dict[str, Any]) -> str:

@@ -30,13 +30,15 @@ from diffusion.settings import AtLeast, Count, Number, settings
 class Checkpoint(NamedTuple):
     """What a checkpoint holds for those who do not train on from it.
 
-    step: optimizer steps trained. state_dict: raw weights, as `network.NAME`. ema: averaged ones, by NAME, float32.
+    step: optimizer steps trained. state_dict: raw weights, as `network.NAME`. ema: averaged ones, by NAME, float32;
+    emas: further averages, by their decays.
     config: of the run that wrote it.
     """
 
     step: int
     state_dict: dict[str, Tensor]
     ema: dict[str, Tensor]
+    emas: dict[str, dict[str, Tensor]]
     config: Recorded
 
 
@@ -49,15 +51,18 @@ def load(path: str | Path) -> Checkpoint:
     """
     content = contents(path)
     where = f"checkpoint={path}"
-    for key in ("state_dict", "ema"):
-        group = content[key]
+    emas = content.get("emas", {})
+    if not isinstance(emas, dict):
+        raise ValueError(f"{where}: its emas holds something other than averages by their decays.")
+    groups = {"state_dict": content["state_dict"], "ema": content["ema"]}
+    for key, group in {**groups, **{f"emas[{decay}]": group for decay, group in emas.items()}}.items():
         if not isinstance(group, dict) or not all(
             isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
             for name, t in group.items()
         ):
             raise ValueError(f"{where}: its {key} holds something other than tensors by name.")
     config = Recorded(content["config"], f"{where}: its configuration")
-    return Checkpoint(content["global_step"], content["state_dict"], content["ema"], config)
+    return Checkpoint(content["global_step"], content["state_dict"], content["ema"], emas, config)
 
 
 def contents(path: str | Path) -> dict[str, Any]:

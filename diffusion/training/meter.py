@@ -152,7 +152,7 @@ class Meter(Callback):
         if STAND_INS in row:
             self.stand_ins += int(values[NAMES.index(STAND_INS)])
             row[STAND_INS] = self.stand_ins
-        row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["train/lr"] = module.rate
         row["train/images_per_second"] = (step - self._since[0]) * self.batch_size / max(now - self._since[1], 1e-9)
         if trainer.world_size > 1:
             row["train/allreduced_mb"] = allreduced_bytes(trainer.strategy.model) / 1e6

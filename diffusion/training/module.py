@@ -21,7 +21,8 @@ from diffusion.noise import Stream, keys, normal, seed63, uniform, uniform_int
 from diffusion.objective import Objective
 from diffusion.process.kernels import noised
 from diffusion.runs.recorded import Recorded
-from diffusion.settings import AtLeast, Number, settings
+from diffusion.settings import AtLeast, settings
+from diffusion.training.lr_schedule import Constant
 
 QUARTILES = 4
 
@@ -32,11 +33,9 @@ class Descent:
     """What is done with a gradient beside the optimizer's step.
 
     Args:
-        warmup_steps: steps of linear rise of the learning rate; 0: none.
         gradient_clip: largest global norm of the gradient; 0: none.
     """
 
-    warmup_steps: Number = 0
     gradient_clip: Annotated[float, AtLeast(0)] = 1.0
 
 
@@ -47,7 +46,8 @@ class DiffusionModule(pl.LightningModule):
         denoiser: the network with its schedule and what it predicts.
         objective: its loss per image, of all channels that the network answers with.
         optimizer: parameters -> optimizer.
-        descent: warm-up and clipping.
+        lr_schedule: share of the learning rate by the number of the optimizer step, counted from 0.
+        descent: clipping.
         flip: mirror each image with probability 1/2.
         seed: of all draws.
         memory_format: of images and activations.
@@ -61,6 +61,7 @@ class DiffusionModule(pl.LightningModule):
         denoiser: NetworkDenoiser,
         objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        lr_schedule: Callable[[int], float] | None = None,
         descent: Descent | None = None,
         flip: bool = False,
         seed: int = 0,
@@ -73,6 +74,7 @@ class DiffusionModule(pl.LightningModule):
             raise ValueError(f"objective.label_dropout={hidden} needs a conditional network: model.num_classes is 0.")
         self.network = denoiser.network
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
+        self.lr_schedule, self.rate = lr_schedule or Constant(), 0.0  # the latter: that the last step used
         self.descent, self.label_dropout = descent or Descent(), objective.label_dropout
         self.flip, self.seed, self.memory_format, self.record = flip, seed, memory_format, record
         self.skip_not_finite, self._unstable = skip_not_finite, objective.unstable
@@ -89,8 +91,7 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self._optimizer(self.network.parameters())
-        warmup = max(self.descent.warmup_steps, 1)
-        ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0))
+        ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ramp, "interval": "step"}}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -142,6 +143,7 @@ class DiffusionModule(pl.LightningModule):
         self._sums = new if self._sums is None else self._sums.add_(new)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.rate = optimizer.param_groups[0]["lr"]
         limit = self.descent.gradient_clip or float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit).detach()
         finite = self._norm.isfinite()

@@ -1,0 +1,23 @@
+"""What former versions recorded, in the words of this one."""
+
+from typing import Any
+
+ADDED: dict[str, dict[str, Any]] = {"ema": {"decays": []}}
+LR_SCHEDULE = "diffusion.training.lr_schedule.Constant"
+
+
+def migrated(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run or a checkpoint, whenever it was made; those of this version as they are.
+
+    optimizer.warmup_steps      until the learning rate's course became a group: lr_schedule.warmup_steps
+    ADDED                       settings that there were not, and what holds without them
+    """
+    for group, added in ADDED.items():
+        if isinstance(content.get(group), dict):
+            content = {**content, group: {**added, **content[group]}}
+    optimizer = content.get("optimizer")
+    if isinstance(optimizer, dict) and "warmup_steps" in optimizer and "lr_schedule" not in content:
+        rest = {key: value for key, value in optimizer.items() if key != "warmup_steps"}
+        course = {"_target_": LR_SCHEDULE, "warmup_steps": optimizer["warmup_steps"]}
+        content = {**content, "optimizer": rest, "lr_schedule": course}
+    return content
