@@ -27,15 +27,16 @@ log(sigma_t / alpha_t), which under VE is log sigma_t."""
 class NetworkDenoiser:
     """A network as a denoiser.
 
-    The network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance for data of unit variance: x_t itself under VP. Its
-    second half of channels, where it has twice those of x_t, is the learned variance in [-1, 1] (Nichol & Dhariwal
-    2021, eq. 15). Lower precision is the caller's autocast and ends at the network's output.
+    The network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance for data of unit variance: x_t itself under VP.
+    With `prediction=edm` it sees x_t of unit variance for data of standard deviation 0.5. The second half of its
+    channels, where it has twice those of x_t, is the learned variance in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+    Lower precision is the caller's autocast and ends at the network's output.
 
     Args:
         network: network(x, told, labels); it is told t - 1, real for real t and never below 0, or the noise level
             (`CONDITIONINGS`).
         schedule: the noise levels it was trained on.
-        prediction: what it outputs: epsilon, x0, v, score, scaled_score or mu.
+        prediction: what it outputs: epsilon, x0, v, score, scaled_score, mu or edm.
 
     Raises:
         ValueError: prediction is none of these.
@@ -53,7 +54,8 @@ class NetworkDenoiser:
         else:
             value = float(self._conditioning(self.schedule, max(t, 1)))
             told = torch.full((len(x_t),), value, dtype=torch.float32, device=x_t.device)
-        return self.network(x_t * like(1 / self.schedule.std(t), x_t), told, labels).to(x_t.dtype)
+        deviation = self.schedule.std(t) if self._kind.input_std is None else self._kind.input_std(self.schedule, t)
+        return self.network(x_t * like(1 / deviation, x_t), told, labels).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         output, variance = parted(self.output(x_t, t, labels), x_t)

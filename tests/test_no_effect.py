@@ -40,6 +40,7 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("train", ["metrics=[]"], "callbacks.score.num_images=20", "metrics=[] scores nothing"),
     ("train", [], "callbacks.score.during.num_images=20", "callbacks.score.every_steps=0"),
     ("train", [], "model.fourier_scale=2", "Give model.time_embedding=fourier model.fourier_scale=2"),
+    ("train", [], "levels.gamma=4", "Give levels.weight=min_snr levels.gamma=4"),
     ("train", [], "data.remote.attempts=3", "data.root=data/digits"),
     ("train", [], "data.max_bad_share=0.5", "data.on_bad_sample=skip"),
     ("train", [], "data.rule.crop=none", "how diffusion.prepare makes the set"),
@@ -298,7 +299,8 @@ COMPOSED = [
     *((command, []) for command in ("sample", "evaluate", "lab", "prepare", "report", "benchmark")),
     *(("train", [f"+experiment={name}"]) for name in groups()["experiment"]),
     *((("train", ["+experiment=digits", f"{group}={option}"]))
-      for group in "schedule objective sampler guidance optimizer lr_schedule model trainer extractor logger".split()
+      for group in ("schedule", "objective", "levels", "sampler", "guidance", "optimizer", "lr_schedule", "model",
+                    "trainer", "extractor", "logger")
       for option in groups()[group]),
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ from diffusion.metrics.metric import Metric
 from diffusion.noise import Stream, seed63
 from diffusion.objective import Objective
 from diffusion.process.schedule import Schedule
+from diffusion.training.levels import Levels
 from diffusion.training.module import Descent
 
 
@@ -88,6 +89,11 @@ def objective(cfg: DictConfig, levels: Schedule) -> Objective:
 
 def optimizer(cfg: DictConfig) -> Callable:
     return make_partial(left(cfg.optimizer, Descent), "optimizer")
+
+
+def levels(cfg: DictConfig, schedule: Schedule) -> Levels:
+    """Which noise levels are trained on."""
+    return make(cfg.levels, "levels", schedule=schedule, prediction=cfg.objective.prediction)
 
 
 def lr_schedule(cfg: DictConfig) -> Callable[[int], float]:

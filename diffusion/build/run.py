@@ -90,6 +90,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         denoiser,
         parts.objective(cfg, levels),
         optimizer,
+        levels=parts.levels(cfg, levels),
         lr_schedule=parts.lr_schedule(cfg),
         descent=take(cfg.optimizer, Descent),
         flip=cfg.data.flip,

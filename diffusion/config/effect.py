@@ -104,6 +104,8 @@ TABLE = (
          "callbacks.score.every_steps=0 scores at the end alone", "callbacks.score.every_steps=N"),
     Idle("train", "model.fourier_scale", lambda cfg: cfg.model.get("time_embedding") == "positional",
          "model.time_embedding=positional", "model.time_embedding=fourier {word}"),
+    Idle("train", "levels.gamma", lambda cfg: cfg.levels.get("weight") == "one",
+         "levels.weight=one", "levels.weight=min_snr {word}"),
     Idle("train", "data.remote.*",
          lambda cfg: not is_remote(cfg.data.root), "data.root={data.root} is a folder of this machine"),
     Idle("train", "data.max_bad_share", lambda cfg: cfg.data.get("on_bad_sample") == "error",

@@ -37,10 +37,13 @@ class Kind(NamedTuple):
     """The two functions of a kind of output; x_t, output, x0 and epsilon are (B, ...), t a float or (B,).
 
     to_pair(schedule, x_t, t, output) -> (x0, epsilon), and from_pair(schedule, x_t, t, x0, epsilon) -> output.
+    input_std(schedule, t): what x_t is divided by before the network sees it; None: its own deviation, for data of unit
+    variance.
     """
 
     to_pair: Callable[[Schedule, Tensor, float | Tensor, Tensor], Pair]
     from_pair: Callable[[Schedule, Tensor, float | Tensor, Tensor, Tensor], Tensor]
+    input_std: Callable[[Schedule, float | Tensor], Tensor] | None = None
 
 
 def epsilon_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, epsilon: Tensor) -> Pair:
@@ -99,6 +102,40 @@ def scaled_score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x
     return -epsilon
 
 
+DATA_STD = 0.5  # of images in [-1, 1], as EDM has it
+
+
+def edm_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, output: Tensor) -> Pair:
+    """x0 = c_skip x_t / alpha + c_out output (Karras et al. 2022, eq. 7 and table 1), where r = sigma / alpha is their
+    sigma:
+
+        c_skip = s^2 / (r^2 + s^2),    c_out = r s / sqrt(r^2 + s^2),    s = DATA_STD
+
+    The network sees c_in x_t / alpha, c_in = 1 / sqrt(r^2 + s^2) (`edm_input_std`).
+    """
+    skip, out = _edm(schedule, t)
+    return x0_to_pair(schedule, x_t, t, like(skip, x_t) * x_t + like(out, x_t) * output)
+
+
+def edm_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor, epsilon: Tensor) -> Tensor:
+    skip, out = _edm(schedule, t)
+    return (x0 - like(skip, x_t) * x_t) * like(1 / out, x_t)
+
+
+def edm_input_std(schedule: Schedule, t: float | Tensor) -> Tensor:
+    """alpha sqrt(r^2 + s^2): the deviation of x_t for data of deviation s."""
+    alpha, sigma = schedule(t)
+    return (sigma**2 + (alpha * DATA_STD) ** 2).sqrt()
+
+
+def _edm(schedule: Schedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip / alpha, c_out)."""
+    alpha, sigma = schedule(t)
+    ratio = sigma / alpha
+    whole = ratio**2 + DATA_STD**2
+    return DATA_STD**2 / whole / alpha, ratio * DATA_STD / whole.sqrt()
+
+
 def mu_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, mu: Tensor) -> Pair:
     """mu, the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), solved for x0; at t <= 1 mu is x0 itself.
 
@@ -118,7 +155,7 @@ def _one_below(t: float | Tensor) -> float | Tensor:
     return (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
 
 
-Predicted = Literal["epsilon", "x0", "v", "score", "scaled_score", "mu"]
+Predicted = Literal["epsilon", "x0", "v", "score", "scaled_score", "mu", "edm"]
 PREDICTIONS: dict[str, Kind] = {
     "epsilon": Kind(epsilon_to_pair, epsilon_from_pair),
     "x0": Kind(x0_to_pair, x0_from_pair),
@@ -126,6 +163,7 @@ PREDICTIONS: dict[str, Kind] = {
     "score": Kind(score_to_pair, score_from_pair),
     "scaled_score": Kind(scaled_score_to_pair, scaled_score_from_pair),
     "mu": Kind(mu_to_pair, mu_from_pair),
+    "edm": Kind(edm_to_pair, edm_from_pair, edm_input_std),
 }
 
 

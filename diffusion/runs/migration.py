@@ -3,6 +3,7 @@
 from typing import Any
 
 ADDED: dict[str, dict[str, Any]] = {"ema": {"decays": []}}
+LEVELS = {"_target_": "diffusion.training.levels.Uniform", "_partial_": True, "weight": "one", "gamma": 5.0}
 LR_SCHEDULE = "diffusion.training.lr_schedule.Constant"
 
 
@@ -10,6 +11,7 @@ def migrated(content: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run or a checkpoint, whenever it was made; those of this version as they are.
 
     optimizer.warmup_steps      until the learning rate's course became a group: lr_schedule.warmup_steps
+    levels                      which were all alike
     ADDED                       settings that there were not, and what holds without them
     """
     for group, added in ADDED.items():
@@ -20,4 +22,6 @@ def migrated(content: dict[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in optimizer.items() if key != "warmup_steps"}
         course = {"_target_": LR_SCHEDULE, "warmup_steps": optimizer["warmup_steps"]}
         content = {**content, "optimizer": rest, "lr_schedule": course}
+    if "objective" in content and "levels" not in content:
+        content = {**content, "levels": LEVELS}
     return content

@@ -1,6 +1,6 @@
 """One training step: noise the images, ask the network, weigh the error. The host never waits for the device.
 
-    x_t = alpha_t x_0 + sigma_t epsilon,   t uniform in 1 ... T,   loss = objective(network(x_t, t), ...)
+    x_t = alpha_t x_0 + sigma_t epsilon,   t drawn by `levels`,   loss = objective(network(x_t, t), ...)
 
 Everything random is keyed by an image's position in the endless stream, which is (step, place in the global batch):
 it depends on no rank, no worker, no micro-batch and no interruption.
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.images import from_uint8
-from diffusion.noise import Stream, keys, normal, seed63, uniform, uniform_int
+from diffusion.noise import Stream, keys, normal, seed63, uniform
 from diffusion.objective import Objective
 from diffusion.process.kernels import noised
 from diffusion.runs.recorded import Recorded
 from diffusion.settings import AtLeast, settings
+from diffusion.training.levels import Levels, Uniform
 from diffusion.training.lr_schedule import Constant
 
 QUARTILES = 4
@@ -46,6 +47,7 @@ class DiffusionModule(pl.LightningModule):
         denoiser: the network with its schedule and what it predicts.
         objective: its loss per image, of all channels that the network answers with.
         optimizer: parameters -> optimizer.
+        levels: which noise level each image gets; None: all alike.
         lr_schedule: share of the learning rate by the number of the optimizer step, counted from 0.
         descent: clipping.
         flip: mirror each image with probability 1/2.
@@ -61,6 +63,7 @@ class DiffusionModule(pl.LightningModule):
         denoiser: NetworkDenoiser,
         objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        levels: Levels | None = None,
         lr_schedule: Callable[[int], float] | None = None,
         descent: Descent | None = None,
         flip: bool = False,
@@ -72,6 +75,9 @@ class DiffusionModule(pl.LightningModule):
         super().__init__()
         if (hidden := objective.label_dropout) and denoiser.network.null_label is None:
             raise ValueError(f"objective.label_dropout={hidden} needs a conditional network: model.num_classes is 0.")
+        self.levels = levels or Uniform(denoiser.schedule, denoiser.prediction)
+        if objective.variance is not None and not self.levels.whole:
+            raise ValueError("levels: the terms of the bound are of the levels 1 ... T: give levels=uniform.")
         self.network = denoiser.network
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
         self.lr_schedule, self.rate = lr_schedule or Constant(), 0.0  # the latter: that the last step used
@@ -108,10 +114,12 @@ class DiffusionModule(pl.LightningModule):
             mirrored = keys(position, self.seed, Stream.FLIP) < 0
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         labels = self.hidden_labels(batch.get("label"), position)
-        t = 1 + uniform_int(keys(position, self.seed, Stream.TIME), self.num_timesteps)
+        t = self.levels.draw(keys(position, self.seed, Stream.TIME))
         epsilon = normal(keys(position, self.seed, Stream.NOISE), x0.shape[1:])
         x_t = noised(self.denoiser.schedule, x0, t, epsilon)
         loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
+        if (weight := self.levels.weight_at(t)) is not None:
+            loss = loss * weight.to(loss.dtype)
         self.count(loss.detach(), t, batch.get("stand_in"))
         self._draws.append({"position": position, "t": t, "loss": loss.detach()})
         return loss.mean()
@@ -130,7 +138,7 @@ class DiffusionModule(pl.LightningModule):
 
     @torch.no_grad()
     def count(self, loss: Tensor, t: Tensor, stand_in: Tensor | None = None) -> None:
-        quartile = (t - 1) * QUARTILES // self.num_timesteps
+        quartile = ((t - 1) * QUARTILES // self.num_timesteps).clamp(max=QUARTILES - 1)
         member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
         member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
         finite = loss.isfinite()

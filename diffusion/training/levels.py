@@ -1,0 +1,109 @@
+"""Which noise level each training image gets, and what a level weighs in the loss.
+
+    t = levels.draw(keys),    loss = levels.weight_at(t) * objective(...)
+
+Both are functions of an image's keys and its time alone. The papers draw t evenly from 1 ... T; continuous-time models
+draw lambda = log(alpha / sigma), for which any real time in [1, T] will do.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion.noise import uniform, uniform_int
+from diffusion.process.prediction import prediction_kind
+from diffusion.process.schedule import Schedule
+from diffusion.settings import Positive, settings
+
+Weight = Literal["one", "min_snr"]
+
+
+class Levels(ABC):
+    """A law of noise levels on a schedule, and their weights.
+
+    Args:
+        schedule: noise levels. prediction: what the network outputs, whose error the loss is of.
+        weight: "one": the objective's own. "min_snr": such that the error of x0 counts min(SNR, gamma) (Hang et al.
+            2023, eq. 8), whatever the network predicts. gamma: the papers' 5.
+    """
+
+    whole = True  # whether its times are integers
+
+    def __init__(self, schedule: Schedule, prediction: str, weight: str, gamma: float) -> None:
+        self.schedule, self.weight, self.gamma = schedule, weight, gamma
+        self._kind = prediction_kind(prediction)
+
+    @abstractmethod
+    def draw(self, keys: Tensor) -> Tensor:
+        """Times in [1, T], one for each key (B,), on their device."""
+
+    def weight_at(self, t: Tensor) -> Tensor | None:
+        """Weight of the loss at these times, float64 (B,); None where all weigh 1."""
+        if self.weight == "one":
+            return None
+        alpha, sigma = self.schedule(t)
+        ratio = alpha / sigma
+        snr, one = (ratio**2)[:, None], torch.ones_like(ratio)[:, None]
+        # the error of the output where that of x0 is 1, and that of epsilon -alpha / sigma: the two are of one x_t
+        error = self._kind.from_pair(self.schedule, torch.zeros_like(one), t, one, -ratio[:, None])
+        return (snr.clamp(max=self.gamma) / error**2)[:, 0]
+
+
+@settings("levels")
+class Uniform(Levels):
+    """t evenly from 1 ... T (Ho et al. 2020, alg. 1).
+
+    Args:
+        schedule, prediction, weight, gamma: as in `Levels`.
+    """
+
+    def __init__(
+        self, schedule: Schedule, prediction: str = "epsilon", weight: Weight = "one", gamma: Positive = 5.0
+    ) -> None:
+        super().__init__(schedule, prediction, weight, gamma)
+
+    def draw(self, keys: Tensor) -> Tensor:
+        return 1 + uniform_int(keys, self.schedule.num_timesteps)
+
+
+@settings("levels")
+class LogNormal(Levels):
+    """lambda = log(alpha / sigma) from N(mean, std^2), cut off at the schedule's ends (Karras et al. 2022, table 1: of
+    log sigma, for alpha = 1, -1.2 and 1.2).
+
+    Args:
+        schedule, prediction, weight, gamma: as in `Levels`.
+        mean, std: of lambda.
+
+    Raises:
+        ValueError: no lambda of the schedule is within ten std of the mean.
+    """
+
+    whole = False
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        weight: Weight = "one",
+        gamma: Positive = 5.0,
+        mean: float = 1.2,
+        std: Positive = 1.2,
+    ) -> None:
+        super().__init__(schedule, prediction, weight, gamma)
+        self.mean, self.std = mean, std
+        ends = [float(schedule.log_ratio(t)) for t in (schedule.num_timesteps, 1)]
+        self._low, self._high = (0.5 * math.erfc((mean - end) / (std * math.sqrt(2))) for end in ends)
+        if not self._high - self._low > 1e-20:
+            raise ValueError(
+                f"levels.mean={mean}, levels.std={std}: the schedule has lambdas from {ends[0]:.3g} to {ends[1]:.3g}."
+            )
+
+    def draw(self, keys: Tensor) -> Tensor:
+        share = uniform(keys).double() + 2.0**-25
+        inside = (self._low + share * (self._high - self._low)).clamp(1e-300, 1 - 2.0**-53)
+        found = self.schedule.time_of(self.mean + self.std * torch.special.ndtri(inside))
+        return found.clamp(1, self.schedule.num_timesteps)
