@@ -336,7 +336,10 @@ def test_the_data_module_tells_what_the_index_says(root):
         (dict(batch_size=96, cache="disk"), r"data\.cache=disk"),
         (dict(batch_size=96, on_bad_sample="ignore"), r"data\.on_bad_sample=ignore is none of error, skip"),
         (dict(batch_size=96, max_bad_share=1.5), r"data\.max_bad_share=1\.5"),
-        (dict(batch_size=96, remote={"cache": "x"}), r"data\.remote has no cache, only attempts, timeout, folder"),
+        (
+            dict(batch_size=96, remote={"cache": "x"}),
+            r"data\.remote has no cache, only folder, gigabytes, attempts, timeout",
+        ),
         (dict(batch_size=96, remote={"attempts": 0}), r"data\.remote\.attempts=0"),
         (dict(batch_size=96, remote={"timeout": 0}), r"data\.remote\.timeout=0"),
     ],
