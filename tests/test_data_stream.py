@@ -338,7 +338,7 @@ def test_the_data_module_tells_what_the_index_says(root):
         (dict(batch_size=96, max_bad_share=1.5), r"data\.max_bad_share=1\.5"),
         (
             dict(batch_size=96, remote={"cache": "x"}),
-            r"data\.remote has no cache, only folder, gigabytes, attempts, timeout",
+            r"data\.remote has no cache, only attempts, timeout, folder",
         ),
         (dict(batch_size=96, remote={"attempts": 0}), r"data\.remote\.attempts=0"),
         (dict(batch_size=96, remote={"timeout": 0}), r"data\.remote\.timeout=0"),
