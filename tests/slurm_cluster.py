@@ -58,7 +58,7 @@ class Cluster:
         end = time.monotonic() + seconds
         while not what():
             state = self.info(job, "JobState")
-            assert state in LIVING, f"job {job} is {state}\n{text(output)}"
+            assert state in LIVING or what(), f"job {job} is {state}\n{text(output)}"  # what() may have been its end
             assert time.monotonic() < end, f"job {job} is {state} after {seconds} s\n{text(output)}"
             time.sleep(0.1)
 

@@ -46,7 +46,8 @@ def copy(digits, tmp_path):
     return tmp_path / "set"
 
 
-def refused(status, out, mention, folder, before):
+def assert_refused(status, out, mention, folder, before):
+    """One message that says this, exit status 2, before training, and nothing written."""
     assert status == 2 and out.count("error:") == 1 and "Traceback" not in out, out
     assert mention in out, out
     assert "Training" not in out, "training has begun"
@@ -65,7 +66,7 @@ def test_a_damaged_classifier_is_named_before_the_first_step(damage, copy, call,
 
         save_file({"conv_1.weight": torch.zeros(3)}, path)
     status, out = call("train", *TINY, *FEW, f"data.root={copy}", "run_dir=run")
-    refused(status, out, f"extractor.weights={path} is damaged, or not a digit classifier", tmp_path, ["set"])
+    assert_refused(status, out, f"extractor.weights={path} is damaged, or not a digit classifier", tmp_path, ["set"])
     assert "Remove it" in out
     path.unlink()
     assert call("train", *TINY, *FEW, f"data.root={copy}", "run_dir=run")[0] == 0
@@ -85,7 +86,7 @@ def test_what_scores_and_logs_need_is_tried_first(words, mention, digits, call, 
     if "logger=wandb" in words:
         monkeypatch.setitem(sys.modules, "wandb", None)
     status, out = call("train", *TINY, *FEW, *words, f"data.root={digits}", "run_dir=run")
-    refused(status, out, mention, tmp_path, [])
+    assert_refused(status, out, mention, tmp_path, [])
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -108,7 +109,7 @@ def test_a_metric_needs_enough_real_images(digits, call, tmp_path):
     shutil.copy(digits / "classifier.safetensors", tmp_path / "set")
     words = [*TINY, *FEW, "data.batch_size=1", "metrics=[precision]", f"data.root={tmp_path / 'set'}", "run_dir=run"]
     status, out = call("train", *words)
-    refused(status, out, "precision needs at least 4 images, here are 3", tmp_path, ["set"])
+    assert_refused(status, out, "precision needs at least 4 images, here are 3", tmp_path, ["set"])
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_a_run_folder_whose_files_cannot_be_written_is_refused(name, says, train
     block(tmp_path / "run", name)
     words = [*TINY, "callbacks=none", f"data.root={digits}", "run_dir=run", "trainer.max_steps=2"]
     status, out = call("train", *words)
-    refused(status, out, says, tmp_path, ["run"])
+    assert_refused(status, out, says, tmp_path, ["run"])
 
 
 @pytest.mark.parametrize("name, says", BLOCKED.items())
@@ -148,11 +149,11 @@ def test_evaluate_looks_where_its_results_go(name, says, trained, call, tmp_path
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     block(tmp_path / "run", name)
     status, out = call("evaluate", "checkpoint=run", "num_images=12", "sampler.num_steps=2", "metrics=[fid]")
-    refused(status, out, says, tmp_path, ["run"])
+    assert_refused(status, out, says, tmp_path, ["run"])
 
 
 def test_evaluate_looks_at_the_file_that_its_results_are_added_to(trained, call, tmp_path):
     (tmp_path / "out.jsonl").write_bytes(b"\xff\xfe\x00")
     words = [f"checkpoint={trained}", "num_images=12", "sampler.num_steps=2", "metrics=[fid]", "out=out.jsonl"]
     status, out = call("evaluate", *words)
-    refused(status, out, "out=out.jsonl is not a text file", tmp_path, ["out.jsonl"])
+    assert_refused(status, out, "out=out.jsonl is not a text file", tmp_path, ["out.jsonl"])

@@ -332,7 +332,7 @@ WRONG = {
         "reference=one.npz: fid needs at least 2 images",
     ),
     "one image for IS": (["num_images=9", "metrics=[is]"], "num_images=9: is needs at least 10 images"),
-    "an unknown metric": (["metrics=[fid,sfid]"], "sfid is none of bits_per_dim, fid, is, kid"),
+    "an unknown metric": (["metrics=[fid,sfid]"], "Unknown metric: sfid. Did you mean fid?"),
     "no such target": ([*OWN[:2], "extractor.target=inceptions.large"], "extractor.target=inceptions.large"),
     "a target that is no module": ([*OWN[:2], "extractor.target=os.getcwd"], "gives str, expected a torch module"),
     "a name without a target": (["extractor.name=dino"], "extractor=custom"),
@@ -391,4 +391,4 @@ def test_results_have_to_go_somewhere(run, call, tmp_path):
     shutil.copy(next((run / "checkpoints").glob("step_*.ckpt")), tmp_path / "bare.ckpt")
     for words, where in (([], "out=FILE"), (["task=sweep"], "out=FOLDER")):
         status, output = call("evaluate", "checkpoint=bare.ckpt", "num_images=20", *words)
-        assert status == 2 and where in output and "there is no run folder" in output
+        assert status == 2 and where in output and "The checkpoint is not in a run folder" in output

@@ -237,7 +237,7 @@ def test_every_idea_names_functions_that_say_what_they_do():
         (["task=errors", "toy=modes", "sampler=annealed_langevin"], "sampler.visits: walks on shared noise"),
         (["task=errors", "sampler.num_steps=2000"], "sampler.num_steps=2000 must be an integer from 1 to"),
         (["task=errors", "trainer.devices=2"], "the laboratory works in one process"),
-        (["task=modes", "samplers=[dim]"], "samplers: there is no sampler=dim. Did you mean ddim?"),
+        (["task=modes", "samplers=[dim]"], "samplers: Unknown sampler: dim. Did you mean ddim?"),
         (["task=modes", "samplers=['ddim et=0.5']"], "samplers: 'ddim et=0.5': Unknown setting: et. Did you mean eta?"),
         (["task=modes", "samplers=['ddim eta']"], "settings are key=value"),
         (["task=modes", "samplers=['ddim eta=']"], "settings are key=value"),
@@ -267,7 +267,7 @@ def test_a_checkpoint_and_a_toy_do_not_go_together(points_run, images_run, call,
     for words, message in (
         (["toy=modes", f"checkpoint={points_run}"], "toy=modes: with checkpoint="),
         ([f"checkpoint={images_run}", "errors.num_images=2"], "errors.num_images=2"),
-        ([f"checkpoint={images_run}", "errors.split=test"], "errors.split=test is none of the splits"),
+        ([f"checkpoint={images_run}", "errors.split=test"], "errors.split=test: the data set has no such split"),
         ([f"checkpoint={images_run}", "sampler=ancestral_learned"], "sampler.variance=learned"),
         ([f"checkpoint={images_run}", "sampler=predictor_corrector"], "sampler.visits: walks on shared noise"),
     ):

@@ -237,7 +237,8 @@ def test_a_job_is_given_up_after_four_fruitless_starts_in_a_row(cluster, tmp_pat
 def test_the_count_of_fruitless_starts_waits_in_the_comment(cluster, tmp_path):
     job, output = starts(cluster, tmp_path, "ff", "--ntasks-per-node=1", "--comment=mine")
     cluster.until(lambda: text(output).count("is requeued") == 2, job, output)
-    cluster.until(lambda: comment(cluster, job) == f"mine {RECORD}2", job, output)
+    cluster.until(lambda: comment(cluster, job).endswith("2"), job, output)
+    assert comment(cluster, job) == f"mine {RECORD}2"
     cluster.run("scancel", job)
 
 
@@ -348,22 +349,22 @@ class Preempted:
 
     def __init__(self, cluster: Cluster, array: str, task: int, output: Path, run: Path) -> None:
         self.cluster, self.job, self.output, self.run = cluster, f"{array}_{task}", output, run
-        self.signalled = 0  # the last of its runs that was
+        self.signalled = 0.0  # when
 
     def step(self) -> str:
-        """Signal it if that is due; its state. On a busy machine scancel may say of a signal that arrives that it did
-        not, and another does no harm."""
+        """Signal it if that is due; its state. On a busy machine a signal can be lost while a step starts, and scancel
+        may say of one that arrives that it did not: it is repeated, which does no harm, until the run has ended."""
         state, runs = self.cluster.info(self.job, "JobState"), text(self.output).count("+ srun")
-        due = self.signalled < runs <= 3 and (runs == 2 or newest(self.run) >= 6 * runs)
+        due = runs <= 3 and (runs == 2 or newest(self.run) >= 6 * runs) and time.monotonic() - self.signalled > 3
         if state == "RUNNING" and due and self.cluster.signal(self.job):
-            self.signalled = runs
+            self.signalled = time.monotonic()
         return state
 
 
 def test_an_array_of_four_each_preempted_three_times_ends_as_if_nothing_had_been(cluster, digits, tmp_path):
     lines = tmp_path / "lines"
     lines.write_text("# four runs\n" + "".join(f"seed={k} run_dir={tmp_path}/run{k}\n\n" for k in range(4)))
-    common = [*PLAIN, "trainer.max_steps=150", f"data.root={digits}"]
+    common = [*PLAIN, "trainer.max_steps=240", f"data.root={digits}"]
     logged = [*common, "logger=wandb", "logger.mode=offline"]
     array = cluster.submit(tmp_path / "output%a", "--array=0-3%2", "slurm/array.sbatch", lines, *logged)
     tasks = [Preempted(cluster, array, k, tmp_path / f"output{k}", tmp_path / f"run{k}") for k in range(4)]

@@ -44,7 +44,7 @@ WRONG = {
 }  # fmt: skip
 
 
-def refused(done, mentions, folder, before=()):
+def assert_refused(done, mentions, folder, before=()):
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("error:") == 1
     assert "Traceback" not in done.stdout + done.stderr
@@ -55,7 +55,7 @@ def refused(done, mentions, folder, before=()):
 
 @pytest.mark.parametrize("name, words, mentions", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused(name, words, mentions, command, tmp_path):
-    refused(command(name, *words), mentions, tmp_path)
+    assert_refused(command(name, *words), mentions, tmp_path)
 
 
 def test_debug_adds_the_traceback(command):
@@ -84,7 +84,7 @@ def test_a_run_folder_of_another_configuration_is_refused(small_run, command, tm
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     done = command("train", *words, "run_dir=run", "optimizer.lr=1e-3", "model.width=64")
     mentions = ["optimizer.lr: was 0.002, is 0.001", "model.width: was 32, is 64", "run_dir=run_2"]
-    refused(done, mentions, tmp_path, ["run"])
+    assert_refused(done, mentions, tmp_path, ["run"])
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
 
 
@@ -99,7 +99,7 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, digits):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     done = command("train", "run_dir=mine", f"data.root={digits}")
-    refused(done, ["run_dir=mine", "no config.yaml"], tmp_path, ["mine"])
+    assert_refused(done, ["run_dir=mine", "no config.yaml"], tmp_path, ["mine"])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "of another model", "of another program", "no checkpoint"])
@@ -117,7 +117,7 @@ def test_a_wrong_checkpoint_is_refused(kind, small_run, command_inside, tmp_path
     else:
         path.write_text("thesis")
     done = command_inside("sample", "checkpoint=given.ckpt", "out=samples")
-    refused(done, ["checkpoint=given.ckpt"], tmp_path, ["given.ckpt"])
+    assert_refused(done, ["checkpoint=given.ckpt"], tmp_path, ["given.ckpt"])
 
 
 def test_paths_may_hold_anything(small_run, command_inside, tmp_path):

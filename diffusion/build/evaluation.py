@@ -47,7 +47,7 @@ def comparison(cfg: DictConfig) -> Comparison:
     if cfg.per_class and not labelled(images):
         raise Refusal(f"per_class=true: images={cfg.images} has no classes.")
     if cfg.out is None:
-        raise Refusal("out=FILE, for the results, is needed: there is no run folder that they could go to.")
+        raise Refusal("Missing required setting: out=FILE, for the results. Images have no run folder to keep them in.")
     return Comparison(images, str(cfg.images), against, output(cfg, None))
 
 
@@ -64,7 +64,7 @@ def evaluation(cfg: DictConfig) -> Evaluation:
     scored = ["fid"] if swept else [metric for metric in cfg.metrics if not known(metric).from_model]
     kind = "FOLDER, for sweep.csv and sweep.png" if swept else "FILE, for the results"
     if model.run_folder is None and cfg.out is None:
-        raise Refusal(f"out={kind}, is needed: there is no run folder that they could go to.")
+        raise Refusal(f"Missing required setting: out={kind}. The checkpoint is not in a run folder.")
     if model.run_folder is not None and cfg.out is None:
         RunFolder(model.run_folder).refuse_links()
     against = likelihood = sampled = None
@@ -174,7 +174,7 @@ def likelihood_data(cfg: DictConfig, model: Trained, wanted: str | None) -> Imag
     there = of(None if reference is None else "train").index.splits
     split = wanted or ("test" if "test" in there else "train")
     if split not in there:
-        raise Refusal(f"likelihood.split={split} is none of the splits of the data set, {', '.join(there)}.")
+        raise Refusal(f"likelihood.split={split}: the data set has no such split. It has: {', '.join(there)}.")
     return of(split)
 
 

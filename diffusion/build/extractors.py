@@ -70,7 +70,7 @@ def custom_extractor(chosen: Choice) -> Extractor:
     digest = None
     if chosen.weights is not None:
         if not Path(chosen.weights).is_file():
-            raise Refusal(f"extractor.weights={chosen.weights}: there is no such file.")
+            raise Refusal(f"extractor.weights={chosen.weights}: file not found.")
         digest = verified(Path(chosen.weights), chosen.sha256)
     try:
         made = get_object(chosen.target)(*(() if chosen.weights is None else (chosen.weights,)))

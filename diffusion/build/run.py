@@ -12,7 +12,7 @@ from diffusion.build.sampling import recipe
 from diffusion.build.take import take
 from diffusion.config.check import check
 from diffusion.config.compose import Typed, composed
-from diffusion.data.module import Described
+from diffusion.data.module import Described, ImageShardsDataModule
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
@@ -85,12 +85,40 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     levels = parts.schedule(cfg)
     network = parts.network(cfg, cfg.seed).to(memory_format=place.memory_format)
     denoiser = NetworkDenoiser(network, levels, cfg.objective.prediction)
-    optimizer = parts.optimizer(cfg)
-    module = DiffusionModule(
+    module = _module(cfg, denoiser, place, record)
+    sampled = recipe(cfg)
+    sampled.sampler_of(levels)
+    looks = _looks(cfg.callbacks)
+    choice = take(cfg.extractor, Choice)
+    at_once = looks.enabled and cfg.metrics and choice.name != "digits"
+    copies = 2 + states_of(parts.optimizer(cfg))  # weights, average, what the optimizer keeps of each
+    return Parts(
+        cfg.name,
+        cfg.debug,
+        record,
+        compute,
+        place,
+        _training(cfg, module, data, folder),
         denoiser,
-        parts.objective(cfg, levels),
-        optimizer,
-        levels=parts.levels(cfg, levels),
+        sampled,
+        looks,
+        parts.metrics(cfg.metrics),
+        dict(cfg.paper),
+        lambda: extractor(choice, data),
+        extractor(choice) if at_once else None,
+        choice,
+        take(cfg.data, Described),
+        4 * count_parameters(network) * copies,
+    )
+
+
+def _module(cfg: DictConfig, denoiser: NetworkDenoiser, place: Place, record: Recorded) -> DiffusionModule:
+    """What is trained, and how a step is made."""
+    return DiffusionModule(
+        denoiser,
+        parts.objective(cfg, denoiser.schedule),
+        parts.optimizer(cfg),
+        levels=parts.levels(cfg, denoiser.schedule),
         lr_schedule=parts.lr_schedule(cfg),
         descent=take(cfg.optimizer, Descent),
         flip=cfg.data.flip,
@@ -99,14 +127,13 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         record=record,
         skip_not_finite=cfg.on_nonfinite == "skip",
     )
-    sampled = recipe(cfg)
-    sampled.sampler_of(levels)
+
+
+def _training(cfg: DictConfig, module: DiffusionModule, data: ImageShardsDataModule, folder: RunFolder) -> Training:
+    """The module with its data, averages, checkpoints and logs."""
     saving = take(cfg.save, Saving)
     on_error = OnError(saving.on_error)
-    looks = _looks(cfg.callbacks)
-    choice = take(cfg.extractor, Choice)
-    at_once = looks.enabled and cfg.metrics and choice.name != "digits"
-    training = Training(
+    return Training(
         module,
         data,
         take(cfg.ema, EMA),
@@ -122,26 +149,6 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         fingerprint_every=cfg.fingerprint_every,
         max_nonfinite=cfg.max_nonfinite,
         deterministic=cfg.deterministic,
-    )
-    return Parts(
-        cfg.name,
-        cfg.debug,
-        record,
-        compute,
-        place,
-        training,
-        denoiser,
-        sampled,
-        looks,
-        parts.metrics(cfg.metrics),
-        dict(cfg.paper),
-        lambda: extractor(choice, data),
-        extractor(choice) if at_once else None,
-        choice,
-        take(cfg.data, Described),
-        4
-        * count_parameters(network)
-        * (2 + states_of(optimizer)),  # weights, average, what the optimizer keeps of each
     )
 
 

@@ -43,7 +43,7 @@ def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
     name, *settings = words.split() or [""]
     known = groups()["sampler"]
     if name not in known:
-        raise Refusal(f"{key}: there is no sampler={name}.{nearest(name, known)} There are: {', '.join(known)}.")
+        raise Refusal(f"{key}: Unknown sampler: {name}.{nearest(name, known)} Known samplers: {', '.join(known)}.")
     cfg = option("sampler", name)
     for setting in settings:
         inner, equals, value = setting.partition("=")

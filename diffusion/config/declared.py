@@ -40,7 +40,7 @@ class _Opaque(type):
 
 
 class _Unknown(metaclass=_Opaque):
-    """Stands for a name of an annotation that is no type of settings, and for all that is made of it."""
+    """A placeholder for names in annotations that are not types of settings, and for everything made from them."""
 
 
 class _Names(dict):

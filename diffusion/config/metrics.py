@@ -36,7 +36,7 @@ def known(name: str) -> Known:
         Refusal: there is none.
     """
     if name not in names():
-        raise Refusal(f"metrics: {name} is none of {', '.join(names())}.{nearest(name, names())}")
+        raise Refusal(f"metrics: Unknown metric: {name}.{nearest(name, names())} Known metrics: {', '.join(names())}.")
     target = str(OmegaConf.load(conf_dir() / "metric" / f"{name}.yaml")["_target_"])
     found = attributes(target)
     return Known(name, target, **{k: v for k, v in found.items() if k in Known._fields and k not in ("name", "target")})

@@ -103,7 +103,7 @@ def kind_of_default(default: Any) -> Kind:
 
 
 def lookup(cfg: DictConfig, key: str) -> tuple[DictConfig, str, bool]:
-    """(parent node, last name, whether it is there); refuses a path that leads through what is no group of keys."""
+    """(parent node, last name, whether it is there). Refusal where a name on the way is a value and not a group."""
     node, names = cfg, key.split(".")
     for i, name in enumerate(names[:-1]):
         child, above = node._get_node(name, validate_access=False), ".".join(names[: i + 1])
@@ -216,7 +216,9 @@ def _check_added(override: Override, parent: DictConfig, name: str) -> None:
         return  # its own constructor judges when everything is built
     if name not in (allowed or {}):
         listed = list(allowed or {})
-        raise Refusal(f"{key} is no argument of {target}.{nearest(name, listed)} It has: {', '.join(listed)}.")
+        raise Refusal(
+            f"{key}: {target} has no argument {name}.{nearest(name, listed)} Its arguments: {', '.join(listed)}."
+        )
 
 
 def _check_deletion(key: str, parent: DictConfig) -> None:

@@ -112,7 +112,7 @@ def held_out(lab: Laboratory) -> tuple[ImageShardsDataModule, str]:
     there, wanted = of(None).index.splits, lab.asked.split
     split = wanted or ("test" if "test" in there else "train")
     if split not in there:
-        raise Refusal(f"errors.split={split} is none of the splits of the data set, {', '.join(there)}.")
+        raise Refusal(f"errors.split={split}: the data set has no such split. It has: {', '.join(there)}.")
     return of(split), split
 
 
