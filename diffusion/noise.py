@@ -38,6 +38,7 @@ class Stream(IntEnum):
     BOUND = 11
     PROBE = 12
     DEQUANTISE = 13
+    HELD_OUT = 14
 
 
 # ---- on the host: keys, seeds, permutations (NumPy, the same in every version) ----

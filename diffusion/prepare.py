@@ -23,6 +23,7 @@ from diffusion.build.prepare import (
     check_prepare,
     introduction,
     job_of,
+    name_of,
     out_of,
     processes_of,
     report,
@@ -76,15 +77,17 @@ def digits(cfg: DictConfig) -> None:
     """The data set that is on every machine, and its classifier."""
     with refusing(cfg.debug):
         from diffusion.build.extractors import prepare_digits
-        from diffusion.data.digits import DIGITS_BYTES, write_missing_digits
+        from diffusion.data.digit_sets import BYTES, write_missing_digits
 
-        out = out_of(cfg)
+        out, name = out_of(cfg), name_of(cfg)
         print(f"Making {out}", flush=True)
-        with writing(Room("out", out, DIGITS_BYTES, "the digits and their classifier")):
-            write_missing_digits(out)
-            built, module = prepare_digits(out)
-    print(f"{out}: {module.num_images:,} images of 8x8, 10 classes; classifier sha256 {built.digest}")
-    print(f"Train on it: python -m diffusion.train{'' if cfg.out is None else f' data.root={out}'}")
+        with writing(Room("out", out, BYTES, "the digits and their classifier")):
+            write_missing_digits(out, name)
+            built, module = prepare_digits(out, name)
+    counts = ", ".join(f"{module.index.count(split):,} of split {split}" for split in module.index.splits)
+    print(f"{out}: {counts}: 8x8 pixels, 10 classes; classifier sha256 {built.digest}")
+    words = ["" if name == "digits" else f" data={name}", "" if cfg.out is None else f" data.root={out}"]
+    print(f"Train on it: python -m diffusion.train{''.join(words)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from diffusion.training.checkpoint import WriteFailed, load
 from diffusion.training.ema import load_average
 from diffusion.training.fingerprint_log import cut_after
 from diffusion.training.fit import Fit
+from diffusion.training.held_out import COLUMNS, HeldOutLoss, held_out_loss
 from diffusion.training.meter import count_parameters
 from diffusion.training.nonfinite import NotFinite
 
@@ -185,6 +187,9 @@ class Run:
             f"  steps   {length.max_steps:,} of {data.batch_size} images ({epochs:,.1f} epochs), "
             f"on {self.place.device.type} in {'float32' if self.place.precision == '32' else 'bf16'}",
         ]
+        if (held_out := self.held_out) is not None:
+            number, every = f"{len(held_out.numbers):,}", f"every {parts.held_out.every_steps:,} steps"
+            lines.append(f"  loss    also of {number} images of split {held_out.split}, not trained on, {every}")
         return "\n".join(lines)
 
     # ---- pictures and scores ----
@@ -194,11 +199,31 @@ class Run:
         looks, found, ema = self.parts.looks, [], self.training.ema
         if looks.enabled and looks.grid.every_steps:
             missing = lambda step: not grid_path(self.folder, step).is_file()  # noqa: E731
-            found.append(Look(looks.grid.every_steps, ema, self.ranks, self.look, missing))
+            found.append(Look(looks.grid.every_steps, self.ranks, self.look, missing, ema))
         if looks.enabled and looks.score.every_steps and self.parts.metrics:
             missing = lambda step: not self.parts.metrics.keys() <= self.folder.own_scores(step)  # noqa: E731
-            found.append(Look(looks.score.every_steps, ema, self.ranks, self.score, missing))
+            found.append(Look(looks.score.every_steps, self.ranks, self.score, missing, ema))
+        if self.held_out is not None:
+            every, missing = self.parts.held_out.every_steps, self._held_out_missing
+            found.insert(0, Look(every, self.ranks, self.measure_held_out, missing, long=False))
         return found
+
+    @cached_property
+    def held_out(self) -> HeldOutLoss | None:
+        """The loss on images that are not trained on, if it is measured; asked for when the ranks are together."""
+        return held_out_loss(self.parts.held_out, self.training.module, self.training.data, self.place, self.ranks)
+
+    def measure_held_out(self, step: int) -> None:
+        """A row held_out/... in metrics.csv and the loggers."""
+        with self.signals.held(finishing=BATCH):
+            row = self.held_out.measure()
+        if self.ranks.main:
+            for logger in self.training.loggers:
+                logger.log_metrics(row, step)
+
+    def _held_out_missing(self, step: int) -> bool:
+        rows = self.training.loggers[0].rows()
+        return not any(row["step"] == str(step) and row.get(COLUMNS[0]) for row in rows)
 
     def sampling(self, recipe: Recipe, batch_size: int) -> Sampling:
         """How the run's images are made, by all ranks."""
@@ -299,9 +324,12 @@ class Run:
         step, path, _ = self.ranks.from_main(self._newest() if main else None)
         if step < self.training.length.max_steps:  # and training has gone on, as save.on_error=warn says
             raise WriteFailed(f"The weights of step {self.training.length.max_steps} are not on disk.")
-        network = parts.denoiser.network.to(self.place.device).eval().requires_grad_(False)
+        network, checkpoint = parts.denoiser.network.to(self.place.device).eval().requires_grad_(False), load(path)
+        if self.held_out is not None and self.ranks.from_main(main and self._held_out_missing(step)):
+            network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint.state_dict.items()})
+            self.measure_held_out(step)
         with torch.no_grad():
-            load_average(network, load(path).ema, [p.data for p in network.parameters()])
+            load_average(network, checkpoint.ema, [p.data for p in network.parameters()])
         if parts.looks.enabled:
             self._pictures_finally(step)
             missing = self.ranks.from_main([m for m in parts.metrics if m not in folder.own_scores(step)])

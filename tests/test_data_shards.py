@@ -10,7 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from diffusion.data.digits import DigitsDataModule, write_digits
+from diffusion.data.digit_sets import write_digits
+from diffusion.data.digits import DigitsDataModule
 from diffusion.data.shards.changes import BadSample, DataChanged
 from diffusion.data.shards.index import INDEX_NAME, MissingData, read_index
 from diffusion.data.shards.samples import Samples, decode_image, decode_label

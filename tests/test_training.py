@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.build.run import run_parts
-from diffusion.data.digits import write_digits
+from diffusion.data.digit_sets import write_digits
 from diffusion.distributed.place import FORMATS
 from diffusion.distributed.signals import Signals
 from diffusion.images import from_uint8

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
+import numpy as np
 from hydra.utils import get_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from diffusion.data.digits import DigitsDataModule
+from diffusion.data.digits import DigitsDataModule, HeldOutDigitsDataModule
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.shards.index import read_index
 from diffusion.data.shards.remote import is_remote
@@ -135,8 +135,7 @@ def digit_extractor(places: Sequence[Path], sha256: str | None, module: ImageSha
                 f"extractor.weights={places[0]} does not exist. It is made with the digit shards: "
                 f"python -m diffusion.prepare source=digits"
             )
-        images = torch.stack([torch.from_numpy(module.samples[i][0].copy()) for i in range(module.num_images)])
-        labels = torch.tensor([module.samples[i][1] for i in range(module.num_images)])
+        images, labels, *_ = module.samples_of("train").batch(np.arange(module.index.count("train")))
         allowed = [place for place in places if module.kept_beside or place.parent != Path(module.root)]
         path = stored_first(allowed, save(train_digit_classifier(images, labels).state_dict()))
     digest = verified(path, sha256)
@@ -166,9 +165,9 @@ def stored_first(places: Sequence[Path], content: bytes) -> Path:
     )
 
 
-def prepare_digits(root: Path) -> tuple[Extractor, ImageShardsDataModule]:
-    """The digit shards and, beside them, their classifier; existing files are kept."""
-    module = DigitsDataModule(root, batch_size=1)
+def prepare_digits(root: Path, name: str = "digits") -> tuple[Extractor, ImageShardsDataModule]:
+    """The shards of the digits, of the set of this name, and beside them their classifier; existing files are kept."""
+    module = (HeldOutDigitsDataModule if name == "digits_held_out" else DigitsDataModule)(root, batch_size=1)
     return digit_extractor([root / CLASSIFIER], None, module), module
 
 

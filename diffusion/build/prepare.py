@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.words import conf_dir, groups, nearest
+from diffusion.data.digit_sets import SPLITS as DIGITS
 from diffusion.data.prepare.image import Rule, most_bytes
 from diffusion.data.prepare.plan import Job, Plan, first_sizes
 from diffusion.data.prepare.shards import SHEET, SKIPPED
@@ -38,8 +39,11 @@ def check_prepare(cfg: DictConfig) -> None:
     if cfg.dataset is not None:
         if OmegaConf.is_missing(described(cfg.dataset), "name"):
             raise Refusal(f"dataset={cfg.dataset} is no one set: leave it out, and the set gets the source's name.")
-        if (cfg.dataset == "digits") != (cfg.source == "digits") and cfg.task == "make":
-            raise Refusal(f"dataset={cfg.dataset} and source={cfg.source}: the digits are made by source=digits alone.")
+        if (cfg.dataset in DIGITS) != (cfg.source == "digits") and cfg.task == "make":
+            raise Refusal(
+                f"dataset={cfg.dataset} and source={cfg.source}: source=digits makes dataset={' or '.join(DIGITS)}, "
+                f"and nothing else does."
+            )
 
 
 def described(option: str, group: str = "data") -> DictConfig:

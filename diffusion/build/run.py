@@ -25,6 +25,7 @@ from diffusion.scoring.recipe import Recipe
 from diffusion.training.checkpoint import CheckpointWriter, Saving
 from diffusion.training.ema import EMA
 from diffusion.training.fit import Length, Training
+from diffusion.training.held_out import HeldOut
 from diffusion.training.logger import loggers
 from diffusion.training.meter import MetricsCsv, count_parameters
 from diffusion.training.module import Descent, DiffusionModule
@@ -37,6 +38,7 @@ class Parts:
     Args:
         record: what the run is recorded as.
         recipe: how its images are sampled. looks, metrics: what is looked at. paper: published values by metric.
+        held_out: the loss on images that are not trained on.
         extractor: makes the extractor of its scores when it is wanted, which may train it on the run's own data.
         ready: that extractor, if it was made at once. described: the data set, as the configuration has it.
         checkpoint_bytes: about as large as a checkpoint is.
@@ -53,6 +55,7 @@ class Parts:
     looks: Looks
     metrics: Mapping[str, Metric]
     paper: Mapping[str, float | None]
+    held_out: HeldOut
     extractor: Callable[[], Extractor]
     ready: Extractor | None
     choice: Choice
@@ -104,6 +107,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         looks,
         parts.metrics(cfg.metrics),
         dict(cfg.paper),
+        take(cfg.held_out, HeldOut),
         lambda: extractor(choice, data),
         extractor(choice) if at_once else None,
         choice,

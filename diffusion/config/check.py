@@ -5,7 +5,7 @@ effect.py.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusion.config.compose import Typed
 from diffusion.config.effect import refuse_idle, unguided
 from diffusion.config.metrics import known
 from diffusion.config.values import check_all
+from diffusion.data.digit_sets import SPLITS as DIGITS
 from diffusion.data.shards.index import INDEX_NAME, read_index
 from diffusion.data.shards.layout import check_batch, check_lanes
 from diffusion.data.shards.remote import Access, is_remote
@@ -163,18 +164,13 @@ def check_data(cfg: DictConfig) -> None:
     root = cfg.data.root
     if root is None:
         return
-    if cfg.data.name == "digits" and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
-        if cfg.data.split != "train":
-            raise Refusal(f"data.split={cfg.data.split}: the digits have one split, train.")
+    if cfg.data.name in DIGITS and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
+        check_splits(cfg, DIGITS[cfg.data.name])
         if why := obstacle(Path(root)):
             raise Refusal(f"data.root={root}: {why}, so the digits cannot be made there: give another folder.")
         return
     index = read_index(root, cfg.data.prepare, Access(cfg.data.remote.attempts, cfg.data.remote.timeout))
-    if cfg.data.split not in index.splits:
-        raise Refusal(
-            f"data.split={cfg.data.split} is not a split of the set in data.root={root}, which has "
-            f"{', '.join(index.splits)}."
-        )
+    check_splits(cfg, index.splits)
     for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
         wanted = cfg.data[key]
         if wanted != found and not (key == "num_classes" and wanted == 0):
@@ -182,6 +178,20 @@ def check_data(cfg: DictConfig) -> None:
                 f"data.{key}={wanted}, but the set in data.root={cfg.data.root} has {found}: "
                 f"give data.{key}={found}, or the root of another set."
             )
+
+
+def check_splits(cfg: DictConfig, splits: Sequence[str]) -> None:
+    """Refuse a split that the data set does not have, and to hold out what is trained on."""
+    keys = {"data.split": cfg.data.split}
+    if "held_out" in cfg and cfg.held_out.split is not None:
+        keys["held_out.split"] = cfg.held_out.split
+    for key, split in keys.items():
+        if split not in splits:
+            raise Refusal(
+                f"{key}={split} is not a split of the set in data.root={cfg.data.root}, which has {', '.join(splits)}."
+            )
+    if keys.get("held_out.split") == cfg.data.split:
+        raise Refusal(f"held_out.split={cfg.data.split} is the split that is trained on: give another one, or null.")
 
 
 def refuse_overwriting(key: str, folder: Path, overwrite: bool) -> None:

@@ -116,6 +116,9 @@ TABLE = (
          "the points are drawn, nothing is on disk"),
     Idle("train", "max_nonfinite", lambda cfg: cfg.on_nonfinite == "stop",
          "on_nonfinite=stop stops at the first one", "on_nonfinite=skip {word}"),
+    Idle("train", "held_out.split held_out.num_images held_out.batch_size",
+         lambda cfg: cfg.held_out.every_steps == 0, "held_out.every_steps=0 measures nothing",
+         "held_out.every_steps=1000 {word}"),
     # ---- evaluate ----
     Idle("evaluate", "data.root", lambda cfg: of_images(cfg) or data_set(cfg.reference),
          "it is where a checkpoint's own data are, which are not read here"),

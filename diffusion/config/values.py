@@ -34,6 +34,7 @@ OWNERS: dict[str, tuple[str, ...]] = {  # group -> who takes its settings, besid
     "gaussian": ("diffusion.lab.settings.Gaussian",),
     "gpu_check": ("diffusion.benchmark.settings.GpuCheck",),
     "guidance": ("diffusion.guidance.ClassifierFree",),
+    "held_out": ("diffusion.training.held_out.HeldOut",),
     "likelihood": ("diffusion.scoring.bits.Settings",),
     "loader": ("diffusion.benchmark.settings.Loader",),
     "logger": ("diffusion.training.logger.Choice", "diffusion.training.logger.Wandb"),

@@ -95,8 +95,7 @@ class MixtureDataModule(ImageShardsDataModule):
         generator = torch.Generator().manual_seed(seed63(0, Stream.SAMPLES))
         return to_uint8(self.mixture.sample(self._num_points, generator))[..., None, None]
 
-    @cached_property
-    def samples(self) -> DrawnSamples:
+    def samples_of(self, split: str) -> DrawnSamples:
         """The points, by number."""
         return DrawnSamples(self.index, self.points)
 

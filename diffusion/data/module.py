@@ -124,13 +124,17 @@ class ImageShardsDataModule(LightningDataModule):
 
     @cached_property
     def samples(self) -> Samples:
-        """The decoded samples of the split, by number."""
+        """The decoded samples of the split that is trained on, by number."""
+        return self.samples_of(self.split)
+
+    def samples_of(self, split: str) -> Samples:
+        """The decoded samples of a split, by number. ValueError where there is no such split."""
         shards = None
         if is_remote(self.root):
             cache = FileCache(self.remote.folder, int(self.remote.gigabytes * 1e9), self.remote)
             shards = CachedShards(self.index, cache)
         checks = (self.on_bad_sample, self.max_bad_share)
-        return Samples(self.index, self.split, self.cache, self.cache_bytes, shards, *checks)
+        return Samples(self.index, split, self.cache, self.cache_bytes, shards, *checks)
 
     def look(self, unopened: bool = True) -> None:
         """Look whether the shards are what they were (`Samples.look`). DataChanged if one is not."""

@@ -1,4 +1,5 @@
-"""Curves over training: the loss whole and by quartile of noise levels, the optimizer, speed, and scores.
+"""Curves over training: the loss whole and by quartile of noise levels, also on held-out images, the optimizer, speed,
+and scores.
 
 A curve of scores stands beside what it is read against: the published value, and where it was measured the same score
 of real images against real ones, below which no model can be expected to come.
@@ -34,6 +35,7 @@ def curves(record: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) 
     single = lambda column: [Series("q3", "", *metrics.curve(column))]  # noqa: E731
     found = [
         Chart("Loss", "loss", loss, log=True, wide=True),
+        *held_out(metrics, names),
         Chart("Gradient norm", "global norm", single("train/grad_norm"), log=True),
         Chart("Learning rate", "rate", single("train/lr"), zero=True),
         Chart("Speed", "images/s", single("train/images_per_second"), zero=True),
@@ -42,6 +44,25 @@ def curves(record: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) 
         if len(metrics.curve(column)[0]) > 1:  # one score is in the table
             found.append(score_curve(column.removeprefix("eval/"), metrics, record, results))
     return found
+
+
+def held_out(metrics: Metrics, names: Sequence[str]) -> list[Chart]:
+    """The loss on images that are not trained on, beside that of training, and by quartile; none if it is not measured.
+
+    Args:
+        names: of the quartiles.
+    """
+    whole = Series("q5", "images not trained on", *metrics.curve("held_out/loss"))
+    if not whole.x:
+        return []
+    both = [Series("ink", "images trained on", *metrics.curve("train/loss")), whole]
+    quartiles = [Series(f"q{i}", names[i - 1], *metrics.curve(f"held_out/loss_q{i}")) for i in (1, 2, 3, 4)]
+    title = "Loss on images not trained on"
+    note = "It stays near that of training while the model learns, and rises away from it when the model remembers."
+    return [
+        Chart(title, "loss", both, log=True, note=note),
+        Chart(f"{title}, by quartile", "loss", quartiles, log=True),
+    ]
 
 
 def score_curve(name: str, metrics: Metrics, record: Mapping[str, Any], results: Sequence[Row]) -> Chart:

@@ -39,7 +39,7 @@ from diffusion.runs.results import Results
 MAY_DIFFER = (
     "trainer data.rule data.num_workers data.cache data.root data.remote data.prepare data.on_bad_sample "
     "data.max_bad_share model.activation_checkpointing on_nonfinite max_nonfinite logger save callbacks extractor "
-    "metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
+    "held_out metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
 ALIKE = (  # what two FIDs have in common that may be compared
     "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",

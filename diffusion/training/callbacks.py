@@ -1,8 +1,10 @@
-"""Looking at a run while it trains: grids of samples, and scores, from the averaged weights.
+"""Looking at a run while it trains: grids of samples and scores, from the averaged weights, and the loss on images that
+are not trained on.
 
-Neither draws from the generators of training: with or without them the same weights come out.
+None draws from the generators of training: with or without them the same weights come out.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,22 +15,31 @@ from diffusion.training.ema import EMA
 
 
 class Look(Callback):
-    """Every `every` steps, and not at the last (which is looked at when training is over), run `look(step)` with the
-    averaged weights in place, in evaluation mode, on all ranks. A run that goes on from a step whose look is missing,
-    as it was killed or stopped before, begins with it.
+    """Every `every` steps, and not at the last (which is looked at when training is over), run `look(step)` in
+    evaluation mode, on all ranks. A run that goes on from a step whose look is missing, as it was killed or stopped
+    before, begins with it.
 
     Args:
         every: steps between two looks.
-        ema: the averaged weights.
         ranks: of the run.
-        look: what to do; Abandoned leaves it, on all ranks alike.
+        look: what to do; Abandoned leaves it, on all ranks alike, and ends training.
         missing: whether the look at a step has not been had; rank 0 is asked.
+        ema: the averaged weights, which are in place while it looks; None: the weights that are trained.
+        long: whether the step is saved before it is looked at.
     """
 
     def __init__(
-        self, every: int, ema: EMA, ranks: Ranks, look: Callable[[int], Any], missing: Callable[[int], bool]
+        self,
+        every: int,
+        ranks: Ranks,
+        look: Callable[[int], Any],
+        missing: Callable[[int], bool],
+        ema: EMA | None = None,
+        long: bool = True,
     ) -> None:
-        self.every, self.ema, self.ranks, self.look, self.missing, self._seen = every, ema, ranks, look, missing, 0
+        self.every, self.ranks, self.look, self.missing, self.ema, self.long = every, ranks, look, missing, ema, long
+        self.keep: Callable[[Trainer, LightningModule], None] = lambda trainer, module: None
+        self._seen = 0
 
     def due(self, step: int) -> bool:
         """Whether the run is looked at after this step."""
@@ -51,9 +62,10 @@ class Look(Callback):
         network = module.network
         network.eval()
         try:
-            with self.ema.swapped_in(network):
+            with self.ema.swapped_in(network) if self.ema else contextlib.nullcontext():
                 self.look(step)
         except Abandoned:
-            trainer.should_stop = True  # the step is saved, and the run that goes on from it begins with the look
+            self.keep(trainer, module)  # the run that goes on from this step begins with the look
+            trainer.should_stop = True
         finally:
             network.train()

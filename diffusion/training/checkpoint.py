@@ -167,7 +167,7 @@ class Saving:
 
 
 class Saver(Callback):
-    """Saves every N steps, every M minutes, before a look, at a signal, and at the last step; then the looks begin.
+    """Saves every N steps, every M minutes, at a signal, at the last step, and before a long look, which then begins.
 
     A signal is only noted; the step that is under way is finished, saved, and the run ends with `stopped_by` set.
 
@@ -176,7 +176,7 @@ class Saver(Callback):
         writer: of the files.
         signals: of this process.
         saving: when, and which checkpoints stay.
-        before: steps after which somebody looks at the run.
+        before: steps after which somebody looks at the run for long.
         settle: called before a save, with trainer and module; raises if the step is not to be kept.
         on_error: what becomes of a checkpoint that cannot be written.
     """
@@ -198,7 +198,8 @@ class Saver(Callback):
         self._seen, self._saved, self._saved_at = 0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._seen, self._saved_at = trainer.global_step, time.monotonic()
+        self._seen = self._saved = trainer.global_step
+        self._saved_at = time.monotonic()
         self._ranks = Agreement(trainer.world_size)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -218,6 +219,11 @@ class Saver(Callback):
         late = late and not (self._ranks.later and self._saved == step - 1)
         if due or late or stopped_by:
             self.save(trainer, module, step)
+
+    def keep(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the step just made, unless it is saved."""
+        if self._saved != trainer.global_step:
+            self.save(trainer, module, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._ranks.settle()

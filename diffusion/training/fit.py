@@ -100,10 +100,12 @@ class Fit:
             training.writer,
             signals,
             training.saving,
-            before=lambda step: any(look.due(step) for look in looks),
+            before=lambda step: any(look.due(step) for look in looks if look.long),
             settle=self._settle,
             on_error=training.on_error,
         )
+        for look in looks:
+            look.keep = self.saver.keep
         self.trainer = pl.Trainer(
             accelerator=place.device.type,
             devices=training.devices,

@@ -116,13 +116,17 @@ class DiffusionModule(pl.LightningModule):
         labels = self.hidden_labels(batch.get("label"), position)
         t = self.levels.draw(keys(position, self.seed, Stream.TIME))
         epsilon = normal(keys(position, self.seed, Stream.NOISE), x0.shape[1:])
-        x_t = noised(self.denoiser.schedule, x0, t, epsilon)
-        loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
-        if (weight := self.levels.weight_at(t)) is not None:
-            loss = loss * weight.to(loss.dtype)
+        loss = self.loss(x0, labels, t, epsilon)
         self.count(loss.detach(), t, batch.get("stand_in"))
         self._draws.append({"position": position, "t": t, "loss": loss.detach()})
         return loss.mean()
+
+    def loss(self, x0: Tensor, labels: Tensor | None, t: Tensor, epsilon: Tensor) -> Tensor:
+        """The weighted loss of each image (B,): x0 and epsilon (B, C, H, W), t (B,), labels (B,) or None."""
+        x_t = noised(self.denoiser.schedule, x0, t, epsilon)
+        loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
+        weight = self.levels.weight_at(t)
+        return loss if weight is None else loss * weight.to(loss.dtype)
 
     def hidden_labels(self, labels: Tensor | None, position: Tensor) -> Tensor | None:
         """The labels the network sees: none for an unconditional one, `null_label` for the dropped share."""
@@ -138,12 +142,7 @@ class DiffusionModule(pl.LightningModule):
 
     @torch.no_grad()
     def count(self, loss: Tensor, t: Tensor, stand_in: Tensor | None = None) -> None:
-        quartile = ((t - 1) * QUARTILES // self.num_timesteps).clamp(max=QUARTILES - 1)
-        member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
-        member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
-        finite = loss.isfinite()
-        member = member * finite[:, None]
-        new = torch.stack([(member * torch.where(finite, loss, 0).double()[:, None]).sum(0), member.sum(0)])
+        new = by_quartile(loss, t, self.num_timesteps)
         skipped = new.new_zeros(2)
         if stand_in is not None:
             skipped = torch.stack([stand_in.sum(), torch.ones_like(stand_in).sum()]).double()
@@ -203,3 +202,14 @@ class DiffusionModule(pl.LightningModule):
             self._sums, self._norms = self._sums.to(self.device), self._norms.to(self.device)
         if self._unstable:
             rank_zero_warn(self._unstable)
+
+
+def by_quartile(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
+    """Sums of losses (B,), and how many there are, float64 (2, 1 + QUARTILES): of all, and by quartile of their times t
+    from the cleanest to the noisiest. Losses that are not finite are left out."""
+    quartile = ((t - 1) * QUARTILES // num_timesteps).clamp(max=QUARTILES - 1)
+    member = (quartile[:, None] == torch.arange(QUARTILES, device=t.device)).to(torch.float64)
+    member = torch.cat([torch.ones_like(member[:, :1]), member], dim=1)
+    finite = loss.isfinite()
+    member = member * finite[:, None]
+    return torch.stack([(member * torch.where(finite, loss, 0).double()[:, None]).sum(0), member.sum(0)])

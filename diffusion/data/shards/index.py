@@ -107,6 +107,11 @@ class Index:
             raise ValueError(f"data.split={split} is none of data.root={self.root}, which has {list(self.splits)}.")
         return shards
 
+    def held_out_from(self, split: str) -> str | None:
+        """The split whose images nobody trains on when this one is trained on: validation or else test; None if there
+        is neither."""
+        return next((other for other in ("validation", "test") if other in self.splits and other != split), None)
+
     def count(self, split: str) -> int:
         """Number of samples of a split."""
         return sum(shard.samples for shard in self.of_split(split))

@@ -1,0 +1,116 @@
+"""The loss on images that are not trained on: what tells a model that learns from one that remembers.
+
+It is the loss of training, of the raw weights as train/loss is, in evaluation mode, without mirrored images and hidden
+labels. Each measurement is of the same images with the same noise levels and noise, so that two differ by the weights
+alone; it is the same on any number of ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.shards.changes import DataChanged
+from diffusion.data.shards.samples import Samples
+from diffusion.distributed.place import Place
+from diffusion.distributed.ranks import Ranks
+from diffusion.images import from_uint8
+from diffusion.noise import Stream, keys, normal, permutation
+from diffusion.settings import Count, Number, settings
+from diffusion.training.module import QUARTILES, DiffusionModule, by_quartile
+
+COLUMNS = ("held_out/loss", *(f"held_out/loss_q{i}" for i in range(1, QUARTILES + 1)))
+
+
+@settings("held_out")
+@dataclass(frozen=True)
+class HeldOut:
+    """On which images the loss is measured while a run trains, and when.
+
+    Args:
+        every_steps: and at the end; 0: never.
+        split: of the data; None: validation or else test, and if the set has neither, nothing is measured.
+        num_images: of the split, chosen by the run's seed; None: all. batch_size: measured at a time, by one process.
+    """
+
+    every_steps: Number = 1000
+    split: str | None = None
+    num_images: Count | None = 2048
+    batch_size: Count = 256
+
+
+class HeldOutLoss:
+    """The measurement of one run.
+
+    Args:
+        module: what is trained. split: name of the split. samples: its images. numbers: of those to be measured (N,).
+        batch_size: images at a time. place, ranks: of this process.
+    """
+
+    def __init__(
+        self,
+        module: DiffusionModule,
+        split: str,
+        samples: Samples,
+        numbers: NDArray[np.int64],
+        batch_size: int,
+        place: Place,
+        ranks: Ranks,
+    ) -> None:
+        self.module, self.split, self.samples, self.numbers = module, split, samples, numbers
+        self.batch_size, self.place, self.ranks = batch_size, place, ranks
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The mean loss of all images and of those in each quartile of t, by COLUMNS; on all ranks. A quartile without
+        an image is left out.
+
+        Raises:
+            Abandoned: a rank has been told to stop.
+            BadSample, Unreachable: an image cannot be had.
+        """
+        batches = np.split(self.numbers, range(self.batch_size, len(self.numbers), self.batch_size))
+        own = torch.zeros(2, len(COLUMNS), dtype=torch.float64, device=self.place.device)
+        with self.ranks.together():
+            for k in self.ranks.share(len(batches)):
+                self.ranks.attend()
+                own += self._sums(batches[k])
+        collected = self.ranks.from_main(self.ranks.collected(own.cpu()))
+        sums, counts = torch.stack(collected).sum(0).tolist()
+        return {name: total / n for name, total, n in zip(COLUMNS, sums, counts, strict=True) if n}
+
+    def _sums(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        module, device = self.module, self.place.device
+        try:
+            images, labels, *_ = self.samples.batch(numbers)
+        except DataChanged as error:
+            error.since = None  # no weights come from these images: checkpoints are as good as before
+            raise
+        at = torch.from_numpy(numbers).to(device)
+        x0 = from_uint8(images.to(device)).contiguous(memory_format=self.place.memory_format)
+        labels = None if labels is None or module.network.null_label is None else labels.to(device)
+        t = module.levels.draw(keys(at, module.seed, Stream.HELD_OUT, 0))
+        epsilon = normal(keys(at, module.seed, Stream.HELD_OUT, 1), x0.shape[1:])
+        with self.place.autocast():
+            loss = module.loss(x0, labels, t, epsilon)
+        return by_quartile(loss, t, module.num_timesteps)
+
+
+def chosen(count: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
+    """Numbers of the images of a split of `count` that are measured, ascending."""
+    if wanted is None or wanted >= count:
+        return np.arange(count)
+    return np.sort(permutation(count, seed, Stream.HELD_OUT)[:wanted])
+
+
+def held_out_loss(
+    held_out: HeldOut, module: DiffusionModule, data: ImageShardsDataModule, place: Place, ranks: Ranks
+) -> HeldOutLoss | None:
+    """The measurement that a run asks for; None if it asks for none, or its data have no split for it."""
+    split = held_out.split or data.index.held_out_from(data.split) if held_out.every_steps else None
+    if split is None:
+        return None
+    numbers = chosen(data.index.count(split), held_out.num_images, module.seed)
+    return HeldOutLoss(module, split, data.samples_of(split), numbers, held_out.batch_size, place, ranks)
