@@ -2,7 +2,7 @@
 
     python tests/chaos.py --kills 200 --seed 1 [--steps N] [--folder DIR] [key=value ...]
 
-A small training of the digits, with two loader workers, grids and scores, is made once as a whole. Then it is started,
+A small training of the digits, with two loader workers, held-out losses, grids and scores, is made once as a whole. Then it is started,
 killed at a random moment, and started again by the same command, until it is finished; and again in a new folder, until
 it has been killed so often. Half of the kills are SIGKILL, the others SIGTERM, SIGINT and SIGUSR1. A third comes while
 a file is being written, a third while the command starts, the others in a step, a look, or the scores of the end.
@@ -43,6 +43,7 @@ WORDS += ["save.keep=2", "log_every=2", "fingerprint_every=1", "sampler.num_step
 WORDS += ["callbacks.grid.every_steps=10", "callbacks.grid.num_images=20", "callbacks.grid.batch_size=10"]
 WORDS += ["callbacks.score.every_steps=15", "callbacks.score.num_images=40", "callbacks.score.batch_size=20"]
 WORDS += ["callbacks.score.during.num_images=30", "callbacks.score.during.num_steps=2"]
+WORDS += ["data=digits_held_out", "held_out.every_steps=10", "held_out.num_images=200", "held_out.batch_size=40"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PHASES = ("write", "start", "work")
 SPEEDS = ("train/images_per_second", "train/peak_memory_gb")

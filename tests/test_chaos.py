@@ -5,12 +5,14 @@ import signal
 import pytest
 from chaos import STEPS, chaos, differences
 
+from diffusion.build.extractors import prepare_digits
 from diffusion.training.fingerprint_log import log_path
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, digits):
-    made = chaos(tmp_path, number=10, words=[f"data.root={digits}"])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    prepare_digits(tmp_path / "digits", "digits_held_out")
+    made = chaos(tmp_path, number=10, words=[f"data.root={tmp_path}/digits"])
     assert len(made) == 10 and {signal.SIGKILL, signal.SIGTERM} <= {kill.number for kill in made}
     assert {"start", "write"} <= {kill.phase for kill in made}
     assert "Traceback" not in (tmp_path / "output.txt").read_text()

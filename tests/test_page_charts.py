@@ -173,7 +173,7 @@ def test_what_the_configuration_says_counts_for_all_samples_of_the_model_and_for
 def test_scores_without_a_place_are_given_a_reason(tmp_path):
     rows = [result(name, extractor="digits", data="digits") for name in ("digits-FID", "digits-IS")]
     page = read(write_report(run(tmp_path / "a", results=rows)))
-    assert page.text.count("digits-FID and digits-IS cannot be held against published figures") == 1
+    assert page.text.count("Not comparable with published scores: digits-FID, digits-IS, as") == 1
 
 
 # ---- the bound ----

@@ -280,7 +280,7 @@ def test_the_text_for_a_terminal():
     assert lines[published + 1].startswith("> this run, step 800,000, ancestral, 1,000 steps")
     assert lines[published].index("3.17") == lines[published + 1].index("3.31 (+0.14)")  # one column
     assert text.count("2,000 images where the papers score 50,000") == 1
-    assert text.endswith("x cannot be held against published figures: the papers' tables have nothing on digits.")
+    assert text.endswith("Not comparable with published scores: x, as the papers' tables have nothing on digits.")
     assert table_text([]) == ""
     assert "Not as in the papers" not in table_text([FID]) and "Not recorded" not in table_text([FID])
 

@@ -23,7 +23,7 @@ def higher_is_better(name: str | None) -> bool | None:
 
 
 def not_comparable(row: Row) -> str | None:
-    """Why a score must not be held against published ones, in a word or two; None if it may."""
+    """Why a score is not comparable with published ones, in a word or two; None if it is."""
     if row.get("name") not in FROM_IMAGES:
         return None
     reasons = {
@@ -48,7 +48,7 @@ def difference(row: Row) -> float | None:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Which scores cannot be held against published ones, and why, once each in plain words."""
+    """Which scores are not comparable with published ones, and why, once each in plain words."""
     rows = [r for r in rows if r.get("name") in FROM_IMAGES]
     others = sorted({str(r.get("extractor")) for r in rows} - {"inception"})
     found = []

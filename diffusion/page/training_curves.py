@@ -58,7 +58,7 @@ def held_out(metrics: Metrics, names: Sequence[str]) -> list[Chart]:
     both = [Series("ink", "images trained on", *metrics.curve("train/loss")), whole]
     quartiles = [Series(f"q{i}", names[i - 1], *metrics.curve(f"held_out/loss_q{i}")) for i in (1, 2, 3, 4)]
     title = "Loss on images not trained on"
-    note = "It stays near that of training while the model learns, and rises away from it when the model remembers."
+    note = "Where it rises away from that of training, the model remembers its images."
     return [
         Chart(title, "loss", both, log=True, note=note),
         Chart(f"{title}, by quartile", "loss", quartiles, log=True),

@@ -314,6 +314,9 @@ class RunFolder:
         with locked(self.path / ".lock", f"run_dir={self.path}", "Wait for it, or give this run its own run_dir."):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
+            for digest in self.checkpoints.glob("step_*.sha256"):  # of a checkpoint that was being written, or removed
+                if not digest.with_suffix(".ckpt").exists():
+                    digest.unlink(missing_ok=True)
             yield
 
     # ---- checkpoints ----

@@ -220,7 +220,7 @@ class Saver(Callback):
         if due or late or stopped_by:
             self.save(trainer, module, step)
 
-    def keep(self, trainer: Trainer, module: LightningModule) -> None:
+    def save_now(self, trainer: Trainer, module: LightningModule) -> None:
         """Save the step just made, unless it is saved."""
         if self._saved != trainer.global_step:
             self.save(trainer, module, trainer.global_step)

@@ -105,7 +105,7 @@ class Fit:
             on_error=training.on_error,
         )
         for look in looks:
-            look.keep = self.saver.keep
+            look.keep = self.saver.save_now
         self.trainer = pl.Trainer(
             accelerator=place.device.type,
             devices=training.devices,

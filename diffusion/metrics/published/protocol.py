@@ -176,7 +176,7 @@ def unplaced(rows: Sequence[Row]) -> list[str]:
         if not places(row):
             titles, title = about.setdefault(cause(row), []), str(row.get("metric") or row.get("name") or "a score")
             titles += [] if title in titles else [title]
-    return [f"{' and '.join(titles)} cannot be held against published figures: {why}." for why, titles in about.items()]
+    return [f"Not comparable with published scores: {', '.join(titles)}, as {why}." for why, titles in about.items()]
 
 
 def common(rows: Sequence[Row], sentences: Callable[[Row], Sequence[str]]) -> list[str]:
