@@ -1,6 +1,7 @@
 """The data sets that are on every machine: 1,797 handwritten digits of 8 x 8 pixels, out of scikit-learn.
 
-They are written as shards once and read like any other. Needs neither torch nor lightning.
+They are written as shards once and read like any other. Which there are, and how they are parted,
+is known without torch and lightning.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from diffusion.data.shards.index import INDEX_NAME, MissingData, read_index
-from diffusion.data.shards.writer import ShardWriter
 from diffusion.files import remove_empty
 
 SPLITS = {"digits": ("train",), "digits_held_out": ("train", "test")}  # of each set, by its name
@@ -37,7 +37,9 @@ def write_digits(root: str | os.PathLike, name: str = "digits") -> None:
     Args:
         name: of the set, one of SPLITS.
     """
-    from sklearn.datasets import load_digits  # half a second, needed once
+    from sklearn.datasets import load_digits  # these two take seconds, and are needed once
+
+    from diffusion.data.shards.writer import ShardWriter
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
