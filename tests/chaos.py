@@ -106,11 +106,11 @@ class Training:
 
     def python_itself_was_interrupted(self) -> bool:
         """Whether a Ctrl-C came before the interpreter had begun with the command, which then cannot answer it: its
-        traceback leads through no file."""
+        traceback leads through no file of this checkout."""
         said = (self.folder / "output.txt").read_text().splitlines()[-30:]
         trace = said[max((k for k, line in enumerate(said) if line.startswith("Traceback")), default=0) :]
         files = [line for line in trace if line.startswith('  File "')]
-        return trace[-1] == "KeyboardInterrupt" and all('"<frozen' in line for line in files)
+        return trace[-1] == "KeyboardInterrupt" and not any(str(ROOT) in line for line in files)
 
     def step(self) -> int:
         """The last step of which metrics.csv has a row, 0 without one."""

@@ -1,7 +1,7 @@
 """The data sets that are on every machine: 1,797 handwritten digits of 8 x 8 pixels, out of scikit-learn.
 
-They are written as shards once and read like any other. Which there are, and how they are parted,
-is known without torch and lightning.
+They are written as shards once and read like any other. Which there are, and their splits, is
+known without torch and lightning.
 """
 
 import hashlib

@@ -13,6 +13,7 @@ from diffusion.images import to_uint8
 from diffusion.noise import ImageNoise, Stream
 from diffusion.process.schedule import Denoiser
 from diffusion.samplers.base import Sampler, Visit
+from diffusion.samplers.wrapper import Batch, Wrapper, wrapped
 
 
 def default_labels(image_numbers: Tensor, num_classes: int, chosen: Sequence[int] = ()) -> Tensor | None:
@@ -34,10 +35,13 @@ def walk(
     labels: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    wrappers: Sequence[Wrapper] = (),
 ) -> Iterator[Visit]:
     """The way of these images from noise, as one batch: every visit of the sampler's walk. Arguments as `generate`."""
     numbers = image_numbers.to(device)
-    bound = denoise if labels is None else functools.partial(denoise, labels=labels.to(device))
+    labels = None if labels is None else labels.to(device)
+    bound = denoise if labels is None else functools.partial(denoise, labels=labels)
+    bound, sampler = wrapped(wrappers, bound, sampler, Batch(numbers, labels, seed))
     start = ImageNoise(seed, numbers, Stream.PRIOR)
     x = float(sampler.schedule.std(times[0])) * start(torch.empty(len(numbers), *image_shape, device=device))
     yield from sampler.walk(bound, x, times, ImageNoise(seed, numbers))
@@ -54,6 +58,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    wrappers: Sequence[Wrapper] = (),
 ) -> Iterator[Tensor]:
     """Sample these images: uint8 (b, C, H, W) on the CPU, a batch at a time, in the order of `image_numbers`.
 
@@ -64,13 +69,14 @@ def generate(
         image_shape: (C, H, W).
         labels: int64 (N,) or None.
         batch_size: images at a time; changes rounding at most.
+        wrappers: of denoiser and sampler, the innermost first.
 
     Raises:
         ValueError: a sample is not finite.
     """
     for chunk in torch.arange(len(image_numbers)).split(batch_size):
         numbers, given = image_numbers[chunk], None if labels is None else labels[chunk]
-        for visit in walk(denoise, sampler, times, numbers, image_shape, given, seed, device):
+        for visit in walk(denoise, sampler, times, numbers, image_shape, given, seed, device, wrappers):
             x = visit.x
         if not x.isfinite().all():
             raise ValueError(

@@ -52,7 +52,7 @@ class Gallery:
     ) -> None:
         self.sampling, self.num_images = sampling, num_images
         about: dict[str, Any] = {"model": model, "sampling": sampling.identity()}
-        if sampling.sampler.of_batch:  # then the last, smaller batch has other images too
+        if sampling.of_batch:  # then the last, smaller batch has other images too
             about["sampling"] |= {"num_images": num_images}
         size = sampling.batch_size
         self.pieces = Pieces(folder, about, ranks, num_images, size, setting, overwrite, differences)

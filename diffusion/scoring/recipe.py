@@ -18,6 +18,7 @@ from diffusion.process.grids import Spacing, times
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddim import DDIM
+from diffusion.samplers.wrapper import Wrapper
 from diffusion.scoring.sampling import Counted, Sampling
 from diffusion.settings import Count, settings
 
@@ -62,6 +63,7 @@ class Recipe:
         guide: (denoiser=..., null_label=...) -> denoiser; None: unguided. guidance_scale: 1: unguided.
         seed: of the noise. batch_size: images at a time; changes rounding at most.
         labels: given to the images in turn; none: image k of a conditional model gets label k mod classes.
+        wrappers: of denoiser and sampler, the innermost first.
     """
 
     sampler: Callable[[Schedule], Sampler]
@@ -71,6 +73,7 @@ class Recipe:
     seed: int = 0
     batch_size: int = 256
     labels: tuple[int, ...] = ()
+    wrappers: tuple[Wrapper, ...] = ()
 
     def by_ddim(self, num_steps: int, eta: float = 0.0, **plan: Any) -> Self:
         """The same with DDIM of so many steps, linearly spaced unless `plan` says otherwise."""
@@ -126,7 +129,7 @@ class Recipe:
         about |= {"guidance_scale": self.guidance_scale, "precision": where.precision}
         return Sampling(
             self.denoiser(counted, denoiser, where), counted, sampler, visited, image_shape, num_classes, self.seed,
-            where.device, self.batch_size, self.labels, about,
+            where.device, self.batch_size, self.labels, self.wrappers, about,
         )  # fmt: skip
 
     def refuse(self, num_classes: int, learned: bool) -> None:

@@ -12,6 +12,7 @@ from diffusion.images import to_uint8
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.generate import default_labels, generate, walk
+from diffusion.samplers.wrapper import Wrapper
 
 
 class Counted:
@@ -36,8 +37,8 @@ class Sampling:
     """All that decides the images of a model but their numbers.
 
     denoise: what the sampler calls, guided and clipped. counted: the network inside it. num_classes: 0 for an
-    unconditional model. labels: chosen ones, in turn; none for k mod classes. about: sampler's name, eta and the like,
-    for the record.
+    unconditional model. labels: chosen ones, in turn; none for k mod classes. wrappers: of denoiser and sampler. about:
+    sampler's name, eta and the like, for the record.
     """
 
     denoise: Denoiser
@@ -50,7 +51,13 @@ class Sampling:
     device: torch.device
     batch_size: int = 256
     labels: Sequence[int] = ()
+    wrappers: Sequence[Wrapper] = ()
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether an image depends on the others of its batch."""
+        return self.sampler.of_batch or any(wrapper.of_batch for wrapper in self.wrappers)
 
     def labels_of(self, numbers: Tensor) -> Tensor | None:
         return default_labels(numbers, self.num_classes, self.labels)
@@ -59,7 +66,7 @@ class Sampling:
         """uint8 (b, C, H, W) for these image numbers, on the CPU, batch by batch."""
         return generate(
             self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
-            self.batch_size, self.device,
+            self.batch_size, self.device, self.wrappers,
         )  # fmt: skip
 
     def images(self, numbers: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ class Sampling:
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         visits = walk(
             self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
-            self.device,
+            self.device, self.wrappers,
         )  # fmt: skip
         for step, visit in enumerate(visits):
             if step in wanted:
@@ -85,14 +92,15 @@ class Sampling:
     def record(self) -> dict[str, Any]:
         """What results.jsonl says of the sampling, but for the work it took."""
         steps = len(self.times) - 1
-        return {**self.about, "num_steps": steps, "seed": self.seed, "batch_size": self.batch_size}
+        about = {**self.about, "num_steps": steps, "seed": self.seed, "batch_size": self.batch_size}
+        return about | ({"wrappers": [wrapper.identity() for wrapper in self.wrappers]} if self.wrappers else {})
 
     def identity(self) -> dict[str, Any]:
         """What, beside the model, decides image k, as JSON. The batch size changes rounding at most and is not in it,
         unless the sampler looks at the whole batch."""
         chosen = {"times": [float(t) for t in self.times], "labels": list(self.labels), "shape": list(self.image_shape)}
         known = self.record() | chosen
-        if not self.sampler.of_batch:
+        if not self.of_batch:
             del known["batch_size"]
         return known
 
@@ -143,7 +151,7 @@ def _setting(key: str) -> str:
     """The setting that a key of the record stands for, as the user writes it."""
     whole = {"guidance_scale": "guidance.scale", "precision": "trainer.precision", "shape": "size of the images"}
     whole |= {"times": "times of the steps"}
-    plain = ("seed", "sampler", "labels", "batch_size", "num_images")
+    plain = ("seed", "sampler", "labels", "batch_size", "num_images", "wrappers")
     return whole.get(key) or (key if key in plain else f"sampler.{key}")
 
 
