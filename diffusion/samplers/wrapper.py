@@ -42,8 +42,9 @@ class Wrapper(ABC):
         """The denoiser that the sampler calls for this batch.
 
         Args:
-            denoise: what it would call otherwise: guided and clipped, the labels bound to it. It can be differentiated
-                with respect to x_t, inside `torch.enable_grad()`, if `needs_gradients`.
+            denoise: what it would call otherwise: guided and clipped, the labels bound to it, so that it is called as
+                denoise(x_t, t). With `needs_gradients` it can be differentiated with respect to x_t inside
+                `torch.enable_grad()`.
         """
         return denoise
 
@@ -62,10 +63,10 @@ def wrapped(wrappers: Sequence[Wrapper], denoise: Denoiser, sampler: Sampler, ba
 
 
 def without_gradients(denoise: Denoiser) -> Denoiser:
-    """The same, also inside `torch.enable_grad()`."""
+    """The same without gradients, also inside `torch.enable_grad()`."""
 
-    def computed(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
+    def computed(x_t: Tensor, t: float | Tensor) -> Prediction:
         with torch.no_grad():
-            return denoise(x_t, t, labels)
+            return denoise(x_t, t)
 
     return computed

@@ -156,5 +156,5 @@ def _setting(key: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value).strip('"')
+    text = json.dumps(value, sort_keys=True).strip('"')
     return text if len(text) < 100 else f"{text[:100]}..."
