@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from diffusion.denoiser import NetworkDenoiser
+from diffusion.models.embedding import FourierEmbedding
 from diffusion.models.mlp import MLP
-from diffusion.models.unet import FourierEmbedding, UNet
+from diffusion.models.unet import UNet
 from diffusion.objective import DSM, Simple
 from diffusion.process.kernels import noised
 from diffusion.process.prediction import PREDICTIONS

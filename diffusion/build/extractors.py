@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from hydra.utils import get_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -136,6 +137,7 @@ def digit_extractor(places: Sequence[Path], sha256: str | None, module: ImageSha
                 f"python -m diffusion.prepare source=digits"
             )
         images, labels, *_ = module.samples_of("train").batch(np.arange(module.index.count("train")))
+        images = images.clone(memory_format=torch.contiguous_format)  # another layout would make other weights
         allowed = [place for place in places if module.kept_beside or place.parent != Path(module.root)]
         path = stored_first(allowed, save(train_digit_classifier(images, labels).state_dict()))
     digest = verified(path, sha256)

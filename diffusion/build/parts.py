@@ -21,6 +21,7 @@ from diffusion.data.module import Described, ImageShardsDataModule
 from diffusion.errors import Refusal
 from diffusion.files import reason
 from diffusion.metrics.metric import Metric
+from diffusion.models.network import lacking
 from diffusion.noise import Stream, seed63
 from diffusion.objective import Objective
 from diffusion.process.schedule import Schedule
@@ -78,9 +79,15 @@ def network(cfg: DictConfig, seed: int = 0) -> nn.Module:
     state = torch.get_rng_state()
     torch.manual_seed(seed63(seed, Stream.INIT))
     try:
-        return make(cfg.model, "model", out_channels=channels)
+        made = make(cfg.model, "model", out_channels=channels)
     finally:
         torch.set_rng_state(state)
+    if missing := lacking(made):
+        raise Refusal(
+            f"model._target_={cfg.model.get('_target_')} is not a network, it has no {', no '.join(missing)}. What a "
+            f"network must offer is written in diffusion/models/network.py."
+        )
+    return made
 
 
 def objective(cfg: DictConfig, levels: Schedule) -> Objective:

@@ -6,11 +6,11 @@ what its output means.
 
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.models.unet import TimeEmbeddingKind, embedded, linear
+from diffusion.models.embedding import CONDITIONING, LabelEmbedding, TimeEmbeddingKind, linear, time_embedding_of
+from diffusion.models.network import Network
 from diffusion.settings import Count, Multiple, Number, Positive, settings
 
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 @settings("model")
-class MLP(nn.Module):
+class MLP(Network):
     """(x (B, C, ...), told (B,), labels (B,) or None) -> (B, out_channels, ...): a vector in, a vector out.
 
     A data point of C numbers is an image of one pixel with C channels to everybody else; larger images are flattened.
@@ -59,28 +59,19 @@ class MLP(nn.Module):
         time_embedding: TimeEmbeddingKind = "positional",
         fourier_scale: Positive = 16.0,
     ) -> None:
-        super().__init__()
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.out_channels = out_channels or channels
+        super().__init__(image_size, channels, num_classes, out_channels, CONDITIONING[time_embedding])
         pixels = image_size**2
-        self.time, self.conditioning = embedded(time_embedding, width // 4, fourier_scale)
-        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.time = time_embedding_of(time_embedding, width // 4, fourier_scale)
+        self.label = LabelEmbedding(num_classes, width) if num_classes else None
         self.stem = linear(channels * pixels, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.head = linear(width, self.out_channels * pixels, scale=1e-10)
 
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class"; None for an unconditional network."""
-        return self.num_classes or None
-
     def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
         embedding = self.time(told)
         if self.label is not None:
-            if labels is None:
-                labels = torch.full_like(told, self.num_classes, dtype=torch.long)
-            embedding = embedding + self.label(labels)
+            embedding = embedding + self.label(labels, len(x))
         embedding = F.silu(embedding)
         h = self.stem(x.flatten(1))
         for block in self.blocks:

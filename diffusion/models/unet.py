@@ -6,45 +6,37 @@ does not know what its output means. Counted from the layer list: 35,746,307 par
 one for "no class".
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.models.embedding import (
+    CONDITIONING,
+    LabelEmbedding,
+    TimeEmbeddingKind,
+    initialised,
+    linear,
+    time_embedding_of,
+    variance_scaling_,
+)
+from diffusion.models.network import Network
 from diffusion.models.resolutions import check_attention, resolutions
 from diffusion.settings import Between, Count, Filled, Multiple, Number, Positive, settings
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
 
 
-def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
-    """Uniform of variance scale / mean(fan_in, fan_out); scale 1 is Xavier's, 1e-10 the paper's "zero"."""
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    limit = math.sqrt(3 * scale / ((fan_in + fan_out) / 2))
-    return nn.init.uniform_(weight, -limit, limit)
-
-
-def _initialised(layer: nn.Module, scale: float = 1.0) -> nn.Module:
-    variance_scaling_(layer.weight, scale)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def conv3x3(channels_in: int, channels_out: int, scale: float = 1.0, stride: int = 1, padding: int = 1) -> nn.Module:
-    return _initialised(nn.Conv2d(channels_in, channels_out, 3, stride, padding), scale)
+    return initialised(nn.Conv2d(channels_in, channels_out, 3, stride, padding), scale)
 
 
 def conv1x1(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Module:
-    return _initialised(nn.Conv2d(channels_in, channels_out, 1), scale)
-
-
-def linear(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Module:
-    return _initialised(nn.Linear(channels_in, channels_out), scale)
+    return initialised(nn.Conv2d(channels_in, channels_out, 1), scale)
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -54,54 +46,6 @@ def group_norm(channels: int) -> nn.Module:
     networks, of 128 channels and more, are not concerned.
     """
     return nn.GroupNorm(min(NORM_GROUPS, channels // 4), channels, eps=NORM_EPS)
-
-
-class TimeEmbedding(nn.Module):
-    """Sines, then cosines, of t at geometric frequencies 1 ... 1e-4 (both ends included), and two linear layers.
-
-    (B,) time index, 0 ... T-1, not scaled -> (B, 4 width).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.half = width // 2
-        self.dense_1 = linear(width, 4 * width)
-        self.dense_2 = linear(4 * width, 4 * width)
-
-    def forward(self, time_index: Tensor) -> Tensor:
-        exponent = torch.arange(self.half, dtype=torch.float32, device=time_index.device) / (self.half - 1)
-        angle = time_index.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.dense_1.weight.dtype)
-        return self.dense_2(F.silu(self.dense_1(waves)))
-
-
-class FourierEmbedding(nn.Module):
-    """Sines, then cosines, of 2 pi w log sigma at `width` frequencies w ~ N(0, scale^2), and two linear layers: that of
-    NCSN++ (Song et al. 2021, score SDE, app. H). The frequencies are drawn once and not trained.
-
-    (B,) log of the noise level -> (B, 4 width).
-    """
-
-    def __init__(self, width: int, scale: float) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", scale * torch.randn(width))
-        self.dense_1 = linear(2 * width, 4 * width)
-        self.dense_2 = linear(4 * width, 4 * width)
-
-    def forward(self, log_sigma: Tensor) -> Tensor:
-        angle = 2 * math.pi * log_sigma.float()[:, None] * self.frequencies
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.dense_1.weight.dtype)
-        return self.dense_2(F.silu(self.dense_1(waves)))
-
-
-TimeEmbeddingKind = Literal["positional", "fourier"]
-CONDITIONING = {"positional": "time", "fourier": "noise"}  # what each embeds, in the words of diffusion/denoiser.py
-
-
-def embedded(kind: str, width: int, scale: float) -> tuple[nn.Module, str]:
-    """The embedding of this kind, and what is to be embedded by it."""
-    made = TimeEmbedding(width) if kind == "positional" else FourierEmbedding(width, scale)
-    return made, CONDITIONING[kind]
 
 
 class ResBlock(nn.Module):
@@ -187,7 +131,7 @@ class Level(nn.Module):
 
 
 @settings("model")
-class UNet(nn.Module):
+class UNet(Network):
     """(x (B, C, H, W), told (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
 
     What it is told is a time index or, as `conditioning` says, the log of a noise level.
@@ -228,7 +172,6 @@ class UNet(nn.Module):
         time_embedding: TimeEmbeddingKind = "positional",
         fourier_scale: Positive = 16.0,
     ) -> None:
-        super().__init__()
         if image_size % 2 ** (len(multipliers) - 1):
             raise ValueError(
                 f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, which "
@@ -237,12 +180,11 @@ class UNet(nn.Module):
         if attention_resolutions is None:
             attention_resolutions = {16}.intersection(resolutions(image_size, len(multipliers)))
         check_attention(image_size, len(multipliers), attention_resolutions)
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.out_channels = out_channels or channels
+        super().__init__(image_size, channels, num_classes, out_channels, CONDITIONING[time_embedding])
         self.activation_checkpointing = activation_checkpointing
         embedding, size = 4 * width, image_size
-        self.time, self.conditioning = embedded(time_embedding, width, fourier_scale)
-        self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.time = time_embedding_of(time_embedding, width, fourier_scale)
+        self.label = LabelEmbedding(num_classes, embedding) if num_classes else None
         self.stem = conv3x3(channels, width)
 
         def block(channels_in: int, channels_out: int) -> Block:
@@ -273,11 +215,6 @@ class UNet(nn.Module):
         self.norm = group_norm(h)
         self.head = conv3x3(h, self.out_channels, scale=1e-10)
 
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class"; None for an unconditional network."""
-        return self.num_classes or None
-
     def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """part(*inputs), of which a checkpointing network keeps nothing but the inputs until the backward pass."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -287,9 +224,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
         embedding = self.time(told)
         if self.label is not None:
-            if labels is None:
-                labels = torch.full_like(told, self.num_classes, dtype=torch.long)
-            embedding = embedding + self.label(labels)
+            embedding = embedding + self.label(labels, len(x))
         embedding = F.silu(embedding)
 
         h = self.stem(x)
