@@ -104,7 +104,7 @@ def check_paths(cfg: DictConfig) -> None:
         raise Refusal(f"samples={cfg.samples}: of a sweep no samples are kept.")
     for key in ("checkpoint", "images", "reference"):
         if cfg[key] is not None and not is_remote(cfg[key]) and not Path(cfg[key]).exists():
-            raise Refusal(f"{key}={cfg[key]}: there is no such file or folder.")
+            raise Refusal(f"{key}={cfg[key]}: file or folder not found.")
     folder = cfg.task == "sweep"  # of sweep.csv and sweep.png
     if cfg.out is not None and Path(cfg.out).exists() and Path(cfg.out).is_dir() != folder:
         kind = ("a file: give a folder", "a folder: give a file, as " + f"{cfg.out}/results.jsonl")[not folder]

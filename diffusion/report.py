@@ -83,7 +83,7 @@ def naming(key: str, folder: Path) -> Iterator[None]:
 def check_task(cfg: DictConfig) -> None:
     """Refuse an unknown task, and settings that it lacks or does not have."""
     if cfg.task not in TASKS:
-        raise Refusal(f"task={cfg.task} is none of {', '.join(TASKS)}.")
+        raise Refusal(f"task={cfg.task} must be one of {', '.join(TASKS)}.")
     if cfg.task == "compare" and None in (cfg.run_dir, cfg.other):
         raise Refusal("task=compare needs two runs: run_dir=A other=B.")
     if cfg.task == "compare" and cfg.out is not None:
@@ -113,7 +113,7 @@ def collect(runs: Path, out: Path) -> list[Row]:
         Refusal: no such folder, or no score below it.
     """
     if not runs.is_dir():
-        raise Refusal(f"runs={runs}: there is no such folder. Give the one that holds the run folders.")
+        raise Refusal(f"runs={runs}: folder not found. Give the one that holds the run folders.")
     rows = []
     for folder in sorted(p.parent for p in runs.rglob("results.jsonl")):
         run = RunFolder(folder)
@@ -121,7 +121,7 @@ def collect(runs: Path, out: Path) -> list[Row]:
         link = quote(Path(os.path.relpath(run.report_path, out)).as_posix()) if run.report_path.is_file() else None
         rows += [row | {"run": name, "report": link} for row in run.results()]
     if not rows:
-        raise Refusal(f"runs={runs}: no run below it has been scored, there is no results.jsonl with a line in it.")
+        raise Refusal(f"runs={runs}: no results found: no run in this folder has been scored.")
     return sorted(rows, key=order)
 
 

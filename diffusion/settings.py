@@ -135,7 +135,7 @@ class Matching:
         return re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
-        return f"is no {self.words}"
+        return f"must be a {self.words}"
 
 
 Count = Annotated[int, AtLeast(1)]
@@ -219,7 +219,7 @@ class Kind:
         if value is None or callable(value) or any(type(value) is type(one) and value == one for one in self.allowed):
             return None
         if self.allowed and self.of is None:
-            return f"is none of {', '.join(map(_plain, self.allowed))}"
+            return f"must be one of {', '.join(map(_plain, self.allowed))}"
         if self.of is list and self.member is not None:
             for member in value:
                 if why := self.member.outside(member):

@@ -6,7 +6,7 @@
 # anything is submitted: a misspelt key is refused here and not hours later in the queue. SBATCH_PARTITION and
 # SBATCH_ACCOUNT are taken from the environment.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-command -v sbatch >/dev/null || { say "error: there is no sbatch here: submit where SLURM is installed."; exit 2; }
+command -v sbatch >/dev/null || { say "error: sbatch not found: submit from a machine with SLURM."; exit 2; }
 environment requirements.lock
 
 submit() { # COMMAND...: say it, run it, say the job's id; leaves that in $job

@@ -170,8 +170,8 @@ def test_bf16_is_for_the_bound_alone(model):
 
 def test_what_cannot_be_measured_is_refused(bits, model, root):
     for settings, mentions in (
-        ({"by": "flow"}, "likelihood.by=flow is none of bound, ode"),
-        ({"variance": "medium"}, "likelihood.variance=medium is none of small, large, learned"),
+        ({"by": "flow"}, "likelihood.by=flow must be one of bound, ode"),
+        ({"variance": "medium"}, "likelihood.variance=medium must be one of small, large, learned"),
         ({"num_images": 0}, "likelihood.num_images=0 must be at least 1"),
         ({"probes": -1}, "likelihood.probes=-1 must be at least 0"),
     ):

@@ -283,7 +283,7 @@ def test_a_label_is_an_integer_or_json():
 
 
 def test_an_unknown_cache_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.cache=disk is none of auto, memory, none"):
+    with pytest.raises(ValueError, match=r"data\.cache=disk must be one of auto, memory, none"):
         Samples(read_index(write(tmp_path)), cache="disk")
 
 

@@ -334,7 +334,7 @@ def test_the_data_module_tells_what_the_index_says(root):
         (dict(batch_size=96, lanes=0), r"data\.lanes=0"),
         (dict(batch_size=96, num_workers=-1), r"data\.num_workers=-1"),
         (dict(batch_size=96, cache="disk"), r"data\.cache=disk"),
-        (dict(batch_size=96, on_bad_sample="ignore"), r"data\.on_bad_sample=ignore is none of error, skip"),
+        (dict(batch_size=96, on_bad_sample="ignore"), r"data\.on_bad_sample=ignore must be one of error, skip"),
         (dict(batch_size=96, max_bad_share=1.5), r"data\.max_bad_share=1\.5"),
         (
             dict(batch_size=96, remote={"cache": "x"}),

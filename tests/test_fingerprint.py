@@ -287,7 +287,7 @@ def test_the_command_says_whether_where_and_by_what_two_runs_part(call, tmp_path
         ("task=compare run_dir=a other=elsewhen", "there is no step of which both have"),
         ("task=compare run_dir=a other=a out=b", "task=compare writes nothing"),
         ("run_dir=a other=a", "other=a is for task=compare"),
-        ("task=contrast", "task=contrast is none of make, compare"),
+        ("task=contrast", "task=contrast must be one of make, compare"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_compare(call, tmp_path, words, complaint):

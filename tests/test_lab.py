@@ -210,8 +210,8 @@ def test_every_idea_names_functions_that_say_what_they_do():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["task=error"], "task=error is none of equivalence, forward, reverse, modes, errors."),
-        (["task=errors", "toy=ring"], "toy=ring is none of modes, rings"),
+        (["task=error"], "task=error must be one of equivalence, forward, reverse, modes, errors."),
+        (["task=errors", "toy=ring"], "toy=ring must be one of modes, rings"),
         (["task=errors", "checkpoint=nowhere"], "checkpoint=nowhere does not exist. Give a run folder"),
         (["task=modes", "checkpoint=nowhere"], "checkpoint=nowhere is for task=errors and task=equivalence"),
         (

@@ -285,9 +285,12 @@ def test_annealed_langevin_reaches_the_data_on_every_schedule(schedule):
     [
         (lambda s: Langevin(s, 0.0), "sampler.step_size=0.0"),
         (lambda s: AnnealedLangevin(s, math.nan), "sampler.step_size=nan"),
-        (lambda s: AnnealedLangevin(s, 0.1, "ncsn"), "sampler.convention=ncsn is none of code, paper"),
+        (lambda s: AnnealedLangevin(s, 0.1, "ncsn"), "sampler.convention=ncsn must be one of code, paper"),
         (lambda s: LangevinCorrector(s, 0.0), "sampler.corrector.snr=0.0"),
-        (lambda s: LangevinCorrector(s, 0.1, "mean"), "sampler.corrector.norms=mean is none of image, batch, expected"),
+        (
+            lambda s: LangevinCorrector(s, 0.1, "mean"),
+            "sampler.corrector.norms=mean must be one of image, batch",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_by_the_name_of_its_key(make, message):

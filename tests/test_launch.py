@@ -95,10 +95,10 @@ def test_sweep_refuses_all_runs_for_one_that_cannot_be(tmp_path):
     for words, message in (
         (["seed=0,1", "optimizer.lr=1e-3,-1"], "error: optimizer.lr=-1 must be above 0."),
         (["experiment=digits,cifar10", "guidance=classifier_free"], "error: guidance.scale="),
-        (["launcher=slrum"], "error: launcher=slrum: there is no such launcher. Did you mean slurm?"),
+        (["launcher=slrum"], "error: Unknown launcher: slrum. Did you mean slurm?"),
         (["hydra/launcher=submitit_local"], "submitit_local starts all runs at once"),
         (["launcher=slurm", "launcher.partitoin=gpu"], "Did you mean hydra.launcher.partition?"),
-        (["--partition=gpu", "seed=0,1"], "error: --partition=gpu is no flag of this command."),
+        (["--partition=gpu", "seed=0,1"], "error: --partition=gpu is not a flag of this command."),
     ):
         said = finish(start("sweep.sh", *words, f"run_dir={tmp_path}/${{name}}", output=output), output, status=2)
         assert message in said[-1]

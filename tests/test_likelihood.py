@@ -365,7 +365,7 @@ def test_an_images_flow_is_of_its_seed_and_number_within_the_tolerance():
         ({"start": 1000.0}, "likelihood.start=1000.0"),
         ({"tolerance": 0.0}, "likelihood.tolerance=0.0"),
         ({"num_probes": -1}, "likelihood.probes=-1"),
-        ({"probe": "sphere"}, "likelihood.probe=sphere is none of rademacher, gaussian"),
+        ({"probe": "sphere"}, "likelihood.probe=sphere must be one of rademacher, gaussian"),
     ],
 )
 def test_a_bad_setting_is_refused_by_the_name_of_its_key(change, message):

@@ -52,7 +52,7 @@ def test_what_a_run_records_of_its_data_is_there():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"toy": "ring"}, "data.toy=ring is none of modes, rings"),
+        ({"toy": "ring"}, "data.toy=ring must be one of modes, rings"),
         ({"num_points": 0}, "data.num_points=0"),
         ({"flip": True}, "data.flip=true"),
     ],

@@ -285,10 +285,10 @@ def test_the_papers_unstable_rows_are_known():
     "make, message",
     [
         (lambda s: Simple(s, "noise"), "objective.prediction=noise"),
-        (lambda s: Bound(s, "epsilon", "learnt"), "objective.variance=learnt is none of small, large, learned"),
+        (lambda s: Bound(s, "epsilon", "learnt"), "objective.variance=learnt must be one of small, large, learned"),
         (lambda s: Hybrid(s, "v", "small"), "objective.variance=small: .* objective=v"),
         (lambda s: Hybrid(s, vlb_weight=0.0), "objective.vlb_weight=0.0"),
-        (lambda s: DSM(s, "score", "sigma"), "objective.weight=sigma is none of sigma2, one"),
+        (lambda s: DSM(s, "score", "sigma"), "objective.weight=sigma must be one of sigma2, one"),
         (lambda s: Bound(vp_linear(1)), "schedule.num_timesteps=1"),
     ],
 )

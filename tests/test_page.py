@@ -200,7 +200,7 @@ def test_an_empty_folder_has_a_report_and_no_folder_has_none(tmp_path):
     for quiet in ("No samples", "No scores", "no rows yet", "no config.yaml", "No versions"):
         assert quiet in page.text
     assert "svg" not in page.tags and page.images == []
-    with pytest.raises(ValueError, match="run_dir=.*no such folder"):
+    with pytest.raises(ValueError, match="run_dir=.*folder not found"):
         write_report(RunFolder(tmp_path / "absent"))
 
 
@@ -329,9 +329,9 @@ def test_the_command_makes_one_report_again(tmp_path):
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ("runs=absent", "runs=absent: there is no such folder"),
-        ("runs=empty", "runs=empty: no run below it has been scored"),
-        ("runs=unscored", "runs=unscored: no run below it has been scored"),
+        ("runs=absent", "runs=absent: folder not found"),
+        ("runs=empty", "runs=empty: no results found"),
+        ("runs=unscored", "runs=unscored: no results found"),
         ("run_dir=empty", "run_dir=empty is not a run folder"),
         ("runs=scored out=a_file/below", "a_file is a file, so nothing can be kept there"),
         ("sort=value", "Unknown setting: sort."),

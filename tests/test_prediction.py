@@ -93,7 +93,7 @@ def test_float32_stays_float32_and_loses_no_more_than_the_signal_to_noise_ratio(
 
 def test_an_unknown_kind_is_refused_by_its_key():
     with pytest.raises(
-        ValueError, match="objective.prediction=noise is none of epsilon, x0, v, score, scaled_score, mu"
+        ValueError, match="objective.prediction=noise must be one of epsilon, x0, v, score, scaled_score, mu"
     ):
         prediction_kind("noise")
 

@@ -160,7 +160,7 @@ def test_labels_that_cannot_be_had_are_refused(labels_from, text, complaint, tmp
 @pytest.mark.parametrize(
     "name, make, complaint",
     [
-        ("none", lambda p: None, "there is no such file or folder.*source=digits"),
+        ("none", lambda p: None, "file or folder not found.*source=digits"),
         ("empty", lambda p: p.mkdir(), "no image .* in this folder; it is empty"),
         ("texts", lambda p: filled(p, {"a.txt": b"", "b.txt": b""}, "folder"), "it has 2 other files, as '.\\.txt'"),
         ("lsun.zip", lambda p: filled(p, {"c/data.mdb": b""}, "zip"), "holds an LMDB.*unpack it first"),

@@ -334,7 +334,7 @@ def test_sampling_keeps_float32_and_no_graph():
         (lambda s: DDIM(s, eta=1.1), "sampler.eta=1.1"),
         (lambda s: DDIM(s, eta=-0.1), "sampler.eta=-0.1"),
         (lambda s: DDIM(s, eta=math.nan), "sampler.eta=nan"),
-        (lambda s: Ancestral(s, "fixed_small"), "sampler.variance=fixed_small is none of small, large, learned"),
+        (lambda s: Ancestral(s, "fixed_small"), "sampler.variance=fixed_small must be one of small, large, learned"),
     ],
 )
 def test_a_bad_setting_is_refused_by_the_name_of_its_key(make, message):

@@ -83,7 +83,7 @@ def test_fourier_features_are_sines_of_fixed_random_frequencies():
 
 @pytest.mark.parametrize("make", [lambda **k: UNet(**SMALL, **k), lambda **k: MLP(**k)], ids=["unet", "mlp"])
 def test_a_wrong_embedding_is_refused_by_name(make):
-    with pytest.raises(ValueError, match="model.time_embedding=sinus is none of positional, fourier"):
+    with pytest.raises(ValueError, match="model.time_embedding=sinus must be one of positional, fourier"):
         make(time_embedding="sinus")
     with pytest.raises(ValueError, match="model.fourier_scale=0"):
         make(time_embedding="fourier", fourier_scale=0)

@@ -434,7 +434,7 @@ def test_experiments_times_seeds(cluster, tmp_path):
         ([], ["evaluate.sbatch", "--", "num_images=10"], "give one or more checkpoints"),
         (["--gpus-per-node=2"], ["train.sbatch"], "2 GPU(s) but 1 task(s) a node: give --ntasks-per-node=2"),
         (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"], ["train.sbatch"], "3 tasks on 2 node(s)"),
-        (["--chdir=/"], ["train.sbatch"], "/ is no checkout: submit from its top folder"),
+        (["--chdir=/"], ["train.sbatch"], "/ is not the top folder of a checkout: submit from there"),
         (["--export=ALL,DIFFUSION_VENV=/nowhere"], ["train.sbatch"], "there is no /nowhere/bin/python"),
     ],
 )

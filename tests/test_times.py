@@ -101,7 +101,7 @@ def test_an_impossible_number_of_steps_is_refused(num_steps):
 
 
 def test_an_unknown_spacing_is_refused():
-    with pytest.raises(ValueError, match="sampler.spacing=even is none of linear, quadratic, trailing, lambda, karras"):
+    with pytest.raises(ValueError, match="sampler.spacing=even must be one of linear, quadratic, trailing"):
         times(1000, 10, "even")
 
 

@@ -222,7 +222,7 @@ def made(folder: Path, **settings):
     [
         ({"mode": "online"}, {}, "logger.mode=online needs a key.*logger.mode=offline"),
         ({}, {"WANDB_MODE": "online"}, "WANDB_MODE=online needs a key"),
-        ({}, {"WANDB_MODE": "shared"}, "WANDB_MODE=shared is none of online"),
+        ({}, {"WANDB_MODE": "shared"}, "WANDB_MODE=shared must be one of online"),
         ({}, {"WANDB_API_KEY": "short"}, "logger.mode=auto: WANDB_API_KEY invalid"),
         ({"project": "a/b"}, {}, "logger.project=a/b"),
         ({"entity": ["a"]}, {}, "logger.entity=.* is not text"),

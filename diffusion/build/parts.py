@@ -39,10 +39,15 @@ def make(cfg: DictConfig, group: str, **arguments: Any) -> Any:
             return instantiate(cfg, _convert_="all", **arguments)
         return instantiate(cfg, _convert_="all")(**arguments)
     except InstantiationException as e:
-        cause = e.__cause__ or e
-        raise Refusal(f"{group}: {reason(cause).splitlines()[0]}") from e
+        raise Refusal(said(group, e.__cause__ or e)) from e
     except TypeError as e:  # an argument that a partial's class does not have
-        raise Refusal(f"{group}: {reason(e)}") from e
+        raise Refusal(said(group, e)) from e
+
+
+def said(group: str, error: BaseException) -> str:
+    """What an error says, with the group that it is of, unless it names a setting of it."""
+    first = reason(error).splitlines()[0]
+    return first if first.startswith(f"{group}.") else f"{group}: {first}"
 
 
 class Factory(functools.partial):
@@ -54,7 +59,7 @@ class Factory(functools.partial):
         try:
             return super().__call__(*args, **kwargs)
         except TypeError as e:
-            raise Refusal(f"{self.group}: {reason(e)}") from e
+            raise Refusal(said(self.group, e)) from e
 
 
 def factory(cfg: DictConfig, group: str) -> Factory:
@@ -62,7 +67,7 @@ def factory(cfg: DictConfig, group: str) -> Factory:
     try:
         partial = instantiate(OmegaConf.merge(cfg, {"_partial_": True}), _convert_="all")
     except InstantiationException as e:
-        raise Refusal(f"{group}: {reason(e.__cause__ or e).splitlines()[0]}") from e
+        raise Refusal(said(group, e.__cause__ or e)) from e
     made = Factory(partial.func, *partial.args, **partial.keywords)
     made.group = group
     return made
@@ -114,7 +119,7 @@ def make_partial(cfg: DictConfig, group: str) -> Callable:
         partial = instantiate(cfg, _convert_="all")
         partial([nn.Parameter(torch.zeros(1))])
     except (InstantiationException, TypeError, ValueError) as e:
-        raise Refusal(f"{group}: {str(e.__cause__ or e).splitlines()[0]}") from e
+        raise Refusal(said(group, e.__cause__ or e)) from e
     return partial
 
 

@@ -38,7 +38,9 @@ def check_prepare(cfg: DictConfig) -> None:
         raise Refusal("task=verify needs out=FOLDER, or dataset=NAME.")
     if cfg.dataset is not None:
         if OmegaConf.is_missing(described(cfg.dataset), "name"):
-            raise Refusal(f"dataset={cfg.dataset} is no one set: leave it out, and the set gets the source's name.")
+            raise Refusal(
+                f"dataset={cfg.dataset} is a base of other sets. Leave it out: the set gets the name of the source."
+            )
         if (cfg.dataset in DIGITS) != (cfg.source == "digits") and cfg.task == "make":
             raise Refusal(
                 f"dataset={cfg.dataset} and source={cfg.source}: source=digits makes dataset={' or '.join(DIGITS)}, "
@@ -51,7 +53,7 @@ def described(option: str, group: str = "data") -> DictConfig:
     if option not in groups()[group]:
         known = [name for name in groups()[group] if name != "shards"]
         raise Refusal(
-            f"dataset={option}: there is no such data set.{nearest(option, known)} There are: {', '.join(known)}."
+            f"Unknown data set: dataset={option}.{nearest(option, known)} Known data sets: {', '.join(known)}."
         )
     content = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     base = [name for name in content.pop("defaults", []) if name != "_self_"]

@@ -50,7 +50,7 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         check_number(measured, cfg.num_images, f"num_images={cfg.num_images}")
     if "extractor" in cfg and cfg.extractor.name not in EXTRACTORS and "target" not in cfg.extractor:
         raise Refusal(
-            f"extractor.name={cfg.extractor.name} is none of {', '.join(EXTRACTORS)}; another module is given by "
+            f"extractor.name={cfg.extractor.name} must be one of {', '.join(EXTRACTORS)}; another module is given by "
             f"extractor=custom extractor.name=NAME extractor.target=package.module.function."
         )
     if cfg.get("extractor", {}).get("target") is not None and cfg.extractor.name in EXTRACTORS:

@@ -22,28 +22,39 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.values import check_word
+from diffusion.config.values import check_word, kind_at
 from diffusion.config.words import conf_dir, groups, nearest, parse, plain, quote_path, shown
 from diffusion.errors import Refusal
 
 # ---- words ----
 
 
-def check_group(override: Override, known: dict[str, list[str]]) -> str:
-    """Refuse an option that its group does not have; the word with which the reference is composed."""
+def check_group(override: Override, known: dict[str, list[str]], sweep: bool = False) -> str:
+    """Refuse an option that its group does not have, and several without a sweep; the word with which the reference is
+    composed."""
     group = override.key_or_group
     if override.is_sweep_override():
         options = [str(plain(v)) for v in override.sweep_iterator()]
     else:
-        options = [str(plain(override.value()))]
+        options = ["null" if override.value() is None else str(plain(override.value()))]
+    if len(options) > 1 and not sweep:
+        raise Refusal(several(override))
     for option in options:
         if option not in known[group]:
             raise Refusal(
-                f"{group}={option}: there is no such {group}.{nearest(option, known[group])} "
-                f"There are: {', '.join(known[group])}."
+                f"Unknown option: {group}={shown(option)}.{nearest(option, known[group])} "
+                f"Options of {group}: {', '.join(known[group])}."
             )
     plus = "+" if group == "experiment" else ""
     return f"{plus}{group}={options[0]}"
+
+
+def several(override: Override, reference: DictConfig | None = None, command: str = "") -> str:
+    """That several values are given where one is expected, and how a list or a sweep is written."""
+    key, _, values = override.input_line.lstrip("+").partition("=")
+    if reference is not None and kind_at(key, reference, command).of is list:
+        return f"{key}={values}: a list is written in brackets: {key}=[{values}]."
+    return f"{key}={values}: several values make a sweep, which needs the flag -m. Without it give one value."
 
 
 def check_words(config_name: str, words: list[str], sweep: bool = False) -> list[str]:
@@ -64,17 +75,19 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
             continue
         if name == "experiment":
             words[i] = "+" + word.lstrip("+")
-            chosen.append(check_group(override, known))
+            chosen.append(check_group(override, known, sweep))
             if override.is_sweep_override():  # of several names: there is no runs/NAME for what the sweep itself leaves
                 words.append("hydra.sweep.dir=runs")
         elif name in known and not override.is_delete() and "_" != str(plain(override.value()))[:1]:
-            chosen.append(check_group(override, known))
+            chosen.append(check_group(override, known, sweep))
         else:
             settings.append((i, override))
     reference = composed_of_options(config_name, tuple(chosen))
     for i, override in settings:
         if override.key_or_group in {"+" + k for k in known}:
             continue
+        if override.is_sweep_override() and not sweep:
+            raise Refusal(several(override, reference, config_name))
         words[i] = check_word(override, reference, config_name) or words[i]
     return words
 

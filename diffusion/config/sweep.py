@@ -36,7 +36,7 @@ def sweep_words(flags: list[str], words: list[str]) -> tuple[list[str], list[str
     words = [launcher_word(w) for w in words]
     cluster = [f for f in flags if f.startswith("--") and f.partition("=")[0] not in HYDRA_FLAGS]
     if cluster and ON_SLURM not in words:
-        raise Refusal(f"{cluster[0]} is no flag of this command. Flags of sbatch go with launcher=slurm.")
+        raise Refusal(f"{cluster[0]} is not a flag of this command. Flags of sbatch need launcher=slurm.")
     words = check_words("train", words, sweep=True)
     for overrides in jobs(words):
         run_of(overrides)
@@ -60,7 +60,7 @@ def launcher_word(word: str) -> str:
     if found not in LAUNCHERS.values():
         local = " submitit_local starts all runs at once, on one GPU, and at Ctrl-C ends them while they save."
         raise Refusal(
-            f"{word}: there is no such launcher.{nearest(value, list(LAUNCHERS))} There are: {', '.join(LAUNCHERS)}."
+            f"Unknown launcher: {value}.{nearest(value, list(LAUNCHERS))} Known launchers: {', '.join(LAUNCHERS)}."
             + (local if found == "submitit_local" else "")
         )
     return f"hydra/launcher={found}"

@@ -158,6 +158,7 @@ def check_kind(key: str, value: Any, default: Any, kind: Kind, beside: str | Non
         value = kind.fitted(value)
     except TypeError:
         wanted = "a finite number" if kind.of is float and isinstance(value, float) else kind.words
+        wanted += " or null" if kind.null and not kind.allowed else ""
         raise Refusal(f"{key}={shown(value)} is not {wanted}{beside}.") from None
     if why := kind.outside(value):
         raise Refusal(f"{key}={shown(value)} {why}.")

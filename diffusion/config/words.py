@@ -95,7 +95,7 @@ def check_flags(flags: list[str]) -> None:
 def parse(word: str) -> Override:
     if "=" not in word and not word.startswith("~"):
         hint = f" Did you mean +experiment={word}?" if word in groups()["experiment"] else ""
-        raise Refusal(f"{word!r} is no setting: settings are key=value.{hint}")
+        raise Refusal(f"{word!r} is not a setting: settings are key=value.{hint}")
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as e:

@@ -49,9 +49,11 @@ def prepare(run_of: Callable[[Sequence[str]], Any]) -> None:
 def check_place() -> None:
     """Refuse to submit where there is nothing to submit, or nothing to submit to."""
     if not JOB.is_file():
-        raise Refusal(f"launcher=slurm needs {JOB}, but {Path.cwd()} is no checkout: submit from its top folder.")
+        raise Refusal(
+            f"launcher=slurm needs {JOB}, but {Path.cwd()} is not the top folder of a checkout: submit from there."
+        )
     if not shutil.which("sbatch"):
-        raise Refusal("launcher=slurm: there is no sbatch here; submit where SLURM is installed.")
+        raise Refusal("launcher=slurm: sbatch not found: submit from a machine with SLURM.")
 
 
 class Submission(SlurmLauncher):

@@ -161,7 +161,7 @@ def probes(numbers: Tensor, seed: int, count: int, kind: str, x: Tensor) -> Tens
     if count < 1:
         raise ValueError(f"likelihood.probes={count} must be at least 1.")
     if kind not in PROBES:
-        raise ValueError(f"likelihood.probe={kind} is none of {', '.join(PROBES)}.")
+        raise ValueError(f"likelihood.probe={kind} must be one of {', '.join(PROBES)}.")
     where = numbers.to(x.device)
     drawn = torch.stack([normal(keys(where, seed, Stream.PROBE, k), x.shape[1:], x.dtype) for k in range(count)])
     return drawn if kind == "gaussian" else torch.where(drawn < 0, -1.0, 1.0).to(x)

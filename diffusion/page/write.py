@@ -42,7 +42,7 @@ def write_report(folder: Run) -> Path:
         ValueError: there is no such folder.
     """
     if not folder.path.is_dir():
-        raise ValueError(f"run_dir={folder.path}: there is no such folder.")
+        raise ValueError(f"run_dir={folder.path}: folder not found.")
     record, steps, metrics = folder.config() or {}, folder.steps(), Metrics.read(folder.metrics_path)
     results = sorted(folder.results(), key=lambda r: r.get("step") or 0, reverse=True)  # stable: newest step first
     step = max([*steps[:1], *metrics.steps[-1:]], default=None)

@@ -88,7 +88,7 @@ def check_grid(
             )
         return
     if spacing not in SPACINGS:
-        raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}.")
+        raise ValueError(f"sampler.spacing={spacing} must be one of {', '.join(SPACINGS)}.")
     whole = isinstance(num_steps, int) and not isinstance(num_steps, bool) and 1 <= num_steps <= num_timesteps
     if num_steps is not None and not whole:
         raise ValueError(

@@ -174,5 +174,5 @@ def prediction_kind(name: str) -> Kind:
         ValueError: no such kind.
     """
     if name not in PREDICTIONS:
-        raise ValueError(f"objective.prediction={name} is none of {', '.join(PREDICTIONS)}.")
+        raise ValueError(f"objective.prediction={name} must be one of {', '.join(PREDICTIONS)}.")
     return PREDICTIONS[name]

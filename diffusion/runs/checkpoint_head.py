@@ -112,7 +112,7 @@ def read_head(path: Path) -> Head:
         ValueError: it is not a checkpoint of this program; the message is a clause that goes on from "path: ".
     """
     if not path.is_file():  # also of a pipe, which would be waited for
-        raise ValueError("there is no such file")
+        raise ValueError("file not found")
     reader = _Reader(_pickle_of(path))
     try:
         content = reader.load()

@@ -92,7 +92,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint file, or None: by its digest if one stands beside it, else by its
     CRCs."""
     if not path.is_file():
-        return "there is no such file"
+        return "file not found"
     wanted = digest_beside(path)
     try:
         if wanted is not None:
@@ -266,7 +266,7 @@ class RunFolder:
             others = (p for p in beside if p.name not in sweep and not p.match(LEFTOVER))
             if any(not (p / "config.yaml").is_file() for p in others):
                 raise ValueError(
-                    f"run_dir={self.path} is not empty and has no config.yaml: it is no run of ours. "
+                    f"run_dir={self.path} is not empty and has no config.yaml: it is not a run folder. "
                     f"Choose another run_dir."
                 )
             return

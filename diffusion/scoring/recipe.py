@@ -136,11 +136,10 @@ class Recipe:
         """Refusal where a model of so many classes cannot be sampled like this. learned: whether its variance is."""
         check_variance(getattr(self.sampler, "keywords", {}), learned)
         labels = list(self.labels)
-        for label in labels:
-            if label >= max(num_classes, 1):
-                raise Refusal(f"labels={labels}: this model has {num_classes} classes; {label} is none of them.")
         if labels and not num_classes:
             raise Refusal(f"labels={labels}: this model is unconditional.")
+        if beyond := [label for label in labels if label >= num_classes]:
+            raise Refusal(f"labels={labels}: this model has the classes 0 to {num_classes - 1}, not {beyond[0]}.")
 
 
 def described(made: Any) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Wandb(RunLogger):
         if mode in WITHOUT_SERVER:
             return mode
         if mode not in (None, *WITH_SERVER):
-            raise ValueError(f"WANDB_MODE={mode} is none of {', '.join(WITH_SERVER + WITHOUT_SERVER)}.")
+            raise ValueError(f"WANDB_MODE={mode} must be one of {', '.join(WITH_SERVER + WITHOUT_SERVER)}.")
         key = wandb.login(prompt=False, verify=False)
         if mode and not key:
             source = f"WANDB_MODE={mode}" if asked == "auto" else f"logger.mode={asked}"
@@ -231,7 +231,7 @@ class Wandb(RunLogger):
 def text(key: str, value: Any) -> str | None:
     """A name as W&B wants it: text, as which a number passes too, or None."""
     if value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"logger.{key}={value} is no name.")
+        raise ValueError(f"logger.{key}={value} is not a name.")
     return None if value in (None, "") else str(value)
 
 

@@ -104,7 +104,9 @@ class Index:
         """The shards of one split; ValueError when there are none."""
         shards = tuple(shard for shard in self.shards if shard.split == split)
         if not shards:
-            raise ValueError(f"data.split={split} is none of data.root={self.root}, which has {list(self.splits)}.")
+            raise ValueError(
+                f"data.split={split} is not a split of data.root={self.root}, which has {', '.join(self.splits)}."
+            )
         return shards
 
     def held_out_from(self, split: str) -> str | None:
@@ -181,7 +183,7 @@ def read_index(root: str | os.PathLike, make: str | None = None, access: Access 
     file = root / INDEX_NAME
     if not file.is_file():
         seen = f"has no {INDEX_NAME}" if root.is_dir() else "does not exist"
-        raise MissingData(f"data.root={root}: the folder {seen}, so there is no data set.{cure}")
+        raise MissingData(f"data.root={root}: data set not found, the folder {seen}.{cure}")
     index = _parsed(root, file.read_bytes(), cure)
     _check_files(index, cure)
     return index

@@ -74,7 +74,9 @@ class ShardFile:
             ValueError: an extension that is not an image's, a key with a dot or met before in this shard.
         """
         if extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"{self.name}: sample {key}: the extension {extension!r} is none of {IMAGE_EXTENSIONS}.")
+            raise ValueError(
+                f"{self.name}: sample {key}: the extension {extension!r} must be one of {IMAGE_EXTENSIONS}."
+            )
         if "." in key or key in self._keys:
             raise ValueError(f"{self.name}: the sample key {key!r} holds a dot or occurs twice.")
         members = {extension: image} | ({} if label is None else {"cls": b"%d" % label})

@@ -31,7 +31,7 @@ def open_source(path: str | os.PathLike, labels_from: str = "auto", max_bytes: i
     if path.name == "data.mdb":
         path = path.parent
     if not path.exists():
-        raise ValueError(f"source={path}: there is no such file or folder. Give a path, or source=digits.")
+        raise ValueError(f"source={path}: file or folder not found. Give a path, or source=digits.")
     if not path.is_dir() and not path.is_file():
         raise ValueError(f"source={path} is neither a file nor a folder.")
     try:
