@@ -247,7 +247,7 @@ def test_a_side_that_fails_says_why(tmp_path):
             side.ask()
     settings = {"side": "ours", "root": str(tmp_path / "nowhere"), "images": 1}
     command = [sys.executable, "-m", "diffusion.benchmark.loader_sides", json.dumps(settings)]
-    with pytest.raises(RuntimeError, match="nowhere: the folder does not exist"):
+    with pytest.raises(RuntimeError, match="nowhere: data set not found, the folder does not exist"):
         with Side(command, tmp_path / "log") as side:
             side.ask()
     assert side.process.poll() is not None

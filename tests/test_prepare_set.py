@@ -289,7 +289,10 @@ def test_a_folder_whose_record_is_none_is_refused(settings, call, tmp_path):
 
 WRONG = {
     "no source": ([], "source is needed"),
-    "unknown data set": (["source=x", "dataset=lsun_churhc"], "dataset=lsun_churhc: .* Did you mean lsun_church"),
+    "unknown data set": (
+        ["source=x", "dataset=lsun_churhc"],
+        "Unknown data set: dataset=lsun_churhc. Did you mean lsun_church",
+    ),
     "no data set": (["source=x", "dataset=shards"], "dataset=shards"),
     "unknown crop": (["source=x", "crop=center"], "crop=center must be one of centre, celeba, adm, ddim, none"),
     "unknown filter": (["source=x", "resize=nearest"], "resize=nearest must be one of lanczos"),
