@@ -144,9 +144,7 @@ def test_a_set_without_samples_is_refused_and_a_set_that_fails_at_the_last_leave
 
 
 def test_missing_data_name_the_key_the_folder_and_the_command(tmp_path):
-    with pytest.raises(
-        MissingData, match=rf"data\.root={tmp_path}/none: data set not found, the folder does not exist.*with: make me"
-    ):
+    with pytest.raises(MissingData, match=rf"data\.root={tmp_path}/none: data set not found, .*with: make me"):
         read_index(tmp_path / "none", make="make me")
     with pytest.raises(MissingData, match=r"has no index\.json"):
         read_index(tmp_path)
@@ -154,7 +152,7 @@ def test_missing_data_name_the_key_the_folder_and_the_command(tmp_path):
     index.path(index.shards[1]).unlink()
     with pytest.raises(MissingData, match=r"train-00001\.tar.* is missing"):
         read_index(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.split=val .*\['train', 'test'\]"):
+    with pytest.raises(ValueError, match=r"data\.split=val .* which has train, test"):
         index.of_split("val")
 
 
