@@ -86,7 +86,7 @@ def digits(cfg: DictConfig) -> None:
             built, module = prepare_digits(out, name)
     counts = ", ".join(f"{module.index.count(split):,} of split {split}" for split in module.index.splits)
     print(f"{out}: {counts}: 8x8 pixels, 10 classes; classifier sha256 {built.digest}")
-    words = ["" if name == "digits" else f" data={name}", "" if cfg.out is None else f" data.root={out}"]
+    words = ["" if name == "digits" else f" data={name} name={name}", "" if cfg.out is None else f" data.root={out}"]
     print(f"Train on it: python -m diffusion.train{''.join(words)}")
 
 

@@ -63,7 +63,7 @@ def test_the_digits_without_a_split_have_the_bytes_they_always_had(digits):
 def test_prepare_makes_the_set_and_says_how_to_train_on_it(call, tmp_path):
     status, output = call("prepare", "source=digits", "dataset=digits_held_out")
     assert status == 0 and "1,431 of split train, 366 of split test" in output
-    assert "python -m diffusion.train data=digits_held_out\n" in output
+    assert "python -m diffusion.train data=digits_held_out name=digits_held_out\n" in output
     assert read_index(tmp_path / "data/digits_held_out").name == "digits_held_out"
     status, output = call("prepare", f"source={tmp_path}", "dataset=digits_held_out")
     assert status == 2 and "source=digits makes dataset=digits or digits_held_out" in output

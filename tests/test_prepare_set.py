@@ -53,7 +53,8 @@ def lsun(path, count=64, least=24):
 def next_command(output):
     """The configuration of the train command that was printed."""
     (line,) = re.findall(r"^Train on it: python -m diffusion\.train(.*)$", output, re.M)
-    return composed("train", shlex.split(line) or ["+experiment=digits"])
+    words = shlex.split(line)  # the command itself adds the experiment digits where there is none
+    return composed("train", words if any("experiment=" in word for word in words) else ["+experiment=digits", *words])
 
 
 # ---- the sets of the papers, by the very commands that conf/data gives ----
@@ -66,6 +67,7 @@ DOWNLOADS = {
     "celeba_64": (lambda p: filled(p, {f"img/{n}.jpg": image(178, 218, "JPEG") for n in range(3)}, "zip"), 3, 64),
     "cifar10": (lambda p: filled(p, cifar("py"), "tar.gz"), 35, 32),
     "digits": (lambda p: None, 1797, 8),
+    "digits_held_out": (lambda p: None, 1431, 8),
 }
 
 
