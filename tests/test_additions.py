@@ -110,6 +110,7 @@ def copy(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_they_are_trained_with_sampled_with_and_scored_by(copy, digits, tmp_path):
     def call(name, *words, status=0):
         env = dict(os.environ, PYTHONPATH=str(copy), OMP_NUM_THREADS="1")

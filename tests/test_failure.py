@@ -153,6 +153,7 @@ def three(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named_by_all(three):
     (first, a), (second, b), (third, c) = three("works", "raises", "works")
     cause = "rank 1 failed at step 4: ValueError: no more"
@@ -169,6 +170,7 @@ def test_a_rank_that_dies_is_named_by_the_others(three):
         assert re.search(r"error: rank 2 \(last at step \d+\) has given no sign of life for 4 s", output)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_further_ends_and_the_rank_that_is_behind_is_named(three):
     results = three("hangs", "waits", "hangs")
     assert [status for status, _ in results] == [1, 1, 1]

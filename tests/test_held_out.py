@@ -136,6 +136,7 @@ def test_it_is_the_loss_of_the_raw_weights_on_images_of_another_split(root, comm
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)  # and training is the same
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(root, tmp_path):
     words = [*WORDS, f"data.root={root}", "held_out.batch_size=50", "held_out.num_images=120"]
     finish(start([*words, "run_dir=one"], tmp_path))
@@ -146,6 +147,7 @@ def test_two_ranks_measure_what_one_does(root, tmp_path):
     assert counted in finish(start([*words, "run_dir=three", "trainer.max_steps=1"], tmp_path))
 
 
+@pytest.mark.slow
 def test_one_that_a_signal_has_ended_is_made_when_the_run_goes_on(root, tmp_path):
     words = [*WORDS, f"data.root={root}", "log_every=1", "held_out.batch_size=1"]
     finish(start([*words, "run_dir=whole"], tmp_path))

@@ -116,6 +116,7 @@ def test_errors_of_a_network_of_points(lab, points_run, tmp_path):
     assert trained["discretisation"] == exact["discretisation"]
 
 
+@pytest.mark.slow
 def test_errors_of_a_model_of_images(lab, images_run, tmp_path):
     out_folder = tmp_path / "a b=c"
     words = [f"checkpoint={images_run}", f"out={out_folder}", "sampler.num_steps=4", "guidance=classifier_free"]

@@ -137,6 +137,7 @@ def test_accumulation_may_change_on_resume(digits, tmp_path):
             torch.testing.assert_close(theirs[name], value, atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_never_share_a_run_folder(digits, tmp_path):
     words = [*PLAIN, f"data.root={digits}", "run_dir=shared", "trainer.max_steps=4000"]
     first = start(words, tmp_path)
