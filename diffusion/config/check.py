@@ -115,14 +115,15 @@ def check_training(cfg: DictConfig) -> None:
             f"made: give callbacks=none."
         )
     if cfg.callbacks.enabled and "fid" in cfg.metrics and cfg.extractor.name == "digits":
-        if cfg.data.image_size != 8 or cfg.data.channels != 1:
-            raise Refusal(
-                f"extractor=digits takes 8x8 images of one channel, data={cfg.data.name} has others: "
-                f"give extractor=inception, or callbacks=none."
-            )
+        for key, wanted in (("image_size", 8), ("channels", 1)):
+            if cfg.data[key] != wanted:
+                raise Refusal(
+                    f"extractor=digits takes 8x8 images of one channel, and data.{key}={cfg.data[key]}: give "
+                    f"data.{key}={wanted}, extractor=inception, or callbacks=none."
+                )
     if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name == "inception" and cfg.data.channels != 3:
         raise Refusal(
-            f"extractor=inception takes RGB images, data={cfg.data.name} has {cfg.data.channels} channel(s): "
+            f"extractor=inception takes RGB images, and data.channels={cfg.data.channels}: "
             f"give callbacks=none, or another extractor."
         )
 
