@@ -5,8 +5,8 @@
 A small training of the digits, with two loader workers, held-out losses, grids and scores, is made once as a whole.
 Then it is started, killed at a random moment, and started again by the same command, until it is finished; and again in
 a new folder, until it has been killed so often. Half of the kills are SIGKILL, the others SIGTERM, SIGINT and SIGUSR1.
-A third comes while a file is being written, a third while the command starts, the others in a step, a look, or the
-scores of the end.
+One third of the kills come while a file is written and one third while the command starts. The others come during a
+step, a look, or the final scores.
 
 Whenever the training has finished, all this must be that of the whole one, to the byte: weights, average, optimizer and
 counters in the last checkpoint, the files that are there, metrics.csv but for its speeds, results.jsonl, all

@@ -183,3 +183,9 @@ def test_a_set_that_is_yet_to_be_made_is_asked_for_its_splits_as_well(call, tmp_
     status, output = call("train", *WORDS, "data.root=nowhere", "run_dir=run", "data.split=validation")
     assert status == 2 and "data.split=validation is not a split of the set in data.root=nowhere" in output
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_digits_without_a_split_are_not_taken_for_those_with_one(digits, call, tmp_path):
+    status, output = call("train", *WORDS, f"data.root={digits}", "run_dir=run")
+    assert status == 2 and f"data.root={digits} holds a set without the split test" in output
+    assert not (tmp_path / "run").exists()

@@ -95,7 +95,7 @@ WRONG = {
     "train extractor.name=a-b": "a word of letters and digits",
     f"{E} task=swep": "one of score, sweep",
     f"{E} likelihood.by=sum": "one of bound, ode",
-    # nothing where something is needed, and what is no setting
+    # missing values, and settings that cannot be removed
     "sample checkpoint=x out=null": "a value is needed, text",
     "train name=null": "a value is needed, text",
     "train name=[a]": "text; the default is name=digits",

@@ -1,4 +1,4 @@
-"""A second network, made of the same embeddings, from outside of the package; and what is no network."""
+"""A user's own network is trained with the embeddings of the package; an object that is not a network is refused."""
 
 import textwrap
 

@@ -171,6 +171,11 @@ def check_data(cfg: DictConfig) -> None:
             raise Refusal(f"data.root={root}: {why}, so the digits cannot be made there: give another folder.")
         return
     index = read_index(root, cfg.data.prepare, Access(cfg.data.remote.attempts, cfg.data.remote.timeout))
+    if lacking := [split for split in DIGITS.get(cfg.data.name, ()) if split not in index.splits]:
+        raise Refusal(
+            f"data.root={root} holds a set without the split {lacking[0]}, which data={cfg.data.name} has: give the "
+            f"root of that set."
+        )
     check_splits(cfg, index.splits)
     for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
         wanted = cfg.data[key]

@@ -16,7 +16,7 @@ from diffusion.files import remove_empty
 
 SPLITS = {"digits": ("train",), "digits_held_out": ("train", "test")}  # of each set, by its name
 BYTES = 4_200_000  # of the shards and of the classifier beside them
-HELD_OUT = 5  # one image in so many
+HELD_OUT = 5  # one image in 5 is held out
 
 
 def split_of(name: str, number: int) -> str:

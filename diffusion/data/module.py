@@ -128,7 +128,7 @@ class ImageShardsDataModule(LightningDataModule):
         return self.samples_of(self.split)
 
     def samples_of(self, split: str) -> Samples:
-        """The decoded samples of a split, by number. ValueError where there is no such split."""
+        """The decoded samples of a split, by number. ValueError if the set does not have it."""
         shards = None
         if is_remote(self.root):
             cache = FileCache(self.remote.folder, int(self.remote.gigabytes * 1e9), self.remote)

@@ -82,7 +82,7 @@ class LabelEmbedding(nn.Embedding):
         super().__init__(num_classes + 1, width)
 
     def forward(self, labels: Tensor | None, count: int) -> Tensor:
-        """count: B, for where there are no labels."""
+        """count: the batch size B, which is needed if labels is None."""
         if labels is None:
             labels = torch.full((count,), self.num_embeddings - 1, device=self.weight.device)
         return super().forward(labels)
