@@ -65,7 +65,7 @@ def slow(*case):
     "kind, change, cache, workers",
     [
         ("with", swap, "auto", 0),
-        ("without", overwrite, "none", 2),
+        slow("without", overwrite, "none", 2),
         slow("with", overwrite_a_sample, "none", 2),
         slow("with", overwrite, "auto", 2),
         slow("with", delete, "none", 0),

@@ -127,6 +127,7 @@ def test_what_is_saved_is_what_was_there_when_the_save_returned(folder, monkeypa
     assert (found["state_dict"]["network.w"] == 0).all() and found["counters"] == {"seen": [1]}
 
 
+@pytest.mark.slow
 def test_a_process_does_not_end_with_a_write_under_way(tmp_path):
     code = f"""
 import sys, torch

@@ -204,7 +204,7 @@ def uneven(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", range(50))
+@pytest.mark.parametrize("case", [*range(10), *(pytest.param(case, marks=pytest.mark.slow) for case in range(10, 50))])
 def test_a_random_stop_loses_and_repeats_nothing_and_looks_no_further_than_it_must(uneven, case):
     """Stop at any step, go on with another number of ranks: the very next samples. Until a rank has its first batch it
     opens no shard but those of the windows that its lanes are in and of their next ones; nothing skipped is decoded."""

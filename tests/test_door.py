@@ -507,7 +507,7 @@ def combinations():
             for trick in TRICKS[kind]:
                 if kind == "run" and command == "report" and trick.startswith("newest"):
                     continue  # it reads no checkpoint but where config.yaml is damaged
-                quick = (command, task) == ("lab", "equivalence") or trick in ("a pipe as root", "a lock elsewhere")
+                quick = trick in ("a pipe as root", "a lock elsewhere")
                 name = f"{command}-{task}-{number}-{trick}".replace(" ", "_")
                 yield pytest.param(command, task, number, trick, id=name, marks=[] if quick else pytest.mark.slow)
 
@@ -606,6 +606,7 @@ def sound_input(kind, place):
     return known.get(kind, place.digits / "classifier.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, task, number", [(*key, number) for key, takes in CASES.items() for number in range(len(takes))]
 )

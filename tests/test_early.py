@@ -54,7 +54,9 @@ def assert_refused(status, out, mention, folder, before):
     assert sorted(path.name for path in folder.iterdir()) == sorted(before)
 
 
-@pytest.mark.parametrize("damage", ["cut", "of another network", "text"])
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(d, marks=pytest.mark.slow) for d in ("of another network", "text"))]
+)
 def test_a_damaged_classifier_is_named_before_the_first_step(damage, copy, call, tmp_path):
     path = copy / "classifier.safetensors"
     if damage == "cut":

@@ -33,6 +33,7 @@ def hybrid(tmp_path_factory, digits):
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, channels, said", ROWS.values(), ids=ROWS)
 def test_a_row_of_table_2_trains_on_digits(words, channels, said, digits, call, recwarn, tmp_path):
     """The two that the paper calls unstable do so under a warning that says it."""

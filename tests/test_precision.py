@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, inside
 from precision_probe import ProbedRun
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["callbacks=none", "trainer=cpu", "trainer.threads=1", "trainer.max_steps=3", "log_every=1"]
 WORDS += ["data.batch_size=32", "model.dropout=0"]
 

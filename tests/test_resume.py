@@ -62,21 +62,23 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 LAYOUTS = [
-    pytest.param([], id="plain"),
+    pytest.param([], [18], id="plain"),
+    pytest.param([], [6, 18, 30], id="plain, three times", marks=pytest.mark.slow),
     pytest.param(
         ["data.num_workers=2", "model.dropout=0.2", "trainer.accumulate=2"],
+        [6, 18, 30],
         id="workers, dropout, twice",
         marks=pytest.mark.slow,
     ),
 ]
 
 
-@pytest.mark.parametrize("words", LAYOUTS)
-def test_killed_three_times_ends_with_the_same_bits(words, digits, tmp_path):
+@pytest.mark.parametrize("words, steps", LAYOUTS)
+def test_killed_and_started_again_it_ends_with_the_same_bits(words, steps, digits, tmp_path):
     words = [*PLAIN, *words, f"data.root={digits}"]
     whole(words, tmp_path)
     killed = tmp_path / "killed"
-    for step in (6, 18, 30):
+    for step in steps:
         process = start([*words, "run_dir=killed"], tmp_path)
         wait_for(killed / "checkpoints" / f"step_{step:08d}.ckpt", process)
         time.sleep(0.005 * step)  # somewhere in the steps that follow
