@@ -30,7 +30,7 @@ class Objective(ABC):
 
     Args:
         schedule: noise levels.
-        prediction: what the network outputs: epsilon, x0, v, score or mu.
+        prediction: what the network outputs, one of `process.prediction.PREDICTIONS`.
         label_dropout: share of the images whose label is hidden in training, for classifier-free guidance.
 
     Raises:
@@ -51,6 +51,19 @@ class Objective(ABC):
         assert (share is not None) == (self.variance == "learned"), f"variance {self.variance}, but output {share=}"
         error = output - self._kind.from_pair(self.schedule, x_t, t, x0, epsilon)
         return self._loss(error, x0, t, share).flatten(1).mean(1)
+
+    def x0_weight(self, t: Tensor) -> Tensor | None:
+        """What the squared error of x0 weighs in the loss at times t (B,), float64 (B,); None: the loss has other parts
+        than a weighted squared error."""
+        return None
+
+    def _output_weight(self, t: Tensor) -> Tensor:
+        """The squared error of the output where that of x0 is 1, float64 (B,). The error of epsilon is then -alpha /
+        sigma, as both are of one x_t."""
+        alpha, sigma = self.schedule(t)
+        ratio = (alpha / sigma)[:, None]
+        one = torch.ones_like(ratio)
+        return (self._kind.from_pair(self.schedule, torch.zeros_like(one), t, one, -ratio) ** 2)[:, 0]
 
     @abstractmethod
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
@@ -75,6 +88,9 @@ class Simple(Objective):
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
         return error**2
+
+    def x0_weight(self, t: Tensor) -> Tensor:
+        return self._output_weight(t)
 
 
 @settings("objective")
@@ -199,6 +215,13 @@ class DSM(Objective):
         self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
-        level = self.schedule(t)
         _, epsilon_error = self._errors(error, t)
-        return like(self.weight(level) / level.sigma**2, error) * epsilon_error**2
+        return like(self._epsilon_weight(t), error) * epsilon_error**2
+
+    def _epsilon_weight(self, t: float | Tensor) -> Tensor:
+        level = self.schedule(t)
+        return self.weight(level) / level.sigma**2
+
+    def x0_weight(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.schedule(t)
+        return self._epsilon_weight(t) * (alpha / sigma) ** 2

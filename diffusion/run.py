@@ -258,9 +258,7 @@ class Run:
         parts, scored = self.parts, self.parts.looks.score
         recipe, number = parts.recipe, scored.num_images
         if not final:
-            number = scored.during.num_images or number
-            if scored.during.num_steps is not None:
-                recipe = recipe.by_ddim(scored.during.num_steps)
+            recipe, number = parts.recipe_during, scored.during.num_images or number
         sampling = self.sampling(recipe, scored.batch_size)
         reference = self.reference()
         assert self.extractor is not None

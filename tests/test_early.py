@@ -54,6 +54,13 @@ def assert_refused(status, out, mention, folder, before):
     assert sorted(path.name for path in folder.iterdir()) == sorted(before)
 
 
+def test_scores_while_training_in_more_steps_than_there_are_levels_are_refused(copy, call, tmp_path):
+    words = [*TINY, *FEW, f"data.root={copy}", "run_dir=run", "callbacks.score.during.num_steps=21"]
+    before = [path.name for path in tmp_path.iterdir()]
+    status, out = call("train", *words, "callbacks.score.every_steps=1")
+    assert_refused(status, out, "callbacks.score.during.num_steps=21 must be at most 20", tmp_path, before)
+
+
 @pytest.mark.parametrize(
     "damage", ["cut", *(pytest.param(d, marks=pytest.mark.slow) for d in ("of another network", "text"))]
 )

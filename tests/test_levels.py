@@ -1,6 +1,7 @@
 """Which noise levels are trained on, what they weigh, and EDM's preconditioning."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import inside
 
 from diffusion.noise import Stream, keys
-from diffusion.objective import Simple
+from diffusion.objective import DSM, Bound, Hybrid, Simple
 from diffusion.process.prediction import PREDICTIONS
 from diffusion.process.schedule import ve_geometric, vp_cosine, vp_linear
 from diffusion.training.levels import LogNormal, Uniform
@@ -44,11 +45,34 @@ def test_min_snr_weights_are_their_formulas(schedule):
     wanted = {"epsilon": least / snr, "scaled_score": least / snr, "x0": least, "score": least / snr * sigma**2}
     wanted["v"] = least / ((alpha**2 + sigma**2) ** 2 / sigma**2)
     for prediction, weight in wanted.items():
-        found = Uniform(schedule, prediction, weight="min_snr").weight_at(t)
+        found = Uniform(schedule, weight="min_snr").weight_at(t, Simple(schedule, prediction))
         torch.testing.assert_close(found, weight, rtol=1e-12, atol=0)
-    assert Uniform(schedule).weight_at(t) is None
+    assert Uniform(schedule).weight_at(t, Simple(schedule)) is None
     if float(alpha[-1] ** 2 + sigma[-1] ** 2) == pytest.approx(1):
         torch.testing.assert_close(wanted["v"], least / (snr + 1), rtol=1e-9, atol=0)
+
+
+@SCHEDULES
+@pytest.mark.parametrize(
+    "objective", [partial(Simple, prediction="v"), DSM, partial(DSM, prediction="v"), partial(DSM, weight="one")],
+    ids=["simple", "score", "dsm of v", "score, unweighted"],
+)  # fmt: skip
+def test_with_min_snr_the_error_of_x0_weighs_the_same_whatever_the_objective(schedule, objective):
+    """The loss itself, of outputs whose x0 is wrong by 1 in each pixel: min(SNR, 5)."""
+    objective, t = objective(schedule), torch.tensor([1, 10, 300, 600, 1000])
+    alpha, sigma = (value.view(-1, 1, 1, 1) for value in schedule(t))
+    x0, epsilon = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_t = alpha * x0 + sigma * epsilon
+    output = PREDICTIONS[objective.prediction].from_pair(schedule, x_t, t, x0 + 1, epsilon - alpha / sigma)
+    loss = Uniform(schedule, weight="min_snr").weight_at(t, objective) * objective(output, x_t, x0, epsilon, t)
+    torch.testing.assert_close(loss, ((alpha / sigma) ** 2).clamp(max=5.0).view(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("objective", [Bound, Hybrid])
+def test_min_snr_of_a_loss_with_other_parts_is_refused_when_the_run_is_built(objective):
+    schedule = vp_linear(10)
+    with pytest.raises(ValueError, match="levels.weight=min_snr cannot be used .*levels.weight=one"):
+        Uniform(schedule, weight="min_snr").weight_at(torch.tensor([1]), objective(schedule))
 
 
 @SCHEDULES
@@ -104,4 +128,4 @@ def test_digits_are_trained_and_sampled(words, digits, tmp_path):
 
 def test_the_terms_of_the_bound_are_of_whole_levels(command_inside):
     done = command_inside("train", "objective=bound", "levels=log_normal", check=2)
-    assert "give levels=uniform" in done.stderr
+    assert "Give levels=uniform" in done.stderr

@@ -105,7 +105,7 @@ def optimizer(cfg: DictConfig) -> Callable:
 
 def levels(cfg: DictConfig, schedule: Schedule) -> Levels:
     """Which noise levels are trained on."""
-    return make(cfg.levels, "levels", schedule=schedule, prediction=cfg.objective.prediction)
+    return make(cfg.levels, "levels", schedule=schedule)
 
 
 def lr_schedule(cfg: DictConfig) -> Callable[[int], float]:

@@ -16,8 +16,10 @@ from diffusion.data.module import Described, ImageShardsDataModule
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
+from diffusion.errors import Refusal
 from diffusion.metrics.extractors import Extractor
 from diffusion.metrics.metric import Metric
+from diffusion.process.schedule import Schedule
 from diffusion.runs.folder import LR_STEPS, RECORDED, OnError, RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.looks import During, Grids, Looks, Scores
@@ -37,7 +39,8 @@ class Parts:
 
     Args:
         record: what the run is recorded as.
-        recipe: how its images are sampled. looks, metrics: what is looked at. paper: published values by metric.
+        recipe: how its images are sampled. recipe_during: how those that are scored while it trains are.
+        looks, metrics: what is looked at. paper: published values by metric.
         held_out: the loss on images that are not trained on.
         extractor: makes the extractor of its scores when it is wanted, which may train it on the run's own data.
         ready: that extractor, if it was made at once. described: the data set, as the configuration has it.
@@ -52,6 +55,7 @@ class Parts:
     training: Training
     denoiser: NetworkDenoiser
     recipe: Recipe
+    recipe_during: Recipe
     looks: Looks
     metrics: Mapping[str, Metric]
     paper: Mapping[str, float | None]
@@ -104,6 +108,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         _training(cfg, module, data, folder),
         denoiser,
         sampled,
+        _during(sampled, looks, levels),
         looks,
         parts.metrics(cfg.metrics),
         dict(cfg.paper),
@@ -176,6 +181,19 @@ def _looks(cfg: DictConfig) -> Looks:
         return Looks()
     score = take(cfg.score, Scores, during=take(cfg.score.during, During))
     return Looks(True, take(cfg.grid, Grids), score)
+
+
+def _during(recipe: Recipe, looks: Looks, schedule: Schedule) -> Recipe:
+    """How the images that are scored while a run trains are sampled: by DDIM, if a number of its steps is given."""
+    steps = looks.score.during.num_steps
+    if not (looks.enabled and looks.score.every_steps) or steps is None:
+        return recipe
+    if steps > schedule.num_timesteps:
+        raise Refusal(
+            f"callbacks.score.during.num_steps={steps} must be at most {schedule.num_timesteps}, the number of noise "
+            f"levels (schedule.num_timesteps)."
+        )
+    return recipe.by_ddim(steps)
 
 
 def states_of(optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> int:

@@ -1,6 +1,6 @@
 """Which noise level each training image gets, and what a level weighs in the loss.
 
-    t = levels.draw(keys),    loss = levels.weight_at(t) * objective(...)
+    t = levels.draw(keys),    loss = levels.weight_at(t, objective) * objective(...)
 
 Both are functions of an image's keys and its time alone. The papers draw t evenly from 1 ... T; continuous-time models
 draw lambda = log(alpha / sigma), for which any real time in [1, T] will do.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import uniform, uniform_int
-from diffusion.process.prediction import prediction_kind
+from diffusion.objective import Objective
 from diffusion.process.schedule import Schedule
 from diffusion.settings import Positive, settings
 
@@ -25,31 +25,37 @@ class Levels(ABC):
     """A law of noise levels on a schedule, and their weights.
 
     Args:
-        schedule: noise levels. prediction: what the network outputs, whose error the loss is of.
-        weight: "one": the objective's own. "min_snr": such that the error of x0 counts min(SNR, gamma) (Hang et al.
-            2023, eq. 8), whatever the network predicts. gamma: the papers' 5.
+        schedule: noise levels.
+        weight: "one": the objective's own. "min_snr": such that the squared error of x0 weighs min(SNR, gamma) (Hang et
+            al. 2023, eq. 8), whatever the network predicts and the objective weighs. gamma: the papers' 5.
     """
 
     whole = True  # whether its times are integers
 
-    def __init__(self, schedule: Schedule, prediction: str, weight: str, gamma: float) -> None:
+    def __init__(self, schedule: Schedule, weight: str, gamma: float) -> None:
         self.schedule, self.weight, self.gamma = schedule, weight, gamma
-        self._kind = prediction_kind(prediction)
 
     @abstractmethod
     def draw(self, keys: Tensor) -> Tensor:
         """Times in [1, T], one for each key (B,), on their device."""
 
-    def weight_at(self, t: Tensor) -> Tensor | None:
-        """Weight of the loss at these times, float64 (B,); None where all weigh 1."""
+    def weight_at(self, t: Tensor, objective: Objective) -> Tensor | None:
+        """Weight of the objective's loss at these times, float64 (B,); None where all weigh 1.
+
+        Raises:
+            ValueError: the weight is "min_snr", and the objective's loss is no weighted squared error.
+        """
         if self.weight == "one":
             return None
+        own = objective.x0_weight(t)
+        if own is None:
+            raise ValueError(
+                f"levels.weight={self.weight} cannot be used with this objective "
+                f"({type(objective).__name__}): its loss is not a weighted squared error. Give levels.weight=one, or "
+                f"another objective, as objective=epsilon."
+            )
         alpha, sigma = self.schedule(t)
-        ratio = alpha / sigma
-        snr, one = (ratio**2)[:, None], torch.ones_like(ratio)[:, None]
-        # the error of the output where that of x0 is 1, and that of epsilon -alpha / sigma: the two are of one x_t
-        error = self._kind.from_pair(self.schedule, torch.zeros_like(one), t, one, -ratio[:, None])
-        return (snr.clamp(max=self.gamma) / error**2)[:, 0]
+        return ((alpha / sigma) ** 2).clamp(max=self.gamma) / own
 
 
 @settings("levels")
@@ -57,13 +63,11 @@ class Uniform(Levels):
     """t evenly from 1 ... T (Ho et al. 2020, alg. 1).
 
     Args:
-        schedule, prediction, weight, gamma: as in `Levels`.
+        schedule, weight, gamma: as in `Levels`.
     """
 
-    def __init__(
-        self, schedule: Schedule, prediction: str = "epsilon", weight: Weight = "one", gamma: Positive = 5.0
-    ) -> None:
-        super().__init__(schedule, prediction, weight, gamma)
+    def __init__(self, schedule: Schedule, weight: Weight = "one", gamma: Positive = 5.0) -> None:
+        super().__init__(schedule, weight, gamma)
 
     def draw(self, keys: Tensor) -> Tensor:
         return 1 + uniform_int(keys, self.schedule.num_timesteps)
@@ -75,7 +79,7 @@ class LogNormal(Levels):
     log sigma, for alpha = 1, -1.2 and 1.2).
 
     Args:
-        schedule, prediction, weight, gamma: as in `Levels`.
+        schedule, weight, gamma: as in `Levels`.
         mean, std: of lambda.
 
     Raises:
@@ -87,13 +91,12 @@ class LogNormal(Levels):
     def __init__(
         self,
         schedule: Schedule,
-        prediction: str = "epsilon",
         weight: Weight = "one",
         gamma: Positive = 5.0,
         mean: float = 1.2,
         std: Positive = 1.2,
     ) -> None:
-        super().__init__(schedule, prediction, weight, gamma)
+        super().__init__(schedule, weight, gamma)
         self.mean, self.std = mean, std
         ends = [float(schedule.log_ratio(t)) for t in (schedule.num_timesteps, 1)]
         self._low, self._high = (0.5 * math.erfc((mean - end) / (std * math.sqrt(2))) for end in ends)

@@ -75,9 +75,13 @@ class DiffusionModule(pl.LightningModule):
         super().__init__()
         if (hidden := objective.label_dropout) and denoiser.network.null_label is None:
             raise ValueError(f"objective.label_dropout={hidden} needs a conditional network: model.num_classes is 0.")
-        self.levels = levels or Uniform(denoiser.schedule, denoiser.prediction)
+        self.levels = levels or Uniform(denoiser.schedule)
         if objective.variance is not None and not self.levels.whole:
-            raise ValueError("levels: the terms of the bound are of the levels 1 ... T: give levels=uniform.")
+            raise ValueError(
+                "levels: this law draws real times, and the loss of objective=bound and hybrid is defined at integer "
+                "times only. Give levels=uniform."
+            )
+        self.levels.weight_at(torch.ones(1), objective)
         self.network = denoiser.network
         self._denoiser, self._objective, self._optimizer = (denoiser,), objective, optimizer  # in a tuple: no submodule
         self.lr_schedule, self.rate = lr_schedule or Constant(), 0.0  # the latter: that the last step used
@@ -125,7 +129,7 @@ class DiffusionModule(pl.LightningModule):
         """The weighted loss of each image (B,): x0 and epsilon (B, C, H, W), t (B,), labels (B,) or None."""
         x_t = noised(self.denoiser.schedule, x0, t, epsilon)
         loss = self._objective(self.denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
-        weight = self.levels.weight_at(t)
+        weight = self.levels.weight_at(t, self._objective)
         return loss if weight is None else loss * weight.to(loss.dtype)
 
     def hidden_labels(self, labels: Tensor | None, position: Tensor) -> Tensor | None:
