@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         model = door.trained(cfg.checkpoint, cfg.ema)
         if model.image_shape[0] not in (1, 3):
             raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
-        check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
+        check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)
         chosen, about = recipe(cfg, cfg.batch_size, cfg.labels), {**model.identity(), "step": model.step}
 
         def gallery(where, ranks):

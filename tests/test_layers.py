@@ -134,6 +134,20 @@ def test_files_import_each_other_in_no_circle():
         visit(name)
 
 
+READS_RECORDS = ("runs", "build", "page")  # pages print what a run is recorded as
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_behind_the_door_no_setting_of_a_record_is_looked_up_by_its_name(path):
+    """What is read of a checkpoint's configuration has a name and a type: `runs.recorded.Facts`."""
+    text = path.read_text()
+    if part_of(path) in READS_RECORDS or "ecord" not in text:
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("at", "group"):
+            assert not isinstance(node.args[0], ast.Constant | ast.JoinedStr), f"{path.name}:{node.lineno}"
+
+
 READS_CONFIGURATION = ("config", "build", "command", *(part for part, layer in LAYERS.items() if layer == 7))
 
 

@@ -182,7 +182,7 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
     """
     config, path = model.record, model.path
     target = _target(config, "data", path)
-    if model.on_points:
+    if model.facts.points:
         return _points(model, target)
     module, _, name = target.rpartition(".")
     kind = getattr(importlib.import_module(module), name)

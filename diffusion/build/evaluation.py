@@ -59,7 +59,7 @@ def evaluation(cfg: DictConfig) -> Evaluation:
     """
     place = Place.of(take(cfg.trainer, Compute))
     model = door.trained(cfg.checkpoint, cfg.ema)
-    check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
+    check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)
     swept = cfg.task == "sweep"
     scored = ["fid"] if swept else [metric for metric in cfg.metrics if not known(metric).from_model]
     kind = "FOLDER, for sweep.csv and sweep.png" if swept else "FILE, for the results"

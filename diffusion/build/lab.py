@@ -46,7 +46,7 @@ def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
     if cfg.task == "errors":  # no other task takes the setting `sampler`
         assert made.sampler is not None
         if subject.toy is None and model is not None:
-            check_guidance(cfg.guidance.scale, model.num_classes, model.label_dropout)
+            check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)
             check_variance(cfg.sampler, model.learns_variance)
             refuse_stays(made.times)
     return made
@@ -59,7 +59,7 @@ def subject_of(cfg: DictConfig) -> Subject:
         name = cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
         return Subject(parts.schedule(cfg), last(cfg.schedule._target_), toy_of(name, cfg), name)
     model = door.trained(cfg.checkpoint, cfg.ema)
-    mixture = door.data_of(model).mixture if model.on_points else None
+    mixture = door.data_of(model).mixture if model.facts.points else None
     of = lambda split: door.data_of(model, cfg.data.root, split)  # noqa: E731
     name = model.record.at("data.toy") or model.data_name
     return Subject(model.denoiser.schedule, last(model.record.at("schedule._target_")), mixture, name, model, of)

@@ -16,7 +16,7 @@ from diffusion.files import MOST_TEXT, read_regular
 from diffusion.metrics.published.papers import DDPM_RATE_DISTORTION
 from diffusion.page.chart import Chart, Series
 from diffusion.page.metrics_csv import MAX_POINTS, number
-from diffusion.page.words import get
+from diffusion.runs.recorded import at
 
 COLUMNS = ("t", "bits", "epsilon_mse", "x0_mse", "rate", "rmse_255")
 PUBLISHED_T = 1000  # noise levels of the paper's model
@@ -94,13 +94,13 @@ def progress_rows(bound: Bound | None, record: Mapping[str, Any], results: Seque
     """The terms at the times of DDPM's Table 4, as results to put into it; none for another number of noise levels."""
     if bound is None or bound.terms[-1]["t"] != PUBLISHED_T:
         return []
-    at = {PUBLISHED_T + 1 - int(term["t"]): term for term in bound.terms}
+    terms = {PUBLISHED_T + 1 - int(term["t"]): term for term in bound.terms}
     of_it = [r for r in results if r.get("name") == "bits_per_dim" and r.get("step") == bound.step]
     row = next((r for r in reversed(of_it) if r.get("likelihood") in (None, "bound")), {})  # the terms are of the last
-    known = {"metric": "bits/dim", "data": get(record, "data.name"), "weights": "ema", "step": bound.step} | dict(row)
+    known = {"metric": "bits/dim", "data": at(record, "data.name"), "weights": "ema", "step": bound.step} | dict(row)
     known = {k: v for k, v in known.items() if k not in ("value", "rate", "distortion", "sampler")}
     return [
-        known | {"name": "bits_per_dim", "reverse_steps": n, "rate": at[n]["rate"], "rmse_255": at[n]["rmse_255"]}
+        known | {"name": "bits_per_dim", "reverse_steps": n, "rate": terms[n]["rate"], "rmse_255": terms[n]["rmse_255"]}
         for n in (line.of["reverse_steps"] for line in DDPM_RATE_DISTORTION.lines)
-        if n in at and math.isfinite(at[n]["rate"]) and math.isfinite(at[n]["rmse_255"])
+        if n in terms and math.isfinite(terms[n]["rate"]) and math.isfinite(terms[n]["rmse_255"])
     ]

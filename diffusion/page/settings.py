@@ -5,8 +5,9 @@ from statistics import median
 from typing import Any
 
 from diffusion.page.metrics_csv import Metrics
-from diffusion.page.words import counted, get, shown
+from diffusion.page.words import counted, shown
 from diffusion.progress import duration
+from diffusion.runs.recorded import at
 
 Row = Mapping[str, Any]
 
@@ -15,34 +16,34 @@ def summary(record: Mapping[str, Any], step: int | None) -> str:
     """What was trained on what, for how long, in a sentence or two."""
     if not record:
         return "This folder has no config.yaml: what was trained is not known."
-    network = (get(record, "model._target_") or "a network").rpartition(".")[2]
-    size, channels, classes = (get(record, f"data.{k}") for k in ("image_size", "channels", "num_classes"))
+    network = (at(record, "model._target_") or "a network").rpartition(".")[2]
+    size, channels, classes = (at(record, f"data.{k}") for k in ("image_size", "channels", "num_classes"))
     what = [f"{size}×{size} pixels"] if size else []
     what += [counted(channels, "channel", "channels")] if channels else []
     what += [counted(classes, "class", "classes")] if classes else []
-    images = f"{get(record, 'data.name') or 'images'}" + (f" ({', '.join(what)})" if what else "")
-    kind = "conditional " if get(record, "model.num_classes") else ""
-    target, limit = get(record, "objective.prediction"), get(record, "trainer.max_steps")
+    images = f"{at(record, 'data.name') or 'images'}" + (f" ({', '.join(what)})" if what else "")
+    kind = "conditional " if at(record, "model.num_classes") else ""
+    target, limit = at(record, "objective.prediction"), at(record, "trainer.max_steps")
     begun = "not trained yet" if not step else f"trained for {step:,}" + (f" of {limit:,}" if limit else "") + " steps"
     text = f"A {kind}{network}" + (f" that predicts {target}" if target else "") + f", {begun} on {images}."
-    decay = get(record, "ema.decay")
+    decay = at(record, "ema.decay")
     if decay is not None:
-        ramp = " after a ramp" if get(record, "ema.warmup") else ""
+        ramp = " after a ramp" if at(record, "ema.warmup") else ""
         text += f" Samples show the averaged weights (decay {decay}{ramp}); so do scores that do not say otherwise."
     return text
 
 
 def figures_of_training(record: Mapping, step: int | None, metrics: Metrics, results: Sequence[Row]) -> list[tuple]:
     """(name, value) of what a person asks first: steps, images, speed, time, size."""
-    batch, limit = get(record, "data.batch_size"), get(record, "trainer.max_steps")
+    batch, limit = at(record, "data.batch_size"), at(record, "trainer.max_steps")
     found: list[tuple[str, str]] = []
     if step is not None:
         found.append(("steps", f"{step:,}" + (f" of {limit:,}" if limit and limit != step else "")))
     if step is not None and batch:
         found += [("images a step", shown(batch)), ("images seen", f"{step * batch:,}")]
-    at, rates = metrics.curve("train/images_per_second")
+    steps, rates = metrics.curve("train/images_per_second")
     if any(rate > 0 for rate in rates) and batch:
-        timed = [(b - a, rate) for a, b, rate in zip([0, *at[:-1]], at, rates, strict=True) if rate > 0]
+        timed = [(b - a, rate) for a, b, rate in zip([0, *steps[:-1]], steps, rates, strict=True) if rate > 0]
         rates, spent = [rate for _, rate in timed], sum(n * batch / rate for n, rate in timed)
         found += [("images/s", shown(float(f"{median(rates):.3g}")))]
         found += [("time a step", duration(batch / median(rates))), ("training time", duration(spent))]

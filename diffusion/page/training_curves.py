@@ -12,7 +12,8 @@ from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES
 from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.scores import higher_is_better, title_of
-from diffusion.page.words import counted, get, shown
+from diffusion.page.words import counted, shown
+from diffusion.runs.recorded import at
 
 Row = Mapping[str, Any]
 WIDE_RANGE = 8.0  # of a score that falls: from here on a logarithmic axis shows its end better
@@ -29,7 +30,7 @@ def quartile_names(num_timesteps: int | None) -> list[str]:
 
 def curves(record: Mapping[str, Any], metrics: Metrics, results: Sequence[Row]) -> list[Chart]:
     """What there is to draw, in the order it is asked for."""
-    names = quartile_names(get(record, "schedule.num_timesteps"))
+    names = quartile_names(at(record, "schedule.num_timesteps"))
     loss = [Series("ink", "all noise levels", *metrics.curve("train/loss"))]
     loss += [Series(f"q{i}", names[i - 1], *metrics.curve(f"train/loss_q{i}")) for i in (1, 2, 3, 4)]
     single = lambda column: [Series("q3", "", *metrics.curve(column))]  # noqa: E731
@@ -79,7 +80,7 @@ def score_curve(name: str, metrics: Metrics, record: Mapping[str, Any], results:
 def published(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Level]:
     """The paper's value: as the scores have it, or else the configuration."""
     found = [r["reference"] for r in rows if r.get("reference") is not None]
-    value = found[0] if found else get(record, f"paper.{name}")
+    value = found[0] if found else at(record, f"paper.{name}")
     number = f", {PUBLISHED_IMAGES:,} images" if name in FROM_IMAGES else ""
     return (
         [] if value is None else [Level("paper", f"published: {shown(value)}{number}", float(value), tag="published")]

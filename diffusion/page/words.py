@@ -1,6 +1,5 @@
 """Values, durations and counts as a person reads them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
@@ -21,11 +20,3 @@ def shown(value: Any) -> str:
 
 def counted(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
-
-
-def get(record: Mapping[str, Any], key: str) -> Any:
-    """record['a']['b'] for 'a.b'; None where any of it is absent."""
-    value: Any = record
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value

@@ -15,7 +15,7 @@ from diffusion.page.scores import score_table, warnings
 from diffusion.page.settings import figures_of_training, origin, settings, summary
 from diffusion.page.sweep import sweep_chart, sweep_grid
 from diffusion.page.training_curves import by_class, curves
-from diffusion.page.words import get
+from diffusion.runs.recorded import at
 
 Row = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def write_report(folder: Run) -> Path:
         "papers": against_papers(scores, record),
         "curves": drawn(curves(record, metrics, results)),
         "classes": drawn(by_class(scores)),
-        "bound": drawn(bound_charts(bound, get(record, "data.name"))),
+        "bound": drawn(bound_charts(bound, at(record, "data.name"))),
         "progress": against_papers(progress_rows(bound, record, results), record),
         "bound_step": bound.step if bound else None,
         "sweep": drawn([sweep_chart(sweep)]),

@@ -8,6 +8,7 @@ neither Hydra nor OmegaConf accepts: `instantiate`, `OmegaConf.create` and `Omeg
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from diffusion.metrics.published import TIMESTEPS
@@ -75,12 +76,7 @@ class Recorded(Mapping[str, Any]):
 
     def at(self, key: str, default: Any = None) -> Any:
         """The value of 'data.root'; `default` where it or a group on the way is absent."""
-        value: Any = self
-        for name in key.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                return default
-            value = value[name]
-        return value
+        return at(self, key, default)
 
     def plain(self) -> dict[str, Any]:
         """The same in dictionaries, to be written."""
@@ -96,26 +92,65 @@ class Recorded(Mapping[str, Any]):
         return found if isinstance(found, Recorded) else _group({})
 
 
+def at(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """record["a"]["b"] for "a.b"; `default` where any of it is absent."""
+    value: Any = record
+    for name in key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return default
+        value = value[name]
+    return value
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the code behind the door reads of a record.
+
+    Args:
+        name, data_name: of the run and of its data set; None where it does not say. split: that was trained on.
+        points: whether the data are points of a mixture, which are drawn and not read.
+        label_dropout: share of the images whose label was hidden in training.
+        variances: of the reverse step, as objective and sampler have them, in this order.
+        paper: published scores that the run is put beside, by metric. described: as `described`.
+    """
+
+    name: str | None
+    data_name: str | None
+    split: str
+    points: bool
+    label_dropout: float
+    variances: tuple[str, ...]
+    paper: Mapping[str, float | None]
+    described: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: Recorded) -> "Facts":
+        variances = (record.at(f"{group}.variance") for group in ("objective", "sampler"))
+        return cls(
+            name=record.at("name"),
+            data_name=record.at("data.name"),
+            split=record.at("data.split") or "train",
+            points=str(record.at("data._target_")).endswith(".MixtureDataModule"),
+            label_dropout=float(record.at("objective.label_dropout") or 0.0),
+            variances=tuple(str(variance) for variance in variances if variance is not None),
+            paper={key: record.at(f"paper.{key}") for key in record.group("paper")},
+            described=described(record),
+        )
+
+
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says of the model that its run trains, in the words of results.jsonl: objective, prediction,
     learned variance, schedule, classes, size."""
-
-    def at(key: str) -> Any:
-        value: Any = record
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return value
-
-    last = lambda key: str(at(key) or "").rpartition(".")[2]  # noqa: E731
-    levels = at("schedule.num_timesteps")
+    last = lambda key: str(at(record, key) or "").rpartition(".")[2]  # noqa: E731
+    levels = at(record, "schedule.num_timesteps")
     of_levels = "" if levels in (None, TIMESTEPS) else f" of {levels:,} levels"
     known = {
         "objective": last("objective._target_").lower() or None,
-        "prediction": at("objective.prediction"),
-        "learned_variance": at("objective.variance") == "learned",
+        "prediction": at(record, "objective.prediction"),
+        "learned_variance": at(record, "objective.variance") == "learned",
         "schedule": last("schedule._target_") + of_levels or None,
-        "num_classes": at("model.num_classes"),
-        "image_size": at("data.image_size"),
+        "num_classes": at(record, "model.num_classes"),
+        "image_size": at(record, "data.image_size"),
     }
     return {k: v for k, v in known.items() if v is not None}
 

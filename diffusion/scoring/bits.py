@@ -236,15 +236,14 @@ class Bits:
         """The paper's figure, which is the bound on the test split of the data that the model was trained on."""
         if (self.settings.by, self.module.split, self.data) != ("bound", "test", self.model.data_name):
             return None
-        return self.model.paper.get("bits_per_dim")
+        return self.model.facts.paper.get("bits_per_dim")
 
 
 def variance_of(model: Trained) -> str:
     """The width of the reverse step that a model was trained with, or else is sampled with, or else the small one."""
     if model.learns_variance:
         return "learned"
-    found = (model.record.at(f"{group}.variance") for group in ("objective", "sampler"))
-    return next((variance for variance in found if variance in ("small", "large")), "small")
+    return next((variance for variance in model.facts.variances if variance in ("small", "large")), "small")
 
 
 def stages(num_timesteps: int) -> list[int]:

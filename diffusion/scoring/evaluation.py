@@ -177,7 +177,7 @@ class Evaluation:
         about["data"] = model.data_name if self.published or against.named == model.data_name else against.named
         shown = gallery.images(against.neighbours) if against.neighbours and neighbours else None
         rows = against.rows(
-            reference, gallery.features(against.extractor), gallery.labels(), shown, about, model.paper,
+            reference, gallery.features(against.extractor), gallery.labels(), shown, about, model.facts.paper,
             self.output.neighbours, ranks,
         )  # fmt: skip
         if self.samples is not None:
@@ -186,7 +186,7 @@ class Evaluation:
 
     def _with_published(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with the figure of the same thing beside it; the run's own `paper` where no table is about it."""
-        about = {**self.model.described(), **row}
+        about = {**self.model.facts.described, **row}
         figure = counterpart(about)
         if figure is not None or places(about) or not self.published:
             row["reference"] = None if figure is None else figure.value

@@ -74,7 +74,7 @@ class SweepEvaluation(Evaluation):
             print(describe(row), flush=True)
         if ranks.main:
             write_sweep(path, [done[key] for key in [*(k for k in done if k not in mine), *mine]])  # the later count
-        return path, [{**self.model.described(), **done[key]} for key in mine] if ranks.main else []
+        return path, [{**self.model.facts.described, **done[key]} for key in mine] if ranks.main else []
 
 
 def write_sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.data.mixture import MixtureDataModule
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.files import sha256_of
 from diffusion.runs.folder import digest_beside
-from diffusion.runs.recorded import Recorded, described
+from diffusion.runs.recorded import Facts, Recorded
 
 
 class Trained(NamedTuple):
@@ -18,6 +17,11 @@ class Trained(NamedTuple):
     step: int
     path: Path
     weights: str
+
+    @property
+    def facts(self) -> Facts:
+        """What the checkpoint says of its run."""
+        return Facts.of(self.record)
 
     @property
     def digest(self) -> str:
@@ -34,10 +38,6 @@ class Trained(NamedTuple):
         known = {"step": self.step, "weights": self.weights, "checkpoint_sha256": self.digest}
         return known | {"parameters": parameters}
 
-    def described(self) -> dict[str, Any]:
-        """What its run's record says of it, in the words of results.jsonl."""
-        return described(self.record)
-
     @property
     def run_folder(self) -> Path | None:
         """The folder of its run; None for a file that lies elsewhere."""
@@ -46,12 +46,12 @@ class Trained(NamedTuple):
     @property
     def name(self) -> str:
         """What its run is called."""
-        return self.record.at("name") or self.path.stem
+        return self.facts.name or self.path.stem
 
     @property
     def data_name(self) -> str:
         """What its data set is called."""
-        return self.record.at("data.name") or "its data set"
+        return self.facts.data_name or "its data set"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -65,21 +65,6 @@ class Trained(NamedTuple):
         return self.denoiser.network.num_classes
 
     @property
-    def label_dropout(self) -> float:
-        """Share of the images whose label was hidden in training."""
-        return float(self.record.at("objective.label_dropout") or 0.0)
-
-    @property
     def learns_variance(self) -> bool:
         """Whether the network says how wide a reverse step is."""
         return self.denoiser.network.out_channels == 2 * self.denoiser.network.channels
-
-    @property
-    def paper(self) -> dict[str, float | None]:
-        """Published scores that its run was put beside."""
-        return {key: self.record.at(f"paper.{key}") for key in self.record.group("paper")}
-
-    @property
-    def on_points(self) -> bool:
-        """Whether it was trained on points of a mixture (`data.mixture`)."""
-        return str(self.record.at("data._target_")).endswith(f".{MixtureDataModule.__name__}")

@@ -41,7 +41,7 @@ def main(lab: Laboratory) -> None:
     """Measure, write, judge."""
     found, split = measure(lab)
     model, steps = lab.model, len(lab.times) - 1
-    unseen = split != (model.record.at("data.split") or "train")
+    unseen = split != model.facts.split
     said = verdict.of_images(found.begun, found.short, found.learned, found.tried, lab.walk, unseen)
     page = lab.page(
         f"Where the error comes from: {model.name}, step {model.step}",
