@@ -236,6 +236,25 @@ def test_the_least_lately_used_goes_first(tmp_path):
     assert left == {"a", "c", "d"}
 
 
+def test_what_is_not_of_the_cache_is_neither_counted_nor_removed(tmp_path):
+    """The folder is shared with other caches of this package, and may hold anything."""
+    cache = FileCache(tmp_path / "cache", 1500, QUICK)
+    others = ["references/r.safetensors", "verified/v", "notes.txt", f"{'a' * 64}.x.part", f"{'b' * 64}/inner"]
+    for name in others:
+        (cache.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache.folder / name).write_bytes(bytes(5000))
+        os.utime(cache.folder / name, (0, 0))
+    (tmp_path / "elsewhere").write_bytes(bytes(5000))
+    (cache.folder / ("c" * 64)).symlink_to(tmp_path / "elsewhere")
+    found = []
+    for name in "xyz":
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+        digest = hashlib.sha256(name.encode() * 1000).hexdigest()
+        found.append(cache.path(f"pipe:cat {tmp_path}/{name}", 1000, digest))
+    assert [path.exists() for path in found] == [False, False, True]
+    assert all((cache.folder / name).stat().st_size == 5000 for name in [*others, "c" * 64])
+
+
 def test_a_limit_below_what_is_in_use_is_refused(serve, tmp_path):
     server = serve()
     module = ImageShardsDataModule(server.url, 8, remote={"folder": str(tmp_path), "gigabytes": 1e-5})

@@ -14,8 +14,10 @@ import http.client
 import io
 import os
 import random
+import re
 import select
 import shlex
+import stat
 import threading
 import time
 import urllib.error
@@ -232,8 +234,14 @@ class Remote(Access):
     gigabytes: Positive = 50.0
 
 
+OWN = re.compile(r"[0-9a-f]{64}(?:\.([0-9]+)\.part)?")  # a finished file, or one under way with its full size
+
+
 class FileCache:
     """Files by their sha256 in one folder, together never larger than a limit, shared by all processes of a machine.
+
+    Only files named as OWN are counted and removed: the folder may hold other things, as the caches of other parts of
+    this package do.
 
     A file is fetched by one process while the others that want it wait; one that is there is whole, unless somebody has
     changed it. Room is made by removing what was used longest ago; a reader that finds its file gone fetches it again.
@@ -242,7 +250,7 @@ class FileCache:
 
     Args:
         folder: made when absent.
-        limit: bytes that all files may have together, those under way included.
+        limit: bytes that all its files may have together, those under way included.
         access: how patiently to fetch.
     """
 
@@ -300,13 +308,15 @@ class FileCache:
 
 
 def _full_size(path: Path) -> int:
-    """Bytes of a finished file, bytes to be of one under way, 0 of what is neither or just gone."""
+    """Bytes of a finished file, the full size of one under way; 0 if it is not a file of the cache, or just gone."""
+    own = OWN.fullmatch(path.name)
     try:
-        if path.suffix == ".part":
-            return int(path.stem.rpartition(".")[2])
-        return 0 if path.name.startswith(".") else path.stat().st_size
-    except (FileNotFoundError, ValueError):
+        found = path.lstat() if own else None
+    except FileNotFoundError:
         return 0
+    if own is None or found is None or not stat.S_ISREG(found.st_mode):
+        return 0
+    return int(own[1]) if own[1] else found.st_size
 
 
 def _mark(path: Path) -> Path:
