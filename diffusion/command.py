@@ -28,6 +28,8 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from diffusion.config.check import check  # noqa: E402
 from diffusion.config.compose import Typed, check_words, composed, sweep_folder  # noqa: E402
+from diffusion.config.effect import typed  # noqa: E402
+from diffusion.config.values import fit_all  # noqa: E402
 from diffusion.config.words import check_flags, conf_dir, groups, split_words  # noqa: E402
 from diffusion.distributed.signals import end_if_interrupted, handled  # noqa: E402
 from diffusion.errors import Refusal  # noqa: E402
@@ -141,9 +143,15 @@ def _task(main: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(cfg) - {"hydra"})
         if missing:
             raise Refusal(f"Missing required setting: {missing[0]}={PLACEHOLDERS.get(missing[0], 'VALUE')}.")
-        if HydraConfig.get().mode == RunMode.MULTIRUN and "run_dir" in cfg:
-            cfg.run_dir = sweep_folder(cfg.run_dir, list(HydraConfig.get().overrides.task))
+        own = typed()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            words = list(HydraConfig.get().overrides.task)
+            if list(own.words) != words:
+                cfg = composed(own.command, list(own.words))
+            if "run_dir" in cfg:
+                cfg.run_dir = sweep_folder(cfg.run_dir, words)
         OmegaConf.resolve(cfg)
+        fit_all(cfg, own.command, own)
     OmegaConf.set_readonly(cfg, True)
     if not cfg.get("debug", False):
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code it is from

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from diffusion.build.take import take
 from diffusion.command import command, refusing
 from diffusion.config.check import check, refuse_blocked, refuse_overwriting
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.config.metrics import names
 from diffusion.data.shards.remote import is_remote
 from diffusion.distributed.launcher import Compute

@@ -32,7 +32,7 @@ from diffusion.build.prepare import (
 )  # fmt: skip
 from diffusion.command import command, refusing
 from diffusion.config.check import check
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.data.prepare.plan import planned
 from diffusion.data.prepare.shards import make_set, refuse_other, settings_of
 from diffusion.data.prepare.verify import verify_set

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 
 from diffusion.command import command, refusing
 from diffusion.config.check import check, refuse_blocked
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.errors import Refusal
 from diffusion.files import Room, csv_text, replacing, told_by_disk
 from diffusion.metrics.published import aligned

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from diffusion.build.take import take
 from diffusion.command import command, refusing
 from diffusion.config.check import check, check_guidance, refuse_overwriting
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import handled
 from diffusion.errors import Refusal

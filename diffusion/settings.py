@@ -5,7 +5,8 @@
         def __init__(self, schedule: Schedule, eta: Annotated[float, Between(0, 1)] = 0.0) -> None: ...
 
 `settings` checks the arguments at each call, in the words of the user's keys: ValueError("sampler.eta=2 is outside
-[0, 1]."). The configuration reads the same annotations from the source (`config.declared`). Needs no torch.
+[0, 1]."), and passes them on in the form of their kind: 3.0 as 3 where an integer is wanted. The configuration reads
+the same annotations from the source (`config.declared`). Needs no torch.
 """
 
 import dataclasses
@@ -177,7 +178,7 @@ class Kind:
 
     def fitted(self, value: Any) -> Any:
         """The value as one of this kind, which a number may be written as in more than one way: 3.0 is an integer, 3 a
-        number and a text, and a single value a list of one.
+        number and a text, and a single value a list of one. The very object where nothing is to be changed.
 
         Raises:
             TypeError: it is of another kind.
@@ -209,10 +210,14 @@ class Kind:
     def _fitted_list(self, value: Any) -> Any:
         if isinstance(value, Mapping | str) and (isinstance(value, Mapping) or self.member.of is not str):
             _fail()
-        members = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        members = list(value) if several else [value]
         if self.length not in (None, len(members)) or "" in members:
             _fail()
-        return [self.member.fitted(member) for member in members]
+        fitted = [self.member.fitted(member) for member in members]
+        if several and all(new is old for new, old in zip(fitted, members, strict=True)):
+            return value
+        return tuple(fitted) if isinstance(value, tuple) else fitted
 
     def outside(self, value: Any) -> str | None:
         """Why a value of this kind is not allowed, in a clause; None if it is."""
@@ -290,7 +295,7 @@ def kind_of(annotation: Any) -> Kind:
 
 
 def settings(group: str) -> Callable:
-    """Check the arguments of a class or a function against its annotations at each call.
+    """Check the arguments of a class or a function against its annotations at each call, and pass them on as `fitted`.
 
     Args:
         group: of the configuration: an argument is the user's setting `group.NAME`. "" for settings of no group.
@@ -308,10 +313,11 @@ def settings(group: str) -> Callable:
         def checked(*args: Any, **kwargs: Any) -> Any:
             if not hints:
                 hints.update({n: kind_of(a) for n, a in typing.get_type_hints(made, include_extras=True).items()})
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
                 if name != "self" and (kind := hints.get(name, ANY)) != ANY:
-                    check(before + name, value, kind)
-            return made(*args, **kwargs)
+                    bound.arguments[name] = fitted(before + name, value, kind)
+            return made(*bound.args, **bound.kwargs)
 
         if not isinstance(thing, type):
             return checked
@@ -321,11 +327,12 @@ def settings(group: str) -> Callable:
     return decorate
 
 
-def check(key: str, value: Any, kind: Kind) -> None:
-    """ValueError if a value is of another kind, or out of its range."""
+def fitted(key: str, value: Any, kind: Kind) -> Any:
+    """The value as one of its kind. Refusal if it is of another kind, or out of its range."""
     try:
-        kind.fitted(value)
+        found = kind.fitted(value)
     except TypeError:
         raise Refusal(f"{key}={_plain(value)} is not {kind.words}.") from None
-    if why := kind.outside(value):
+    if why := kind.outside(found):
         raise Refusal(f"{key}={_plain(value)} {why}.")
+    return found

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.build.take import take
 from diffusion.command import command, refusing
 from diffusion.config.check import check, check_data
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import Signals, handled
 from diffusion.runs.folder import RunFolder
@@ -38,15 +38,16 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, signals: Signals) -> int:
     """The whole command; the exit status."""
-    compute = take(cfg.trainer, Compute)
+    with refusing(cfg.debug):
+        check(cfg, typed())
+        compute = take(cfg.trainer, Compute)
+        compute.check()
 
     def say(message: str) -> None:
         if compute.main:
             print(message, flush=True)
 
     with signals.held([signal.SIGTERM] if compute.ranks > 1 else []), refusing(cfg.debug):
-        check(cfg, typed())
-        compute.check()
         check_data(cfg)
         folder = RunFolder(cfg.run_dir)
         record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from diffusion.build import parts as build
 from diffusion.build.sampling import recipe
 from diffusion.config.check import check
+from diffusion.config.values import fit_all
 from diffusion.config.words import conf_dir, groups
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.place import Place
@@ -22,6 +23,7 @@ def composed(*words):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", overrides=list(words))
     OmegaConf.resolve(cfg)
+    fit_all(cfg, "train")
     return cfg
 
 

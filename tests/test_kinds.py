@@ -1,10 +1,16 @@
 """Values of another kind or out of range: exit status 2, and the message has the key, the value and what is allowed."""
 
 import shlex
+from typing import Literal
 
 import pytest
 
 from diffusion.config.words import shown
+from diffusion.errors import Refusal
+from diffusion.process.schedule import ve_geometric
+from diffusion.samplers.ddim import DDIM
+from diffusion.scoring.recipe import Plan
+from diffusion.settings import Count, settings
 
 X = "sample checkpoint=x out=y"
 E = "evaluate checkpoint=x"
@@ -142,3 +148,31 @@ def test_the_value_of_an_interpolation_is_looked_at_too(word, found, call, tmp_p
 
 def test_values_are_shown_as_they_are_typed():
     assert [shown(v) for v in (None, True, [1, None], "")] == ["null", "true", "[1,null]", "''"]
+
+
+@settings("a")
+def passed(
+    number: Count = 1, part: float = 0.5, text: str = "", words: Literal["x", "32"] = "x", members: list[int] = ()
+) -> tuple:
+    return number, part, text, words, members
+
+
+def test_arguments_arrive_in_the_form_of_their_kind():
+    found = passed(2.0, 3, 4, 32, members=5.0)
+    assert repr(found) == "(2, 3, '4', '32', [5])"
+    members = (1, 2)
+    assert passed(members=members)[-1] is members and passed(members=(1.0, 2))[-1] == (1, 2)
+    with pytest.raises(Refusal, match=r"^a\.number=2\.5 is not an integer\.$"):
+        passed(2.5)
+    assert ve_geometric(num_timesteps=2.0).num_timesteps == 2
+    with pytest.raises(ValueError, match=r"^sampler\.spacing=\[5\]"):
+        Plan(spacing=5).times(DDIM(ve_geometric(num_timesteps=2)))
+
+
+def test_a_number_of_the_environment_needs_to_be_decoded(call, monkeypatch):
+    monkeypatch.setenv("FOO", "2")
+    status, output = call("train", "trainer.threads=${oc.env:FOO}")
+    decoded = "trainer.threads='${oc.decode:${oc.env:NAME}}'"
+    assert status == 2 and f"{decoded}, in quotes, decodes it" in output
+    status, output = call("train", decoded.replace("NAME", "FOO"), "run_dir=/dev/null/x")
+    assert status == 2 and "/dev/null/x" in output and "threads" not in output

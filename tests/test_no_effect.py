@@ -13,7 +13,7 @@ from diffusion.build.prepare import model_words
 from diffusion.config.check import check
 from diffusion.config.compose import Typed, composed_of_options, composing
 from diffusion.config.effect import TABLE, matches, refuse_idle
-from diffusion.config.values import _keys, check_word, kind_at
+from diffusion.config.values import _keys, check_word, fit_all, kind_at
 from diffusion.config.words import groups, parse, plain
 from diffusion.errors import Refusal
 from diffusion.models.resolutions import nearest_resolutions, resolutions
@@ -117,7 +117,8 @@ def given(command, *words):
             override = parse(check_word(parse(word), reference, command) or word)
             OmegaConf.update(cfg, override.key_or_group, plain(override.value()))
     OmegaConf.resolve(cfg)
-    return cfg, Typed(command, words)
+    fit_all(cfg, command, typed := Typed(command, words))
+    return cfg, typed
 
 
 def checked(command, words, table=None):

@@ -38,7 +38,7 @@ from diffusion.benchmark import settings
 from diffusion.build.take import take
 from diffusion.command import command, refusing
 from diffusion.config.check import check
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.errors import Refusal
 from diffusion.files import obstacle
 

@@ -9,7 +9,7 @@ from diffusion.build.extractors import Choice
 from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
 from diffusion.config.check import check_guidance, check_number
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.config.metrics import known
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.module import ImageShardsDataModule

@@ -10,8 +10,7 @@ from diffusion.build import door, parts
 from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
 from diffusion.config.check import check_guidance, check_variance
-from diffusion.config.compose import typed
-from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle
+from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle, typed
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
 from diffusion.lab.settings import TASKS, Gaussian

@@ -8,9 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.build.parts import Factory, factory
 from diffusion.build.take import left, take
-from diffusion.config.check import check
 from diffusion.config.compose import composing
-from diffusion.config.values import check_kind, kind_at, lookup, unknown
+from diffusion.config.values import check_kind, fit_all, kind_at, lookup, unknown
 from diffusion.config.words import conf_dir, groups, nearest, parse, plain
 from diffusion.errors import Refusal
 from diffusion.scoring.recipe import Plan, Recipe
@@ -59,8 +58,9 @@ def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
         except Refusal as e:
             raise Refusal(f"{key}: {words!r}: {e}") from e
         OmegaConf.update(cfg, inner, given)
-    check(OmegaConf.create({"sampler": cfg}))
-    return factory(left(cfg, Plan), key), take(cfg, Plan)
+    whole = OmegaConf.create({"sampler": cfg})
+    fit_all(whole, "")
+    return factory(left(whole.sampler, Plan), key), take(whole.sampler, Plan)
 
 
 def option(group: str, name: str) -> DictConfig:

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion.config.compose import Typed
 from diffusion.config.effect import refuse_idle, unguided
 from diffusion.config.metrics import known
-from diffusion.config.values import check_all
 from diffusion.data.digit_sets import SPLITS as DIGITS
 from diffusion.data.shards.index import INDEX_NAME, read_index
 from diffusion.data.shards.layout import check_batch, check_lanes
@@ -34,7 +33,6 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
     Args:
         typed: what of it the user has typed, which is refused where it has no effect.
     """
-    check_all(cfg, "" if typed is None else typed.command, typed)
     if OmegaConf.select(cfg, "callbacks.enabled") and OmegaConf.select(cfg, "callbacks.score.every_steps") is None:
         raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
     if typed is not None:

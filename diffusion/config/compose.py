@@ -17,12 +17,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.values import check_word, kind_at
+from diffusion.config.values import check_word, fit_all, kind_at
 from diffusion.config.words import conf_dir, groups, nearest, parse, plain, quote_path, shown
 from diffusion.errors import Refusal
 
@@ -114,12 +113,14 @@ def composing() -> Iterator[None]:
 
 
 def composed(config_name: str, words: list[str]) -> DictConfig:
-    """What a command would be given for these words, resolved; refused as there. May be asked for within a command."""
+    """What a command is given for these words, resolved, each value in the form of its kind; refused as there. May be
+    asked for within a command."""
     with composing():
         words = check_words(config_name, words)
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose(config_name, overrides=words)
     OmegaConf.resolve(cfg)
+    fit_all(cfg, config_name, Typed(config_name, tuple(words)))
     return cfg
 
 
@@ -154,6 +155,11 @@ class Typed:
         """What chooses an option of a group, by the group."""
         return {k: str(plain(o.value())) for k, o in self._overrides.items() if k in groups() and not o.is_delete()}
 
+    @property
+    def all(self) -> dict[str, str]:
+        """`settings`, and `options` as `group=option`."""
+        return self.settings | {group: f"{group}={option}" for group, option in self.options.items()}
+
     @cached_property
     def defaults(self) -> DictConfig:
         """The configuration of the chosen options without the settings, resolved as far as it can be."""
@@ -184,15 +190,6 @@ def flattened(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {key: value}
     return {k: v for name, inner in value.items() for k, v in flattened(f"{key}.{name}", inner).items()}
-
-
-def typed() -> Typed:
-    """The words of the command that runs in this process."""
-    if not HydraConfig.initialized():
-        return Typed()
-    hydra_cfg = HydraConfig.get()
-    words = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)  # which may be interpolations themselves
-    return Typed(str(hydra_cfg.job.config_name), tuple(words))
 
 
 def sweep_folder(run_dir: str, words: list[str]) -> str:

@@ -5,17 +5,23 @@
 A setting that a user has typed and that nothing reads would be taken for one that has been at work, and recorded as
 such. What conf/ says by itself is never refused, nor a typed value that would hold anyway. Whether a value is allowed
 is not known here (see check.py), nor what is in a data set or a checkpoint.
+
+In a sweep a setting may have an effect in some jobs alone: a job is composed of those words that have one in it, and
+`refuse_idle_words` refuses what has none in any job.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.compose import Typed
-from diffusion.config.words import shown
+from diffusion.config.compose import Typed, composed, flattened
+from diffusion.config.words import parse, plain, shown, typeable
 from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import is_remote
 from diffusion.errors import Refusal
@@ -206,6 +212,13 @@ OF_IMAGES = (
 
 def refuse_idle(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) -> None:
     """Refuse what a user has typed that has no effect. Raises Refusal."""
+    for message in idle_words(cfg, typed, table).values():
+        raise Refusal(message)
+
+
+def idle_words(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) -> dict[str, str]:
+    """A message for each setting, and each group whose option was chosen, that a user has typed without effect."""
+    found: dict[str, str] = {}
     for idle in table:
         if typed.command not in idle.commands.split():
             continue
@@ -214,10 +227,11 @@ def refuse_idle(cfg: DictConfig, typed: Typed, table: Sequence[Idle] = TABLE) ->
         options = {g: option for g, option in typed.options.items() if g in patterns}
         if not (settings or options) or not idle.when(cfg):
             continue
-        words = [word for key, word in settings.items() if differs(cfg, key, typed)]
-        words += [f"{g}={option}" for g, option in options.items() if option != typed.default_options.get(g)]
-        if words:
-            raise Refusal(sentence(idle, cfg, words[0]))
+        words = {key: word for key, word in settings.items() if differs(cfg, key, typed)}
+        words |= {g: f"{g}={option}" for g, option in options.items() if option != typed.default_options.get(g)}
+        for key, word in words.items():
+            found.setdefault(key, sentence(idle, cfg, word))
+    return found
 
 
 def matches(key: str, patterns: list[str]) -> bool:
@@ -237,3 +251,62 @@ def sentence(idle: Idle, cfg: DictConfig, word: str) -> str:
         why = why.replace("{" + key + "}", shown(OmegaConf.select(cfg, key)))
     cure = "Leave it out." if idle.cure is None else f"Give {idle.cure.replace('{word}', word)}, or leave it out."
     return f"{word} has no effect: {why}. {cure}"
+
+
+# ---- the jobs of a sweep ----
+
+
+class Job(NamedTuple):
+    """The words of one job of a sweep that have an effect in it; idle: a message for each setting that has none."""
+
+    words: tuple[str, ...]
+    idle: Mapping[str, str]
+
+
+@functools.cache
+def job_of(command: str, words: tuple[str, ...]) -> Job:
+    """The job that these words of a command make. Raises Refusal where they cannot be composed."""
+    idle: dict[str, str] = {}
+    while found := idle_words(composed(command, list(words)), Typed(command, words)):
+        idle |= found
+        words = tuple(without(words, found))
+    return Job(words, idle)
+
+
+def without(words: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """The words that are left when these settings and groups are left out."""
+    left, keys = [], set(keys)
+    for word in words:
+        override = parse(word)
+        key, value = override.key_or_group, None if override.is_sweep_override() else plain(override.value())
+        inner = flattened(key, value) if isinstance(value, dict) else {}
+        if keys & inner.keys():
+            left += [f"{name}={typeable(one)}" for name, one in inner.items() if name not in keys]
+        elif key not in keys:
+            left.append(word)
+    return left
+
+
+def refuse_idle_words(command: str, jobs: Iterable[Sequence[str]]) -> None:
+    """Refuse a word of a sweep that has no effect in any of its jobs. Raises Refusal."""
+    idle, at_work = {}, set()
+    for words in jobs:
+        job = job_of(command, tuple(words))
+        for key, word in Typed(command, tuple(words)).all.items():
+            if key in job.idle:
+                idle.setdefault((key, word), job.idle[key])
+            else:
+                at_work.add((key, word))
+    for word, message in idle.items():
+        if word not in at_work:
+            raise Refusal(message)
+
+
+def typed() -> Typed:
+    """The words of the command that runs in this process; of a sweep, those that have an effect in this job of it."""
+    if not HydraConfig.initialized():
+        return Typed()
+    hydra_cfg = HydraConfig.get()
+    words = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)  # which may be interpolations themselves
+    command = str(hydra_cfg.job.config_name)
+    return Typed(command, job_of(command, tuple(words)).words if hydra_cfg.mode == RunMode.MULTIRUN else tuple(words))

@@ -6,7 +6,6 @@
 Needs neither torch nor lightning.
 """
 
-import functools
 import logging
 import os
 import runpy
@@ -20,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diffusion.config.check import check
 from diffusion.config.compose import Typed, check_words, composed, sweep_folder
+from diffusion.config.effect import job_of, refuse_idle_words
 from diffusion.config.words import FLAGS_WITH_VALUE, nearest, quoted
 from diffusion.errors import Refusal
 
@@ -38,15 +38,17 @@ def sweep_words(flags: list[str], words: list[str]) -> tuple[list[str], list[str
     if cluster and ON_SLURM not in words:
         raise Refusal(f"{cluster[0]} is not a flag of this command. Flags of sbatch need launcher=slurm.")
     words = check_words("train", words, sweep=True)
-    for overrides in jobs(words):
-        run_of(overrides)
+    check_jobs("train", words)
     return [f for f in flags if f not in cluster], words + [flag_word(f) for f in cluster]
 
 
 def check_jobs(command: str, words: Sequence[str]) -> None:
-    """Refuse a sweep of another command than train, of which a job cannot be, before the first has begun."""
-    for overrides in jobs(words):
-        check(composed(command, list(overrides)), Typed(command, tuple(overrides)))
+    """Refuse a sweep of which a job cannot be, or a word has no effect in any job, before the first has begun."""
+    made = jobs(words)
+    refuse_idle_words(command, made)
+    for overrides in made:
+        own = job_of(command, tuple(overrides)).words
+        check(composed(command, list(own)), Typed(command, own))
 
 
 def launcher_word(word: str) -> str:
@@ -89,7 +91,7 @@ class Run:
     """A run of a sweep. Called in each task of its job, where submitit has unpickled it, it is the command itself.
 
     Args:
-        words: of `diffusion.train`. folder: of the run.
+        words: of `diffusion.train`, those that have an effect in this run. folder: of the run, by all its words.
     """
 
     words: tuple[str, ...]
@@ -107,17 +109,10 @@ class Run:
 
 
 def run_of(overrides: Sequence[str]) -> Run:
-    """The run that these words of a sweep make, composed and checked. Raises Refusal, ValueError."""
-    return _run_of(tuple(overrides))
-
-
-@functools.cache
-def _run_of(overrides: tuple[str, ...]) -> Run:
-    cfg = composed("train", list(overrides))
-    check(cfg, Typed("train", overrides))
-    folder = sweep_folder(cfg.run_dir, list(overrides))
-    words = [w for w in overrides if not w.startswith("run_dir=")]
-    return Run((*words, f"run_dir={folder}"), folder)
+    """The run that these words of a sweep make; of words that `check_jobs` has found sound."""
+    own = job_of("train", tuple(overrides)).words
+    folder = sweep_folder(composed("train", list(own)).run_dir, list(overrides))
+    return Run((*(w for w in own if not w.startswith("run_dir=")), f"run_dir={folder}"), folder)
 
 
 def on_slurm(run: Run) -> Run:

@@ -4,10 +4,11 @@ The kind of a setting of a group is declared by the class of its `_target_`, or 
 and for what beside its target a group has. Needs neither torch nor lightning.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from diffusion.config.declared import arguments
@@ -173,7 +174,7 @@ def check_group_value(key: str, value: dict, default: DictConfig, command: str) 
         if not present and not (isinstance(parent, DictConfig) and parent.get("_target_")):
             raise Refusal(unknown(f"{key}.{name}", parent, last))
         found[name] = checked(f"{key}.{name}", inner, OmegaConf.create({key: default}), command) if present else inner
-    return found
+    return value if all(found[name] is inner for name, inner in value.items()) else found
 
 
 def checked(key: str, value: Any, reference: DictConfig, command: str) -> Any:
@@ -196,16 +197,30 @@ def check_word(override: Override, reference: DictConfig, command: str) -> str |
         return _check_added(override, parent, name)
     if override.is_delete():
         return _check_deletion(key, parent)
-    if override.is_sweep_override():
-        for value in override.sweep_iterator():
-            checked(key, plain(value), reference, command)
-        return None
-    value = plain(override.value())
-    found = checked(key, value, reference, command)
-    if type(found) is type(value) and found == value:
-        return None
     name, _, text = override.input_line.partition("=")
-    return f"{name}={quoted(text) if isinstance(found, str) else typeable(found)}"  # trainer.precision=32 as typed
+    if override.is_sweep_override():
+        values = list(override.sweep_iterator())
+        typed = text.split(",") if override.is_choice_sweep() and not re.search(r"[\"'()\[\]{}]", text) else values
+        words = [_rewritten(key, *pair, reference, command) for pair in zip(values, typed, strict=True)]
+        if not any(words):
+            return None
+        kept = map(Transformer.str, values)
+        return f"{name}={','.join(new or old for new, old in zip(words, kept, strict=True))}"
+    rewritten = _rewritten(key, override.value(), text, reference, command)
+    return None if rewritten is None else f"{name}={rewritten}"
+
+
+def _rewritten(key: str, value: Any, typed: Any, reference: DictConfig, command: str) -> str | None:
+    """A checked value in the form of its kind, as Hydra's grammar writes it; None where it has it.
+
+    Args:
+        typed: the value as the user has typed it, if it is known: a text stays what it is, as in trainer.precision=32.
+    """
+    given = plain(value)
+    found = checked(key, given, reference, command)
+    if found is given:
+        return None
+    return quoted(str(typed).strip()) if isinstance(found, str) else typeable(found)
 
 
 def _check_added(override: Override, parent: DictConfig, name: str) -> None:
@@ -231,8 +246,9 @@ def _check_deletion(key: str, parent: DictConfig) -> None:
         raise Refusal(f"~{key}: this setting cannot be removed. Give it another value: {key}=VALUE.")
 
 
-def check_all(cfg: DictConfig, command: str, typed: Any = None) -> None:
-    """Refuse any value of a composed, resolved configuration that its setting cannot have.
+def fit_all(cfg: DictConfig, command: str, typed: Any = None) -> None:
+    """Give each value of a composed, resolved configuration the form of its kind; refuse one that its setting cannot
+    have.
 
     Args:
         typed: `compose.Typed`: of a value that it holds an interpolation for, also the kind of the default counts.
@@ -245,10 +261,15 @@ def check_all(cfg: DictConfig, command: str, typed: Any = None) -> None:
             default = OmegaConf.select(typed.defaults, key, throw_on_missing=False)
         if value is None and kind.null or kind == ANY and default is None:
             continue
-        found = check_kind(key, value, default, kind)
-        if found != value:
-            word = f"{key}={shown(value)}" if typed is None else typed.settings.get(key, f"{key}={shown(value)}")
-            raise Refusal(f"{word}: its value, {shown(value)}, is not {kind.words}.")
+        try:
+            found = check_kind(key, value, default, kind)
+        except Refusal as e:
+            if isinstance(value, str) and typed is not None and "${oc.env:" in typed.settings.get(key, ""):
+                number = f"{key}='${{oc.decode:${{oc.env:NAME}}}}'"  # Hydra reads the nested one in quotes alone
+                raise Refusal(f"{e} A variable of the environment is text; {number}, in quotes, decodes it.") from None
+            raise
+        if found is not value:
+            OmegaConf.update(cfg, key, found)
 
 
 def _keys(cfg: DictConfig, above: str = "") -> Iterator[str]:

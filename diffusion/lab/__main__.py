@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from diffusion.command import command, refusing
 from diffusion.config.check import check, check_guidance, check_steps, refuse_blocked
-from diffusion.config.compose import typed
+from diffusion.config.effect import typed
 from diffusion.errors import Refusal
 from diffusion.files import Room, obstacle, writing
 
