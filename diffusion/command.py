@@ -14,12 +14,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead of ending in Hydra's own report
 
 import hydra  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
@@ -28,9 +27,10 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from diffusion.config.check import check  # noqa: E402
 from diffusion.config.compose import Typed, check_words, composed, sweep_folder  # noqa: E402
+from diffusion.config.composer import compose, conf_dir, groups, searching  # noqa: E402
 from diffusion.config.effect import typed  # noqa: E402
 from diffusion.config.values import fit_all  # noqa: E402
-from diffusion.config.words import check_flags, conf_dir, groups, split_words  # noqa: E402
+from diffusion.config.words import check_flags, config_folders, split_words  # noqa: E402
 from diffusion.distributed.signals import end_if_interrupted, handled  # noqa: E402
 from diffusion.errors import Refusal  # noqa: E402
 from diffusion.files import reason, shortage  # noqa: E402
@@ -65,9 +65,8 @@ def check_shown(command: str, words: list[str]) -> None:
 
 
 def help_text(config_name: str, doc: str) -> str:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        first = ["+experiment=digits"] if config_name == "train" else []
-        cfg = compose(config_name, overrides=first)
+    first = ["+experiment=digits"] if config_name == "train" else []
+    cfg = compose(config_name, first)
     used = [g for g in groups() if g in cfg or g == "experiment" and config_name == "train"]
     lines = [f"  {('+' if g == 'experiment' else '') + g:12} {', '.join(groups()[g])}" for g in used]
     options = "\nGroups (group=option):\n" + "\n".join(lines) + "\n" if lines else ""
@@ -94,7 +93,13 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                     signals.over()
 
         def called() -> None:
-            flags, words = split_words(sys.argv[1:])
+            with ExitStack() as stack:
+                with refusing():
+                    folders, flags, words = config_folders(*split_words(sys.argv[1:]))
+                    stack.enter_context(searching(folders))
+                compose_and_run(flags, words)
+
+        def compose_and_run(flags: list[str], words: list[str]) -> None:
             doc = sys.modules[main.__module__].__doc__ or ""
             debug = any(w.replace(" ", "").lower() == "debug=true" for w in words)
             with refusing(debug):

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from diffusion.config.compose import composed
-from diffusion.config.words import groups
+from diffusion.config.composer import groups
 from diffusion.runs.folder import flatten
 
 SECONDS, BYTES, LINES = 120, 1 << 32, 10  # that a case may take, allocate, and say when it refuses

@@ -30,7 +30,8 @@ from test_fuzz import contents
 
 from diffusion.build.extractors import prepare_digits
 from diffusion.config.compose import composed
-from diffusion.config.words import PATH_KEYS, conf_dir
+from diffusion.config.composer import conf_dir
+from diffusion.config.words import PATH_KEYS
 
 SMALL = "callbacks=none trainer=cpu data.batch_size=16 model.blocks_per_level=1 schedule.num_timesteps=6".split()
 SMALL += ["sampler.num_steps=2", "save.every_steps=1", "log_every=1"]

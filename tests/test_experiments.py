@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
 from diffusion.build import parts as build
 from diffusion.build.sampling import recipe
 from diffusion.config.check import check
+from diffusion.config.composer import compose, groups
 from diffusion.config.values import fit_all
-from diffusion.config.words import conf_dir, groups
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
@@ -20,8 +19,7 @@ from diffusion.training.module import DiffusionModule
 
 
 def composed(*words):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", overrides=list(words))
+    cfg = compose("train", words)
     OmegaConf.resolve(cfg)
     fit_all(cfg, "train")
     return cfg

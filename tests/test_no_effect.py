@@ -11,10 +11,11 @@ from omegaconf import OmegaConf, open_dict
 
 from diffusion.build.prepare import model_words
 from diffusion.config.check import check
-from diffusion.config.compose import Typed, composed_of_options, composing
+from diffusion.config.compose import Typed, composed_of_options
+from diffusion.config.composer import groups
 from diffusion.config.effect import TABLE, matches, refuse_idle
 from diffusion.config.values import _keys, check_word, fit_all, kind_at
-from diffusion.config.words import groups, parse, plain
+from diffusion.config.words import parse, plain
 from diffusion.errors import Refusal
 from diffusion.models.resolutions import nearest_resolutions, resolutions
 from diffusion.models.unet import UNet
@@ -107,8 +108,7 @@ def given(command, *words):
     if command == "train" and "experiment" not in str(words):
         words = ("+experiment=digits", *words)
     options = tuple(word for word in words if word.lstrip("+").partition("=")[0] in groups())
-    with composing():
-        reference = composed_of_options(command, options)
+    reference = composed_of_options(command, options)
     cfg = reference.copy()
     with open_dict(cfg):
         del cfg["hydra"]
@@ -311,8 +311,7 @@ COMPOSED = [
     "command, words", COMPOSED, ids=lambda value: " ".join(value) if isinstance(value, list) else value
 )
 def test_every_setting_in_conf_is_declared_by_the_class_that_takes_it(command, words):
-    with composing():
-        cfg = composed_of_options(command, tuple(words))
+    cfg = composed_of_options(command, tuple(words))
     undeclared = {key for key in _keys(cfg) if kind_at(key, cfg, command) == ANY}
     assert undeclared == set()
 

@@ -19,7 +19,7 @@ from test_prepare_sources import TREE, cifar, coded, filled
 from diffusion.build.prepare import described
 from diffusion.config.check import check, check_data
 from diffusion.config.compose import composed
-from diffusion.config.words import groups
+from diffusion.config.composer import groups
 from diffusion.data.shards.index import read_index
 from diffusion.data.shards.samples import Samples
 

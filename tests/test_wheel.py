@@ -44,7 +44,7 @@ def test_setup_cfg_names_every_file_that_is_no_module():
 COMPOSE = """
 from diffusion.config.check import check
 from diffusion.config.compose import composed
-from diffusion.config.words import conf_dir, groups
+from diffusion.config.composer import conf_dir, groups
 for name in groups()["experiment"]:
     check(composed("train", [f"+experiment={name}"]))
     print(name)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from diffusion.config.words import conf_dir, groups
+from diffusion.config.composer import option, our_options
 from diffusion.data.mixture import MixtureDataModule
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.shards.index import INDEX_NAME
@@ -38,7 +37,7 @@ from diffusion.training.ema import key_of, load_average
 @functools.cache
 def targets(group: str) -> tuple[str, ...]:
     """What a checkpoint may ask to be built of a group: the classes and functions of this package that conf/ names."""
-    found = (OmegaConf.load(conf_dir() / group / f"{option}.yaml").get("_target_") for option in groups()[group])
+    found = (option(group, name).get("_target_") for name in our_options(group))
     return tuple(sorted({str(target) for target in found if str(target).startswith("diffusion.")}))
 
 

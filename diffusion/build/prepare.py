@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.config.words import conf_dir, groups, nearest
+from diffusion.config import composer
+from diffusion.config.composer import groups
+from diffusion.config.words import nearest
 from diffusion.data.digit_sets import SPLITS as DIGITS
 from diffusion.data.prepare.image import Rule, most_bytes
 from diffusion.data.prepare.plan import Job, Plan, first_sizes
@@ -55,9 +57,7 @@ def described(option: str, group: str = "data") -> DictConfig:
         raise Refusal(
             f"Unknown data set: dataset={option}.{nearest(option, known)} Known data sets: {', '.join(known)}."
         )
-    content = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
-    base = [name for name in content.pop("defaults", []) if name != "_self_"]
-    return OmegaConf.merge(*(described(name, group) for name in base), content)
+    return composer.option(group, option)
 
 
 def name_of(cfg: DictConfig) -> str:

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.build.parts import Factory, factory
 from diffusion.build.take import left, take
-from diffusion.config.compose import composing
+from diffusion.config.composer import groups, option
 from diffusion.config.values import check_kind, fit_all, kind_at, lookup, unknown
-from diffusion.config.words import conf_dir, groups, nearest, parse, plain
+from diffusion.config.words import nearest, parse, plain
 from diffusion.errors import Refusal
 from diffusion.scoring.recipe import Plan, Recipe
 
@@ -61,9 +60,3 @@ def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
     whole = OmegaConf.create({"sampler": cfg})
     fit_all(whole, "")
     return factory(left(whole.sampler, Plan), key), take(whole.sampler, Plan)
-
-
-def option(group: str, name: str) -> DictConfig:
-    """An option of a config group as it stands in conf/; may be asked for within a command."""
-    with composing(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(overrides=[f"+{group}={name}"])[group]

@@ -8,21 +8,18 @@ What several settings make impossible together is found by check.py, what has no
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion.config.composer import compose, groups, searched
 from diffusion.config.values import check_word, fit_all, kind_at
-from diffusion.config.words import conf_dir, groups, nearest, parse, plain, quote_path, shown
+from diffusion.config.words import nearest, parse, plain, quote_path, shown
 from diffusion.errors import Refusal
 
 # ---- words ----
@@ -91,34 +88,24 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
     return words
 
 
-@functools.cache
 def composed_of_options(config_name: str, chosen: tuple[str, ...]) -> DictConfig:
     """The configuration of these options of groups, without the user's settings, and with Hydra's own; to be read."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            return compose(config_name, overrides=list(chosen), return_hydra_config=True)
-        except HydraException as e:
-            group = next((w.partition("=")[0] for w in chosen if w.partition("=")[0] in str(e)), "")
-            raise Refusal(f"{group or 'The configuration'}: {str(e).splitlines()[0]}") from e
+    return _composed_of_options(config_name, chosen, searched())
 
 
-@contextmanager
-def composing() -> Iterator[None]:
-    """Hydra composes for one at a time: within, also inside of a command, it composes for this."""
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+@functools.lru_cache(maxsize=256)
+def _composed_of_options(config_name: str, chosen: tuple[str, ...], _: tuple[str, ...]) -> DictConfig:
     try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = outer
+        return compose(config_name, chosen, hydra=True)
+    except HydraException as e:
+        group = next((w.partition("=")[0] for w in chosen if w.partition("=")[0] in str(e)), "")
+        raise Refusal(f"{group or 'The configuration'}: {str(e).splitlines()[0]}") from e
 
 
 def composed(config_name: str, words: list[str]) -> DictConfig:
-    """What a command is given for these words, resolved, each value in the form of its kind; refused as there. May be
-    asked for within a command."""
-    with composing():
-        words = check_words(config_name, words)
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose(config_name, overrides=words)
+    """What a command is given for these words, resolved, each value in the form of its kind; refused as there."""
+    words = check_words(config_name, words)
+    cfg = compose(config_name, words)
     OmegaConf.resolve(cfg)
     fit_all(cfg, config_name, Typed(config_name, tuple(words)))
     return cfg
@@ -181,8 +168,7 @@ class Typed:
         return found
 
     def _composed(self, chosen: list[str]) -> DictConfig:
-        with composing():
-            return composed_of_options(self.command, tuple(chosen))
+        return composed_of_options(self.command, tuple(chosen))
 
 
 def flattened(key: str, value: Any) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 import functools
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
+from diffusion.config.composer import groups, option, searched
 from diffusion.config.declared import attributes
-from diffusion.config.words import conf_dir, groups, nearest
+from diffusion.config.words import nearest
 from diffusion.errors import Refusal
 
 
@@ -28,15 +27,19 @@ def names() -> list[str]:
     return groups()["metric"]
 
 
-@functools.cache
 def known(name: str) -> Known:
     """The metric of a name.
 
     Raises:
         Refusal: there is none.
     """
+    return _known(name, searched())
+
+
+@functools.cache
+def _known(name: str, _: tuple[str, ...]) -> Known:
     if name not in names():
         raise Refusal(f"metrics: Unknown metric: {name}.{nearest(name, names())} Known metrics: {', '.join(names())}.")
-    target = str(OmegaConf.load(conf_dir() / "metric" / f"{name}.yaml")["_target_"])
+    target = str(option("metric", name)["_target_"])
     found = attributes(target)
     return Known(name, target, **{k: v for k, v in found.items() if k in Known._fields and k not in ("name", "target")})

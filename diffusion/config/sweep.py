@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diffusion.config.check import check
 from diffusion.config.compose import Typed, check_words, composed, sweep_folder
+from diffusion.config.composer import searched
 from diffusion.config.effect import job_of, refuse_idle_words
-from diffusion.config.words import FLAGS_WITH_VALUE, nearest, quoted
+from diffusion.config.words import FLAGS_WITH_VALUE, nearest, quoted, search_word
 from diffusion.errors import Refusal
 
 LAUNCHERS = {"basic": "basic", "slurm": "submitit_slurm"}  # ours -> Hydra's
@@ -112,7 +113,8 @@ def run_of(overrides: Sequence[str]) -> Run:
     """The run that these words of a sweep make; of words that `check_jobs` has found sound."""
     own = job_of("train", tuple(overrides)).words
     folder = sweep_folder(composed("train", list(own)).run_dir, list(overrides))
-    return Run((*(w for w in own if not w.startswith("run_dir=")), f"run_dir={folder}"), folder)
+    folders = [search_word(searched())] if searched() else []
+    return Run((*(w for w in own if not w.startswith("run_dir=")), *folders, f"run_dir={folder}"), folder)
 
 
 def on_slurm(run: Run) -> Run:

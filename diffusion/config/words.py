@@ -6,6 +6,7 @@ commas and brackets. Needs neither torch nor lightning.
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from diffusion.config.composer import groups
 from diffusion.errors import Refusal
 
-PACKAGE = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("checkpoint", "image", "images", "mask", "source", "out", "run_dir", "other", "runs", "reference")
 PATH_KEYS += ("samples", "data.root", "data.remote.folder", "extractor.weights")
 PATH_KEYS += ("loader.root", "loader.cifar_root", "loader.peers_python")
@@ -24,20 +25,6 @@ FLAGS_WITH_VALUE = ("-c", "--cfg", "-cn", "--config-name", "-cp", "--config-path
 FLAGS_WITH_VALUE += ("--package", "--experimental-rerun")
 FLAGS = (*FLAGS_WITH_VALUE, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun")
 FLAGS += ("-sc", "--shell-completion", "-i", "--info")
-
-
-def conf_dir() -> Path:
-    """The configs: inside the package in a wheel, beside it in a checkout."""
-    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
-        if folder.is_dir():
-            return folder
-    raise Refusal(f"No conf/ inside or beside {PACKAGE}: the installation is incomplete, install it again.")
-
-
-def groups() -> dict[str, list[str]]:
-    """Config groups and their options, by listing conf/; what options have in common, in _NAME.yaml, is none."""
-    found = sorted(p for p in conf_dir().iterdir() if p.is_dir() and not p.name.startswith("_"))
-    return {p.name: sorted(f.stem for f in p.glob("*.yaml") if f.name[0] != "_") for p in found}
 
 
 def nearest(word: str, allowed: list[str]) -> str:
@@ -74,6 +61,40 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             words.append(word)
     return flags, words
+
+
+def config_folders(flags: list[str], words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the config folders of a command line, its other flags, and its words, one of which gives all folders.
+
+    They are given by `--config-dir FOLDER` (`-cd`), any number of times, and by `hydra.searchpath=[...]`.
+    """
+    folders, others, rest = [], [], iter(flags)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if name not in ("-cd", "--config-dir"):
+            others.append(flag)
+        elif value := value if equals else next(rest, ""):
+            folders.append(value)
+        else:
+            raise Refusal(f"{name} needs a value after it: the path of a config folder.")
+    kept = []
+    for word in words:
+        if word.lstrip("+").startswith("hydra.searchpath="):
+            value = plain(parse(word).value())
+            if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+                raise Refusal(f"{word}: a list of config folders is needed: hydra.searchpath=[FOLDER].")
+            folders += value
+        else:
+            kept.append(word)
+    folders = [folder if "://" in folder else str(Path(folder).expanduser().absolute()) for folder in folders]
+    if folders:
+        kept.append(search_word(folders))
+    return folders, others, kept
+
+
+def search_word(folders: Sequence[str]) -> str:
+    """Return the word that has Hydra look for config files in these folders."""
+    return f"hydra.searchpath=[{','.join(map(quoted, folders))}]"
 
 
 def check_flags(flags: list[str]) -> None:
