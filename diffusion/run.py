@@ -17,6 +17,7 @@ import torch
 
 from diffusion.build import extractors
 from diffusion.build.run import Parts
+from diffusion.build.trusted import foreign
 from diffusion.data.shards.changes import BadSample
 from diffusion.data.shards.remote import Unreachable
 from diffusion.distributed.processes import together
@@ -190,6 +191,8 @@ class Run:
         if (held_out := self.held_out) is not None:
             number, every = f"{len(held_out.numbers):,}", f"every {parts.held_out.every_steps:,} steps"
             lines.append(f"  loss    also of {number} images of split {held_out.split}, not trained on, {every}")
+        if modules := foreign(parts.record):
+            lines.append(f"  own     to load this model, sample, evaluate and lab need trust=[{','.join(modules)}]")
         return "\n".join(lines)
 
     # ---- pictures and scores ----

@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         from diffusion.scoring.gallery import Gallery
 
         place = Place.of(compute)
-        model = door.trained(cfg.checkpoint, cfg.ema)
+        model = door.trained(cfg.checkpoint, cfg.ema, cfg.trust)
         if model.image_shape[0] not in (1, 3):
             raise Refusal(f"checkpoint={cfg.checkpoint} is a model of points, of which there are no pictures.")
         check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)

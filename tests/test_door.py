@@ -683,7 +683,7 @@ def test_checkpoints_are_read_and_built_from_in_one_place():
         "get_object": {"build/parts.py", "build/extractors.py"},
         "torch.load": {"training/checkpoint.py"},
         "importlib.import_module": {
-            "build/door.py",
+            "build/trusted.py",
             "benchmark/loader_peers.py",
             "benchmark/loader_sides.py",
             "benchmark/__main__.py",

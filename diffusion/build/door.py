@@ -3,43 +3,34 @@
     model = trained("runs/digits")              a model, on the CPU
     module = data_of(model, root, split)        the data set that it was trained on, for reading
 
-What a checkpoint says of itself is an Recorded, from which nothing else can be built. Here only classes of this
-package are made from it, each of the kind that its group takes, by calling the class with plain values: no text of a
-checkpoint is interpolated, imported, executed or written to. Its data set is only read: a folder with an index, or what
+What a checkpoint says of itself is a Recorded, from which nothing else can be built. Here classes are made from it:
+those of this package and of modules that the user trusts, each of the kind that its group takes (`build.trusted`). No
+text of a checkpoint is interpolated, executed or written to. Its data set is only read: a folder with an index, or what
 the user has named. The shapes of its weights are compared with its settings before any memory is taken for them.
 """
 
 import functools
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.config.composer import option, our_options
+from diffusion.build.trusted import KINDS, annotations, component, nested, targets
 from diffusion.data.mixture import MixtureDataModule
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import SCHEMES
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.errors import Refusal
+from diffusion.models.network import lacking
 from diffusion.models.resolutions import resolutions
-from diffusion.process.schedule import Schedule
 from diffusion.runs.folder import RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.trained import Trained
 from diffusion.training.checkpoint import load
 from diffusion.training.ema import key_of, load_average
-
-
-@functools.cache
-def targets(group: str) -> tuple[str, ...]:
-    """What a checkpoint may ask to be built of a group: the classes and functions of this package that conf/ names."""
-    found = (option(group, name).get("_target_") for name in our_options(group))
-    return tuple(sorted({str(target) for target in found if str(target).startswith("diffusion.")}))
-
 
 MOST = {  # beyond every network and schedule; without limits settings of a few bytes would take all memory or time
     "model.image_size": 8192, "model.width": 65_536, "schedule.num_timesteps": 1_000_000, "data.num_points": 1 << 24,
@@ -63,20 +54,21 @@ def checkpoint_path(given: str) -> Path:
     return path
 
 
-def trained(given: str, ema: bool | float = True) -> Trained:
+def trained(given: str, ema: bool | float = True, trust: Sequence[str] = ()) -> Trained:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         given: a run folder or a .ckpt.
         ema: True: the averaged weights; False: the raw ones; a number: those of a further average, by its decay.
+        trust: modules outside this package that the checkpoint may name, as ["mine"].
 
     Raises:
-        ValueError: no checkpoint can be used, or it asks for something other than a model of this package.
+        ValueError: no checkpoint can be used, or it asks for something that may not be built.
     """
     path = checkpoint_path(given)
     found = load(path)
-    network = _network(found.config, path, found.state_dict)
-    schedule, kind = _schedule(found.config, path), found.config.at("objective.prediction", "epsilon")
+    network = _network(found.config, path, found.state_dict, trust)
+    schedule, kind = _made(found.config, "schedule", path, trust), found.config.at("objective.prediction", "epsilon")
     try:
         denoiser = NetworkDenoiser(network, schedule, kind)
     except ValueError as error:
@@ -90,33 +82,71 @@ def trained(given: str, ema: bool | float = True) -> Trained:
         with torch.no_grad():
             load_average(network, average, [p.data for p in network.parameters()])
     network.eval().requires_grad_(False)
-    return Trained(found.config, denoiser, found.step, path, {True: "ema", False: "raw"}.get(ema, f"ema {ema:g}"))
+    return Trained(
+        found.config, denoiser, found.step, path, {True: "ema", False: "raw"}.get(ema, f"ema {ema:g}"), tuple(trust)
+    )
 
 
-def _network(config: Recorded, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+def _network(config: Recorded, path: Path, state: Mapping[str, Tensor], trust: Sequence[str]) -> nn.Module:
     """The network that the settings describe, with these weights."""
-    settings = config.group("model")
+    ours = config.at("model._target_") in targets("model")
+    make = functools.partial(_made, config, "model", path, trust, **_arguments(config, path, state, ours))
+    with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and replaced
+        if ours:
+            network = _without_memory(make)
+            _check_state(network, path, state)
+            network.to_empty(device="cpu")
+        else:
+            try:
+                looked_at = _without_memory(make)
+            except Refusal:  # its code may need the values of its weights
+                looked_at = None
+            if looked_at is not None:
+                _check_state(looked_at, path, state)
+            network = make()  # with what it keeps beside its weights
+            _check_network(network, config, path)
+            _check_state(network, path, state)
+    network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
+    return network
+
+
+def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def _check_state(network: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse a state that is another network's."""
+    _check_shapes(path, "state_dict", {f"network.{n}": t for n, t in network.state_dict().items()}, state)
+
+
+def _check_network(network: nn.Module, config: Recorded, path: Path) -> None:
+    """Refuse a module of the user's own that is not a network, or that answers for other images than it was asked."""
+    if missing := lacking(network):
+        raise Refusal(
+            f"checkpoint={path}: model._target_={config.at('model._target_')} is not a network: it has no "
+            f"{', no '.join(missing)}. diffusion/models/network.py says what a network must offer."
+        )
+
+
+def _arguments(config: Recorded, path: Path, state: Mapping[str, Tensor], ours: bool) -> dict[str, Any]:
+    """The arguments of the network that follow from other settings; of ours, once these can be of such weights."""
+    settings, channels = config.group("model"), config.at("model.channels")
+    learned = config.at("objective.variance") == "learned"
+    found: dict[str, Any] = {"out_channels": channels * (1 + learned)} if isinstance(channels, int) else {}
+    if not ours:
+        return found
     for key in ("blocks", "blocks_per_level"):  # each block has weights of its own
         if isinstance(settings.at(key), int) and settings.at(key) > len(state):
             raise Refusal(f"checkpoint={path}: model.{key}={settings.at(key)}, but it holds {len(state)} weights.")
     levels, each = settings.at("multipliers"), settings.at("blocks_per_level")
     if isinstance(levels, list) and len(levels) * (each if isinstance(each, int) else 1) > len(state):
         raise Refusal(f"checkpoint={path}: model.multipliers asks for more blocks than there are weights.")
-    learned = config.at("objective.variance") == "learned"
-    channels = settings.at("channels")
-    own: dict[str, Any] = {"out_channels": 2 * channels} if learned and isinstance(channels, int) else {}
-    size, levels, asked = (settings.at(key) for key in ("image_size", "multipliers", "attention_resolutions"))
+    size, asked = settings.at("image_size"), settings.at("attention_resolutions")
     if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
-        there = resolutions(
-            size, len(levels)
-        )  # runs of former versions may ask for attention at sizes that never occur
-        own["attention_resolutions"] = [resolution for resolution in there if resolution in asked]
-    with torch.device("meta"):
-        network = _made(config, "model", path, **own)
-    _check_shapes(path, "state_dict", {f"network.{n}": t for n, t in network.state_dict().items()}, state)
-    network.to_empty(device="cpu")
-    network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
-    return network
+        there = resolutions(size, len(levels))  # former versions let it be asked for at sizes that never occur
+        found["attention_resolutions"] = [resolution for resolution in there if resolution in asked]
+    return found
 
 
 def _check_shapes(path: Path, what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -130,40 +160,31 @@ def _check_shapes(path: Path, what: str, wanted: Mapping[str, Tensor], found: Ma
             )
 
 
-def _schedule(config: Recorded, path: Path) -> Schedule:
-    return _made(config, "schedule", path)
-
-
-def _made(config: Recorded, group: str, path: Path, **arguments: Any) -> Any:
-    """The class or function that a group names, called with its values: one of TARGETS, plain values alone."""
-    target = _target(config, group, path)
+def _made(config: Recorded, group: str, path: Path, trust: Sequence[str], **arguments: Any) -> Any:
+    """What the class or function that a group names makes of the group's values; ours takes plain values alone."""
+    target, where = config.at(f"{group}._target_"), f"checkpoint={path}"
+    made = component(target, group, trust, where)
     values = {key: value for key, value in config.group(group).items() if not key.startswith("_")}
     for key, value in values.items():
         limit = MOST.get(f"{group}.{key}")
-        if isinstance(value, Recorded) or (isinstance(value, list) and any(map(_no_scalar, value))):
+        if target not in targets(group):
+            values[key] = nested(value, f"{group}.{key}", annotations(made).get(key, Any), trust, where)
+        elif isinstance(value, Recorded) or (isinstance(value, list) and any(map(_no_scalar, value))):
             raise Refusal(f"checkpoint={path}: {group}.{key} is a group of settings, where a plain value belongs.")
         if limit is not None and not (type(value) is int and 1 <= value <= limit):
             raise Refusal(f"checkpoint={path}: {group}.{key}={value}, expected an integer from 1 to {limit:,}.")
-    module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)(**values | arguments)
+        found = made(**values | arguments)
     except Exception as error:  # values of any kind, in code that expects those of conf/
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Refusal(f"checkpoint={path}: its {group} settings cannot be used: {first}") from error
+        raise Refusal(f"{where}: its {group} settings cannot be used: {first}") from error
+    if not isinstance(found, KINDS[group][0]):
+        raise Refusal(f"{where}: {group}._target_={target} has made {type(found).__name__}, not {KINDS[group][1]}.")
+    return found
 
 
 def _no_scalar(value: Any) -> bool:
     return not (value is None or isinstance(value, bool | int | float | str))
-
-
-def _target(config: Recorded, group: str, path: Path) -> str:
-    target = config.at(f"{group}._target_")
-    if target not in targets(group):
-        raise Refusal(
-            f"checkpoint={path} asks for {group}._target_={target}, which is not a class that a checkpoint may name: "
-            f"{', '.join(targets(group))}."
-        )
-    return target
 
 
 # ---- its data ----
@@ -180,11 +201,9 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
         ValueError: the data set does not exist or is a different one, or the checkpoint names a command or an address.
     """
     config, path = model.record, model.path
-    target = _target(config, "data", path)
+    kind = component(config.at("data._target_"), "data", model.trust, f"checkpoint={path}")
     if model.facts.points:
-        return _points(model, target)
-    module, _, name = target.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+        return _points(model)
     kind = kind if kind.prepare_data is ImageShardsDataModule.prepare_data else ImageShardsDataModule
     where = config.at("data.root") if root is None else root
     if root is None:
@@ -237,7 +256,7 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
         )
 
 
-def _points(model: Trained, target: str) -> MixtureDataModule:
+def _points(model: Trained) -> MixtureDataModule:
     """The mixture, which is drawn and not read."""
     given = model.record.group("data")
     number = given.at("num_points") or 0

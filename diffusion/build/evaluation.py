@@ -58,7 +58,7 @@ def evaluation(cfg: DictConfig) -> Evaluation:
         ValueError: the checkpoint cannot be used, or what is asked for cannot be measured of its model.
     """
     place = Place.of(take(cfg.trainer, Compute))
-    model = door.trained(cfg.checkpoint, cfg.ema)
+    model = door.trained(cfg.checkpoint, cfg.ema, cfg.trust)
     check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)
     swept = cfg.task == "sweep"
     scored = ["fid"] if swept else [metric for metric in cfg.metrics if not known(metric).from_model]

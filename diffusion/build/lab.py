@@ -57,7 +57,7 @@ def subject_of(cfg: DictConfig) -> Subject:
     if cfg.checkpoint is None:
         name = cfg.toy or ("gaussian" if cfg.task == "errors" else "modes")
         return Subject(parts.schedule(cfg), last(cfg.schedule._target_), toy_of(name, cfg), name)
-    model = door.trained(cfg.checkpoint, cfg.ema)
+    model = door.trained(cfg.checkpoint, cfg.ema, cfg.trust)
     mixture = door.data_of(model).mixture if model.facts.points else None
     of = lambda split: door.data_of(model, cfg.data.root, split)  # noqa: E731
     name = model.record.at("data.toy") or model.data_name

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from diffusion.data.prepare.image import Background, Crop, Resize, Stored
-from diffusion.settings import AtLeast, Between, Count, Distinct, Each, Filled, Number, Seed, Share
+from diffusion.settings import AtLeast, Between, Count, Distinct, Each, Filled, Matching, Number, Seed, Share
 
 Labels = Annotated[list[int], Each(AtLeast(0), "class numbers, from 0 on")]
 Average = bool | Annotated[float, Between(0, 1, ends="[)")]
+Trust = Annotated[list[str], Each(Matching(r"[A-Za-z_][\w.]*", "name of a module"), "names of modules, as [mine]")]
 Metrics = Annotated[list[str], Distinct()]
 
 
@@ -36,6 +37,7 @@ class Sample(Command):
     num_images: Count
     labels: Labels
     ema: Average
+    trust: Trust
     batch_size: Count
     grid_images: Count
     png: bool
@@ -62,6 +64,7 @@ class Evaluate(Command):
     neighbours: Number
     num_images: Count
     ema: Average
+    trust: Trust
     batch_size: Count
     samples: str | None
     overwrite: bool
@@ -73,6 +76,7 @@ class Lab(Command):
     task: Literal["equivalence", "forward", "reverse", "modes", "errors"]
     checkpoint: str | None
     ema: Average
+    trust: Trust
     out: str | None
     toy: Literal["modes", "rings", "moons", "checkerboard", "gaussian"] | None
     samplers: Annotated[list[str], Distinct(), Filled("give some of the group sampler")]

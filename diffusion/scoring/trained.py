@@ -10,13 +10,18 @@ from diffusion.runs.recorded import Facts, Recorded
 
 
 class Trained(NamedTuple):
-    """A model out of a checkpoint: its denoiser with the chosen weights, and what the checkpoint says of its run."""
+    """A model out of a checkpoint: its denoiser with the chosen weights, and what the checkpoint says of its run.
+
+    Args:
+        weights: "ema", "raw", or which further average. trust: modules outside this package that it may name.
+    """
 
     record: Recorded
     denoiser: NetworkDenoiser
     step: int
     path: Path
     weights: str
+    trust: tuple[str, ...] = ()
 
     @property
     def facts(self) -> Facts:

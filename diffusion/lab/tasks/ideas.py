@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.config.words import PACKAGE
+from diffusion.config.composer import PACKAGE
 from diffusion.lab.page import Function, Idea
 
 

@@ -1,0 +1,165 @@
+"""Code of a user's own, in a file and a YAML outside the checkout: a network trains, resumes, samples, scores, reports;
+what a checkpoint names is built only if it is of its kind and trusted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, rows
+
+SMALL = ["+experiment=digits", "model=dit", "trainer=cpu", "trainer.threads=1", "trainer.max_steps=24"]
+SMALL += ["save.every_steps=6", "callbacks.score.num_images=20", "callbacks.grid.num_images=4"]
+SMALL += ["sampler.num_steps=2", "data.batch_size=16"]
+YAML = """_target_: own_network.DiT
+image_size: ${data.image_size}
+channels: ${data.channels}
+num_classes: ${data.num_classes}
+width: 16
+activation: {_target_: own_network.Swish}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of a user's own: the module, and conf/model/dit.yaml beside it."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copy(ROOT / "tests" / "own_network.py", folder)
+    (folder / "conf" / "model").mkdir(parents=True)
+    (folder / "conf" / "model" / "dit.yaml").write_text(YAML)
+    return folder
+
+
+def start(place: Path, name: str, *words: str) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"diffusion.{name}", *words], cwd=place, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(place, digits):
+    """A run that was killed once and went on, beside one that nothing interrupted: runs/killed and runs/whole."""
+    words = ["--config-dir", "conf", *SMALL, f"data.root={digits}"]
+    process, end = start(place, "train", *words, "run_dir=runs/killed"), time.monotonic() + 120
+    while not (place / "runs/killed/checkpoints/step_00000006.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = ended(start(place, "train", *words, "run_dir=runs/killed"))
+    assert "going on from step" in first
+    second = ended(start(place, "train", *words[2:], "run_dir=runs/whole", "hydra.searchpath=[conf]"))
+    assert "trust=[own_network]" in second, "training says what loading will need"
+    return place / "runs" / "killed"
+
+
+def test_it_resumes_to_the_same_bits(run):
+    ours, theirs = (
+        torch.load(run.parent / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("killed", "whole")
+    )
+    for key in ("state_dict", "ema"):
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in theirs[key])
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("sample", ["out=samples", "num_images=2"]),
+        pytest.param("evaluate", ["num_images=20", "metrics=[fid]", "sampler.num_steps=2"], marks=pytest.mark.slow),
+        pytest.param(
+            "lab",
+            ["task=errors", "errors.num_images=4", "errors.times=2", "sampler.num_steps=2", "out=lab"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["sample", "evaluate", "lab"],
+)
+def test_each_command_loads_it_when_its_module_is_trusted_and_else_names_the_cure(run, name, words, place):
+    without = ended(start(place, name, f"checkpoint={run}", *words), 2)
+    assert "model._target_=own_network.DiT" in without and "give trust=[own_network]" in without
+    assert without.count("\n") == 1
+    ended(start(place, name, f"checkpoint={run}", *words, "trust=[own_network]"))
+
+
+def test_its_scores_are_in_the_report(run, place):
+    assert rows(run / "results.jsonl")["fid"]["value"] > 0
+    ended(start(place, "report", "runs=runs"))
+
+
+@pytest.fixture
+def inside_place(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.chdir(place)
+    return place
+
+
+def changed(run: Path, folder: Path, change) -> Path:
+    """A copy of the checkpoint with another configuration."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(content["config"])
+    torch.save(content, folder / "changed.ckpt")
+    return folder / "changed.ckpt"
+
+
+TARGETS = [  # (key of the configuration, what it names, modules that are trusted)
+    ("model", "os.system", ["own_network"]),
+    ("model", "os.system", ["os"]),
+    ("model", "subprocess.Popen", ["subprocess"]),
+    ("model", "diffusion.files.write_atomically", ["diffusion"]),
+    ("model", "diffusion.process.schedule.vp_linear", ["diffusion.process.schedule"]),
+    ("model", "own_network.write_canary", ["own_network"]),
+    ("model.activation", "own_network.write_canary", ["own_network"]),
+    ("model.activation", "os.system", ["own_network"]),
+    ("model.activation", "builtins.exec", ["own_network", "builtins"]),
+    ("schedule", "own_network.write_canary", ["own_network"]),
+    ("schedule", "own_network.DiT", ["own_network"]),
+    ("schedule", "os.system", ["own_network", "os"]),
+    ("model", "own_network.Missing", ["own_network"]),
+    ("model", "nowhere.Net", ["nowhere"]),
+    ("model", "DiT", ["own_network"]),
+    ("model", 3, ["own_network"]),
+]
+
+
+@pytest.mark.parametrize("group, target, trust", TARGETS, ids=[f"{g}-{t}-{'+'.join(m)}" for g, t, m in TARGETS])
+def test_what_is_of_another_kind_or_not_trusted_is_named_and_not_built(
+    run, group, target, trust, inside_place, tmp_path, call, monkeypatch
+):
+    def change(config):
+        *path, last = group.split(".")
+        for name in path:
+            config = config[name]
+        config[last] = {"_target_": target, "path": "canary", "command": "touch canary"} | (
+            {k: v for k, v in config[last].items() if k != "_target_"} if group == "model" else {}
+        )
+
+    monkeypatch.chdir(tmp_path)
+    path = changed(run, tmp_path, change)
+    status, out = call("sample", f"checkpoint={path}", "out=samples", f"trust=[{','.join(trust)}]")
+    assert status == 2 and str(target) in out and out.count("error:") == 1 and "Traceback" not in out, out
+    assert not list(tmp_path.rglob("canary")) and not (tmp_path / "samples").exists()
+
+
+def test_an_own_network_is_loaded_whole_with_what_is_in_no_checkpoint(run, inside_place):
+    from diffusion.build import door
+
+    state = torch.get_rng_state()
+    network = door.trained(str(run), trust=["own_network"]).denoiser.network
+    assert torch.equal(torch.get_rng_state(), state)
+    side = torch.linspace(-1, 1, 16)[:, None] * torch.arange(1, 17)
+    assert torch.equal(network.position, side.sin()) and np.isfinite(network.position.numpy()).all()
+    assert type(network.time[1]).__name__ == "Swish"
