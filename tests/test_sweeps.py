@@ -1,4 +1,4 @@
-"""Sweeps (-m): each value in the form of its kind, a word with an effect in some jobs alone, refusals before all."""
+"""Sweeps (-m): values in the form of their kind, words with an effect in some jobs alone, refusals before all."""
 
 import pytest
 from omegaconf import OmegaConf

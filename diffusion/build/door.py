@@ -59,7 +59,8 @@ def trained(given: str, ema: bool | float = True, trust: Sequence[str] = ()) -> 
 
     Args:
         given: a run folder or a .ckpt.
-        ema: True: the averaged weights; False: the raw ones; a number: those of a further average, by its decay.
+        ema: True: the averaged weights; False: the raw ones; a number: those of an average by its decay, that of
+            ema.decay or a further one.
         trust: modules outside this package that the checkpoint may name, as ["mine"].
 
     Raises:
@@ -73,18 +74,28 @@ def trained(given: str, ema: bool | float = True, trust: Sequence[str] = ()) -> 
         denoiser = NetworkDenoiser(network, schedule, kind)
     except ValueError as error:
         raise Refusal(f"checkpoint={path}: its settings cannot be used: {error}") from error
+    decay = found.config.at("ema.decay")
+    main = key_of(decay) if isinstance(decay, int | float) else None
+    if not isinstance(ema, bool) and key_of(ema) == main:
+        ema = True
     if ema is not False:
         average = found.ema if ema is True else found.emas.get(key_of(ema))
         if average is None:
-            there = ", ".join(["true", "false", *found.emas])
+            there = ", ".join(["true", "false", *([main] if main else []), *found.emas])
             raise Refusal(f"ema={ema}: checkpoint={path} has no average of this decay. It has: {there}.")
         _check_shapes(path, "ema", {n: p for n, p in network.named_parameters()}, average)
         with torch.no_grad():
             load_average(network, average, [p.data for p in network.parameters()])
     network.eval().requires_grad_(False)
-    return Trained(
-        found.config, denoiser, found.step, path, {True: "ema", False: "raw"}.get(ema, f"ema {ema:g}"), tuple(trust)
-    )
+    return Trained(found.config, denoiser, found.step, path, weights_of(ema), tuple(trust))
+
+
+def weights_of(ema: bool | float) -> str:
+    """What the chosen weights are called in results: ema, raw, or `ema 0.999` of a further average. Two decays have two
+    names; one of six digits or less has that which former versions gave it."""
+    if isinstance(ema, bool):
+        return "ema" if ema else "raw"
+    return f"ema {ema:g}" if float(f"{ema:g}") == ema else f"ema {ema!r}"
 
 
 def _network(config: Recorded, path: Path, state: Mapping[str, Tensor], trust: Sequence[str]) -> nn.Module:

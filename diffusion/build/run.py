@@ -98,7 +98,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     looks = _looks(cfg.callbacks)
     choice = take(cfg.extractor, Choice)
     at_once = looks.enabled and cfg.metrics and choice.name != "digits"
-    copies = 2 + states_of(parts.optimizer(cfg))  # weights, average, what the optimizer keeps of each
+    copies = 2 + len(cfg.ema.decays) + states_of(parts.optimizer(cfg))  # weights, averages, what the optimizer keeps
     return Parts(
         cfg.name,
         cfg.debug,
