@@ -174,11 +174,16 @@ def test_what_cannot_be_measured_is_refused(bits, model, root):
         ({"variance": "medium"}, "likelihood.variance=medium must be one of small, large, learned"),
         ({"num_images": 0}, "likelihood.num_images=0 must be at least 1"),
         ({"probes": -1}, "likelihood.probes=-1 must be at least 0"),
+        ({"tolerance": 2}, r"likelihood.tolerance=2 is outside \(0, 1\)"),
+        ({"start": 0}, "likelihood.start=0 must be above 0"),
     ):
         with pytest.raises(Refusal, match=mentions):
             bits(**settings)
     with pytest.raises(Refusal, match="likelihood.variance=learned"):
         Bits(fixed_variance(model, {}), WHERE, door.data_of(model), Settings(variance="learned"))
+    with pytest.raises(ValueError, match=rf"likelihood.start=12.0 is outside \(0, schedule.num_timesteps={T}\)"):
+        bits(by="ode", start=12.0)
+    assert bits(start=12.0)  # the bound has no flow
     with pytest.raises(Refusal, match="the data set has"):
         Bits(model, WHERE, ImageShardsDataModule(root, batch_size=1), Settings())
 

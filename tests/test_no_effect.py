@@ -63,6 +63,7 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("evaluate", EVALUATE, "likelihood.num_images=4", "metrics=[fid,is]"),
     ("evaluate", [*SWEEP, "metrics=[fid]"], "likelihood.num_images=4", "task=sweep"),
     ("evaluate", BITS, "likelihood.probes=3", "likelihood.by=bound"),
+    ("evaluate", BITS, "likelihood.start=0.2", "likelihood.by=bound"),
     ("evaluate", [*BITS, "likelihood.by=ode", "likelihood.probes=0"], "likelihood.probe=gaussian", "the exact trace"),
     ("evaluate", [*BITS, "likelihood.by=ode"], "likelihood.variance=large", "likelihood.by=ode"),
     ("evaluate", IMAGES, "images_split=test", "images=x is not a data set"),

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from conftest import inside, rows
 
+from diffusion.build.evaluation import evaluation
+from diffusion.config.compose import composed
 from diffusion.distributed.ranks import Ranks
 from diffusion.process.schedule import ve_geometric
 from diffusion.samplers.predictor_corrector import LangevinCorrector, PredictorCorrector
 from diffusion.scoring.bits import Bits
+from diffusion.scoring.evaluation import MEASURED
 from diffusion.scoring.pieces import Pieces, batches, united, without
 from diffusion.scoring.sampling import Sampling
 
@@ -301,6 +304,32 @@ def test_a_likelihood_goes_on_in_other_batches(run, call, tmp_path, monkeypatch)
     a, b = (rows(tmp_path / f"{name}.jsonl")["bits_per_dim"] for name in "ab")
     assert a["value"] == pytest.approx(b["value"], rel=0.02) and a["num_images"] == 7
     assert a["batch_sizes"] == "2 and 3" and a["batch_size"] == 3 and "batch_sizes" not in b
+
+
+def test_the_room_of_a_likelihood_is_asked_for_with_and_without_a_folder_for_samples(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"checkpoint={run}", *QUICK, "metrics=[fid,bits_per_dim]", "num_images=30", "out=a.jsonl"]
+    rooms = {name: evaluation(composed("evaluate", [*words, *more])).rooms() for name, more in
+             (("plain", []), ("kept", ["samples=s"]))}  # fmt: skip
+    likelihood = 8 * (2 + 3 * 1000) * 1797  # float64 terms of every level
+    (plain,), (samples, other) = rooms["plain"], rooms["kept"]
+    assert plain.what == "30 images and the likelihood of 1,797 images" and plain.needs > likelihood
+    assert (samples.key, samples.what) == (
+        "samples",
+        "30 images",
+    ) and samples.needs == plain.needs - likelihood + 30 * 64
+    assert (other.key, other.what, other.needs) == ("out", "the likelihood of 1,797 images", likelihood)
+
+
+def test_terms_of_another_likelihood_are_not_called_images_of_a_sampling(tmp_path, capsys):
+    def pieces(about):
+        return Pieces(tmp_path / "p", about, Ranks(), 4, 2, what=MEASURED)
+
+    with pieces("a") as first:
+        first.write(KIND, first.missing(KIND)[0], {"x": np.zeros(2)})
+    with pieces("b") as second:
+        assert len(second.missing(KIND)) == 2
+    assert ": 2 images measured in another way are removed: it was made in another way." in capsys.readouterr().out
 
 
 # ---- a run's own ----

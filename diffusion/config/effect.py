@@ -135,7 +135,7 @@ TABLE = (
          "metrics=[bits_per_dim] samples nothing and scores no samples", "metrics=[fid,bits_per_dim]"),
     Idle("evaluate", "likelihood.*", swept, "task=sweep measures FID", "task=score metrics=[bits_per_dim]"),
     Idle("evaluate", "likelihood.*", no_likelihood, "metrics={metrics}", "metrics=[bits_per_dim]"),
-    Idle("evaluate", "likelihood.probes likelihood.probe likelihood.tolerance",
+    Idle("evaluate", "likelihood.probes likelihood.probe likelihood.start likelihood.tolerance",
          lambda cfg: cfg.likelihood.by == "bound", "likelihood.by=bound", "likelihood.by=ode {word}"),
     Idle("evaluate", "likelihood.probe", lambda cfg: cfg.likelihood.probes == 0,
          "likelihood.probes=0 computes the exact trace", "likelihood.probes=1"),

@@ -18,7 +18,7 @@ result within the tolerance.
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,12 @@ from torch import Tensor
 from diffusion.images import LEVELS_PER_UNIT, from_uint8
 from diffusion.noise import Stream, keys, normal, uniforms
 from diffusion.process.schedule import Denoiser, Schedule
+from diffusion.settings import Between, settings
 
 START = 0.1  # time at which the flow begins: sigma 1e-3 under vp_linear, as in Song et al.'s code
 TOLERANCE = 1e-5  # of the solver, absolute and relative, as there
 PROBES = ("rademacher", "gaussian")
+Tolerance = Annotated[float, Between(0, 1, ends="()")]
 
 
 class Flowed(NamedTuple):
@@ -67,13 +69,20 @@ class FlowBound(NamedTuple):
     nfe: float
 
 
+def check_start(start: float, schedule: Schedule) -> None:
+    """ValueError if the flow cannot begin at this time under a schedule."""
+    if not 0 < start < schedule.num_timesteps:
+        raise ValueError(f"likelihood.start={start} is outside (0, schedule.num_timesteps={schedule.num_timesteps}).")
+
+
+@settings("likelihood")
 def log_likelihood(
     denoise: Denoiser,
     schedule: Schedule,
     x: Tensor,
     probes: Tensor | None = None,
     start: float = START,
-    tolerance: float = TOLERANCE,
+    tolerance: Tolerance = TOLERANCE,
 ) -> Flowed:
     """log p(x) by the flow from time `start` to T, for the x of that time.
 
@@ -89,11 +98,8 @@ def log_likelihood(
     Raises:
         ValueError: start or tolerance out of its range.
     """
+    check_start(start, schedule)
     top = schedule.num_timesteps
-    if not 0 < start < top:
-        raise ValueError(f"likelihood.start={start} is outside (0, schedule.num_timesteps={top}).")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"likelihood.tolerance={tolerance} is outside (0, 1).")
     dims, low, high = x[0].numel(), _asinh_ratio(schedule, start), _asinh_ratio(schedule, top)
     columns = 1 if probes is None else len(probes)
 

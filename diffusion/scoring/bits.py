@@ -24,7 +24,7 @@ from diffusion.denoiser import Clipped
 from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
 from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, summarise
-from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, flow_bits, summarise_flow
+from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, Tolerance, check_start, flow_bits, summarise_flow
 from diffusion.metrics.extractors import full_precision
 from diffusion.noise import Stream, permutation
 from diffusion.process.kernels import Variance
@@ -52,7 +52,7 @@ class Settings:
         variance: of the reverse step, for the bound: "small", "large", "learned"; None: what the model was trained or
             is sampled with.
         probes: of Hutchinson's estimate, 0 for the exact trace. probe: "rademacher" or "gaussian".
-        start: time at which the flow begins. tolerance: of its solver.
+        start: time at which the flow begins, in (0, T). tolerance: of its solver, absolute and relative, in (0, 1).
 
     Raises:
         ValueError: a value that is not allowed.
@@ -66,8 +66,8 @@ class Settings:
     variance: Variance | None = None
     probes: Number = 1
     probe: Literal["rademacher", "gaussian"] = "rademacher"
-    start: float = START
-    tolerance: Positive = TOLERANCE
+    start: Positive = START
+    tolerance: Tolerance = TOLERANCE
 
 
 class Bits:
@@ -79,7 +79,7 @@ class Bits:
         data: name of the data set; None: the model's own.
 
     Raises:
-        Refusal: the images are not the model's, or the variance is not there.
+        ValueError: the images are not the model's, the variance is not there, or the flow cannot begin at `start`.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class Bits:
         self.variance = settings.variance or variance_of(model)
         if settings.by == "bound" and self.variance == "learned" and not model.learns_variance:
             raise Refusal("likelihood.variance=learned: this network predicts no variance; give small or large.")
+        if settings.by == "ode":
+            check_start(settings.start, model.denoiser.schedule)
         shape, found = model.image_shape, (module.channels, module.image_size, module.image_size)
         if shape != found:
             raise Refusal(f"The model makes images of {shape} (channels, height, width), the data set has {found}.")

@@ -34,6 +34,7 @@ from diffusion.scoring.trained import Trained
 from diffusion.settings import Count, Distinct, settings
 
 TERMS = "terms_*"  # of a likelihood
+MEASURED = "images measured in another way"
 
 
 @settings("sweep")
@@ -128,19 +129,20 @@ class Evaluation:
 
     def rooms(self) -> list[Room]:
         """The folders that are written to, and what they need."""
-        key, folder, needs, written, what = self.output.key, self.output.folder, 0, 0, []
+        here, apart = [], []  # (bytes, what they are for)
         if self.against is not None:
             galleries = [self.gallery(recipe, Ranks(), self.place) for recipe in self.recipes()]
             needs = max(gallery.needs(self.against.extractor) for gallery in galleries)
-            written = galleries[0].written()
-            what.append(f"{self.num_images:,} images")
-        if self.samples is not None:
-            return [Room("samples", self.samples.folder, needs + written, " and ".join(what)), Room(key, folder)]
+            what = f"{self.num_images:,} images"
+            if self.samples is None:
+                here.append((needs, what))
+            else:
+                apart.append(Room("samples", self.samples.folder, needs + galleries[0].written(), what))
         if self.likelihood is not None:
             bits = self.bits(self.place, Ranks())
-            needs += bits.needs()
-            what.append(f"the likelihood of {len(bits.numbers()):,} images")
-        return [Room(key, folder, needs, " and ".join(what))]
+            here.append((bits.needs(), f"the likelihood of {len(bits.numbers()):,} images"))
+        whole = sum(needs for needs, _ in here)
+        return [*apart, Room(self.output.key, self.output.folder, whole, " and ".join(what for _, what in here))]
 
     # ---- the work, on all ranks ----
 
@@ -225,7 +227,7 @@ class Evaluation:
         count = len(bits.numbers())
         identity = [self.model.identity(), bits.identity(), bits.module.index.digest, count]
         folder = self.output.pieces / f"likelihood_{digest_of(identity)}"
-        self._pieces.append(Pieces(folder, identity, ranks, count, bits.settings.batch_size))
+        self._pieces.append(Pieces(folder, identity, ranks, count, bits.settings.batch_size, what=MEASURED))
         return self._pieces[-1]
 
     # ---- parts ----

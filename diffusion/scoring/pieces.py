@@ -59,6 +59,7 @@ class Pieces:
             then. None: the folder is the program's own; other work in it is begun anew, with a line that says so.
         overwrite: begin anew also where a setting names the folder.
         differences: between two contents of about.json, in words; [] if they decide the same arrays.
+        what: other work in the folder, in words after the number of its things.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Pieces:
         setting: str | None = None,
         overwrite: bool = False,
         differences: Callable[[Any, Any], list[str]] = unequal,
+        what: str = "images of another sampling",
     ) -> None:
         self.folder, self.about, self.ranks, self.total, self.batch_size = folder, about, ranks, total, batch_size
-        self.setting, self.overwrite, self.differences = setting, overwrite, differences
+        self.setting, self.overwrite, self.differences, self.what = setting, overwrite, differences, what
         self._held = contextlib.ExitStack()
         self._begun = False
         self._cover: dict[str, list[range]] = {}
@@ -94,7 +96,7 @@ class Pieces:
         found = [] if self.setting is None or self.overwrite else self._differences()
         if found:
             raise ValueError(
-                f"{self.setting} holds {self._count():,} images of another sampling: {'; '.join(found)}. "
+                f"{self.setting} holds {self._count():,} {self.what}: {'; '.join(found)}. "
                 f"Give the same settings, another folder, or overwrite=true."
             )
 
@@ -117,7 +119,7 @@ class Pieces:
         found = self._differences()
         if found:
             where = self.setting or self.folder
-            print(f"{where}: {self._count():,} images of another sampling are removed: {'; '.join(found)}.", flush=True)
+            print(f"{where}: {self._count():,} {self.what} are removed: {'; '.join(found)}.", flush=True)
         self._begun = True
         if found or not self._files():
             shutil.rmtree(self.folder, ignore_errors=True)
