@@ -314,10 +314,8 @@ def test_the_room_of_a_likelihood_is_asked_for_with_and_without_a_folder_for_sam
     likelihood = 8 * (2 + 3 * 1000) * 1797  # float64 terms of every level
     (plain,), (samples, other) = rooms["plain"], rooms["kept"]
     assert plain.what == "30 images and the likelihood of 1,797 images" and plain.needs > likelihood
-    assert (samples.key, samples.what) == (
-        "samples",
-        "30 images",
-    ) and samples.needs == plain.needs - likelihood + 30 * 64
+    kept = ("samples", "30 images", plain.needs - likelihood + 30 * 64)
+    assert (samples.key, samples.what, samples.needs) == kept
     assert (other.key, other.what, other.needs) == ("out", "the likelihood of 1,797 images", likelihood)
 
 
