@@ -10,8 +10,11 @@ from conftest import inside
 from inceptions import OWN
 from torch import nn
 
+from diffusion.build.parts import metrics
 from diffusion.data.shards.writer import ShardWriter
 from diffusion.metrics.extractors import Extractor
+from diffusion.metrics.metric import try_out
+from diffusion.metrics.takes import Takes
 
 TINY = ["trainer=cpu", "trainer.max_steps=1", "data.batch_size=4", "model.multipliers=[1]", "schedule.num_timesteps=20"]
 TINY += ["model.attention_resolutions=[]", "model.blocks_per_level=1", "schedule.beta_end=0.6", "sampler.num_steps=2"]
@@ -103,12 +106,12 @@ def test_what_scores_and_logs_need_is_tried_first(words, mention, digits, call, 
     ("row", "for 2 images"), ("one class", "is needs logits of at least 2 classes"),
 ])  # fmt: skip
 def test_an_extractor_is_tried_on_two_images(wrong, says):
-    extractor = Extractor("own", Odd(wrong), channels=1, image_size=None, digest="")
+    extractor = Extractor("own", Odd(wrong), Takes(1), "")
     with pytest.raises(ValueError, match="own") as refused:
-        extractor.try_out(1, 8, ["fid", "is"])
+        try_out(extractor, 1, 8, metrics(["fid", "is"]))
     assert says in str(refused.value)
     if wrong == "one class":
-        extractor.try_out(1, 8, ["fid"])
+        try_out(extractor, 1, 8, metrics(["fid"]))
 
 
 def test_a_metric_needs_enough_real_images(digits, call, tmp_path):
@@ -118,7 +121,7 @@ def test_a_metric_needs_enough_real_images(digits, call, tmp_path):
     shutil.copy(digits / "classifier.safetensors", tmp_path / "set")
     words = [*TINY, *FEW, "data.batch_size=1", "metrics=[precision]", f"data.root={tmp_path / 'set'}", "run_dir=run"]
     status, out = call("train", *words)
-    assert_refused(status, out, "precision needs at least 4 images, here are 3", tmp_path, ["set"])
+    assert_refused(status, out, "precision needs at least 4 real images, here are 3", tmp_path, ["set"])
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ def test_a_run_of_the_shape_of_cifar10_is_scored_by_inception_beside_the_paper(t
 WRONG = {
     "one real image for FID": (
         ["reference=one.npz", "metrics=[fid]"],
-        "reference=one.npz: fid needs at least 2 images",
+        "reference=one.npz: fid needs at least 2 real images",
     ),
     "one image for IS": (["num_images=9", "metrics=[is]"], "num_images=9: is needs at least 10 images"),
     "an unknown metric": (["metrics=[fid,sfid]"], "Unknown metric: sfid. Did you mean fid?"),

@@ -145,3 +145,27 @@ def test_what_the_score_based_family_cannot_be_is_refused_before_anything_is_bui
     with pytest.raises(Refusal) as refused:
         check(composed("+experiment=gmm", *words))
     assert all(mention in str(refused.value) for mention in mentions)
+
+
+@pytest.mark.parametrize(
+    "words, mentions",
+    [
+        (["callbacks.score.num_images=9"], "callbacks.score.num_images=9: is needs at least 10 images"),
+        (["callbacks.score.num_images=3", "metrics=[precision]"], "precision needs at least 4 images, here are 3"),
+        (["callbacks.score.every_steps=5", "callbacks.score.during.num_images=1"], "during.num_images=1: fid needs"),
+        (["data=cifar10", "data.image_size=8", "metrics=[is]"], "extractor=digits takes 1-channel images of 8x8"),
+        (["extractor=inception", "metrics=[kid]"], "extractor=inception takes 3-channel images of any size, and data"),
+        (["extractor=custom", "extractor.name=a", "extractor.target=b", "extractor.image_size=9",
+          "extractor.channels=1"], "extractor=a takes 1-channel images of 9x9 pixels, and data.image_size=8: give"),
+    ],
+)  # fmt: skip
+def test_scores_that_a_run_could_not_make_are_refused_before_it_trains(words, mentions):
+    with pytest.raises(Refusal) as refused:
+        check(composed("+experiment=digits", *words))
+    assert mentions in str(refused.value)
+
+
+def test_a_metric_of_few_images_may_be_asked_for_of_few():
+    check(composed("+experiment=digits", "metrics=[fid]", "callbacks.score.num_images=2"))
+    check(composed("+experiment=digits", "callbacks.score.during.num_images=1"))  # which nothing is scored of
+    check(composed("+experiment=digits", "extractor=inception", "metrics=[]"))

@@ -53,7 +53,7 @@ WRONG = {
     "train data.lanes=true": "an integer or null",
     "train trainer.threads=1.5": "an integer or null",
     "train callbacks.score.during.num_steps=1.5": "an integer or null",
-    "train callbacks.score.num_images=1": "must be at least 10",
+    "train callbacks.score.num_images=1": "fid needs at least 2 images, here are 1",
     "train callbacks.grid.every_steps=-1": "must be at least 0",
     "train seed=-1": "outside [0, 9223372036854775807]",
     "train seed=true": "an integer; the default is seed=0",

@@ -6,6 +6,7 @@ import torch
 from inceptions import Small, write_random_inception
 
 from diffusion.build.parts import metrics
+from diffusion.config.metrics import known, names
 from diffusion.metrics import reference as references
 from diffusion.metrics.extractors import CHUNK, Extractor, Features, inception
 from diffusion.metrics.frechet import fid_by_class
@@ -13,7 +14,9 @@ from diffusion.metrics.inception_score import inception_score
 from diffusion.metrics.metric import scores
 from diffusion.metrics.moments import BLOCK, Moments, frechet
 from diffusion.metrics.nearest import nearest
+from diffusion.metrics.published.place import against_real, of_samples
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, store, stored
+from diffusion.metrics.takes import Takes
 
 
 def pictures(count: int, seed: int, size: int = 32) -> torch.Tensor:
@@ -27,7 +30,7 @@ def reference(features: torch.Tensor, labels: torch.Tensor | None = None) -> Ref
 
 
 def small_extractor() -> Extractor:
-    return Extractor("small", Small(), channels=3, image_size=None, digest="0" * 64)
+    return Extractor("small", Small(), Takes(3), "0" * 64)
 
 
 # ---- moments and FID ----
@@ -145,6 +148,28 @@ def test_the_inception_score_is_its_definition():
     assert 2 < found["is"] < 10
 
 
+@pytest.mark.parametrize("name", [name for name in names() if not known(name).from_model])
+def test_a_metric_is_computed_of_as_many_images_as_its_class_says(name):
+    """And what is known of it without importing it is what its class says."""
+    (metric,), said = metrics([name]).values(), known(name)
+    for key in ("title", "least_images", "least_real", "compares", "least_classes", "from_model", "beside"):
+        assert getattr(metric, key) == getattr(said, key, getattr(metric, key)), key
+    assert (of_samples({"name": name}), against_real({"name": name})) == (True, metric.compares)
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    least, real = said.least_images, max(said.real_images, 1)
+    assert np.isfinite(scores({name: metric}, Features(x[:least], x[:least]), reference(x[:real]))[name][name])
+    with pytest.raises(ValueError, match=f"{metric.title} of {least - 1} image.*at least {least} "):
+        scores({name: metric}, Features(x[: least - 1], x[: least - 1]), reference(x))
+    if metric.compares:
+        with pytest.raises(ValueError, match=f"against {real - 1} real image.*at least {real} "):
+            scores({name: metric}, Features(x, x), reference(x[: real - 1]))
+
+
+def test_a_likelihood_is_no_score_of_samples():
+    assert known("bits_per_dim").from_model and not of_samples({"name": "bits_per_dim"})
+    assert not against_real({"name": "bits_per_dim"}) and known("bits_per_dim").real_images == 0
+
+
 # ---- extractors ----
 
 
@@ -160,7 +185,7 @@ def test_features_that_are_not_finite_are_refused():
     network = Small()
     network.head.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="extractor=broken gives features that are not finite"):
-        Extractor("broken", network, 3, None, "")([pictures(3, 0)])
+        Extractor("broken", network, Takes(3), "")([pictures(3, 0)])
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from diffusion.build.extractors import classifier_places, digit_extractor, reference_folders
 from diffusion.build.run import Parts
-from diffusion.config.check import check_number, refuse_blocked
-from diffusion.config.metrics import known
+from diffusion.config.check import check_real, refuse_blocked
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import is_remote
 from diffusion.files import obstacle
+from diffusion.metrics.metric import try_out
 from diffusion.runs.folder import RunFolder
 
 
@@ -32,10 +32,9 @@ def look(run: Parts) -> None:
     if extractor is None and (weights := classifier_of(run)) is not None:
         extractor = digit_extractor([weights], run.choice.sha256, None)
     if extractor is not None:
-        extractor.try_out(network.channels, network.image_size, run.metrics)
+        try_out(extractor, network.channels, network.image_size, run.metrics)
     if is_remote(data.root) or (Path(data.root) / INDEX_NAME).is_file():
-        compared = [metric for metric in run.metrics if known(metric).compares]
-        check_number(compared, data.num_images, f"data.root={data.root}")
+        check_real(run.metrics, data.num_images, f"data.root={data.root}")
         warn_of_reference(data)
 
 

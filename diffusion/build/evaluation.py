@@ -8,7 +8,7 @@ from diffusion.build import door, extractors, parts
 from diffusion.build.extractors import Choice
 from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
-from diffusion.config.check import check_guidance, check_number
+from diffusion.config.check import check_guidance, check_number, check_real
 from diffusion.config.effect import typed
 from diffusion.config.metrics import known
 from diffusion.data.image_files import ImageFiles
@@ -21,6 +21,7 @@ from diffusion.distributed.ranks import Ranks
 from diffusion.errors import Refusal
 from diffusion.files import obstacle
 from diffusion.metrics.extractors import Extractor
+from diffusion.metrics.metric import try_out
 from diffusion.metrics.reference import Reference
 from diffusion.runs.folder import RunFolder
 from diffusion.scoring.against import Against, Given, Output, image_set, image_size, labelled
@@ -126,9 +127,10 @@ def against_of(
 ) -> Against:
     """The same, once the sets are there and held against each other."""
     scored = list(cfg.metrics) if scored is None else scored
-    extractor.try_out(extractor.channels, size[0], scored)
+    metrics = parts.metrics(scored)
+    try_out(extractor, extractor.channels, size[0], metrics)
     where = f"reference={cfg.reference or real.root}"
-    check_number([metric for metric in scored if known(metric).compares], len(image_set(real)), where)
+    check_real(scored, len(image_set(real)), where)
     if cfg.per_class and not labelled(real):
         raise Refusal(f"per_class=true: {where} has no labels.")
     if size != image_size(real):
@@ -140,9 +142,7 @@ def against_of(
             return extractors.reference(real, extractor, ranks)
         return reference_of(real, extractor, ranks)
 
-    return Against(
-        extractor, parts.metrics(scored), real, reference, str(named), cfg.split, cfg.per_class, cfg.neighbours
-    )
+    return Against(extractor, metrics, real, reference, str(named), cfg.split, cfg.per_class, cfg.neighbours)
 
 
 def beside(*paths: str | None) -> str | None:

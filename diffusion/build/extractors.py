@@ -25,6 +25,7 @@ from diffusion.errors import Refusal
 from diffusion.files import Unwritable, cache_folder, reason, sha256_of, size_of, write_atomically
 from diffusion.metrics.extractors import Extractor, inception, verified
 from diffusion.metrics.reference import Reference
+from diffusion.metrics.takes import DIGITS, Takes
 from diffusion.models.digit_classifier import DigitClassifier, train_digit_classifier
 from diffusion.scoring.scores import reference_of
 from diffusion.settings import Count, Matching, settings
@@ -86,7 +87,7 @@ def custom_extractor(chosen: Choice) -> Extractor:
     # Other code makes other features of the same weights: that of the module, and of the function that makes it.
     known = [chosen.target, digest, *map(code_of, (type(made), get_object(chosen.target)))]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    return Extractor(chosen.name, made, chosen.channels, chosen.image_size, digest)
+    return Extractor(chosen.name, made, Takes(chosen.channels, chosen.image_size), digest)
 
 
 def code_of(thing: Any) -> str | None:
@@ -149,7 +150,7 @@ def digit_extractor(places: Sequence[Path], sha256: str | None, module: ImageSha
             f"extractor.weights={path} is damaged, or not a digit classifier ({first_line(error)}). Remove it: it is "
             f"made again, the same, when it is needed."
         ) from error
-    return Extractor("digits", classifier, channels=1, image_size=8, digest=digest)
+    return Extractor("digits", classifier, DIGITS, digest)
 
 
 def stored_first(places: Sequence[Path], content: bytes) -> Path:

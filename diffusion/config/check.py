@@ -20,11 +20,11 @@ from diffusion.data.shards.layout import check_batch, check_lanes
 from diffusion.data.shards.remote import Access, is_remote
 from diffusion.errors import Refusal
 from diffusion.files import obstacle
+from diffusion.metrics.takes import OWN, Takes
 from diffusion.models.resolutions import check_attention
 from diffusion.process.grids import check_grid
 
 SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
-EXTRACTORS = ("inception", "digits")
 
 
 def check(cfg: DictConfig, typed: Typed | None = None) -> None:
@@ -46,12 +46,12 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
     if cfg.get("checkpoint") is not None and "metrics" in cfg:
         measured = ["fid"] if cfg.get("task") == "sweep" else cfg.metrics
         check_number(measured, cfg.num_images, f"num_images={cfg.num_images}")
-    if "extractor" in cfg and cfg.extractor.name not in EXTRACTORS and "target" not in cfg.extractor:
+    if "extractor" in cfg and cfg.extractor.name not in OWN and "target" not in cfg.extractor:
         raise Refusal(
-            f"extractor.name={cfg.extractor.name} must be one of {', '.join(EXTRACTORS)}; another module is given by "
+            f"extractor.name={cfg.extractor.name} must be one of {', '.join(OWN)}; another module is given by "
             f"extractor=custom extractor.name=NAME extractor.target=package.module.function."
         )
-    if cfg.get("extractor", {}).get("target") is not None and cfg.extractor.name in EXTRACTORS:
+    if cfg.get("extractor", {}).get("target") is not None and cfg.extractor.name in OWN:
         raise Refusal(
             f"extractor.name={cfg.extractor.name} names another one: give extractor.target's a name of its own."
         )
@@ -69,6 +69,32 @@ def check_number(metrics: Iterable[str], number: int, what: str) -> None:
     for metric in metrics:
         if number < known(metric).least_images:
             raise Refusal(f"{what}: {metric} needs at least {known(metric).least_images} images, here are {number}.")
+
+
+def check_real(metrics: Iterable[str], number: int, what: str) -> None:
+    """Refuse fewer real images than a metric needs."""
+    for metric in metrics:
+        if number < (least := known(metric).real_images):
+            raise Refusal(f"{what}: {metric} needs at least {least} real images, here are {number}.")
+
+
+def check_scores(cfg: DictConfig) -> None:
+    """Refuse scores that a run could not make of its samples: of too few, or of images that its extractor does not
+    take."""
+    score = cfg.callbacks.score
+    numbers = {"callbacks.score.num_images": score.num_images}
+    if score.every_steps and score.during.num_images is not None:
+        numbers["callbacks.score.during.num_images"] = score.during.num_images
+    for key, number in numbers.items():
+        check_number(cfg.metrics, number, f"{key}={number}")
+    extractor, data = cfg.extractor, cfg.data
+    takes = OWN.get(extractor.name) or Takes(extractor.channels, extractor.image_size)
+    unfit = takes.unfit(channels=data.channels, image_size=data.image_size) if cfg.metrics else {}
+    for key, wanted in unfit.items():
+        raise Refusal(
+            f"extractor={extractor.name} takes {takes}, and data.{key}={data[key]}: give data.{key}={wanted}, another "
+            f"extractor, or callbacks=none."
+        )
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -112,18 +138,8 @@ def check_training(cfg: DictConfig) -> None:
             f"callbacks: data={cfg.data.name} has points of {cfg.data.channels} numbers, of which no pictures can be "
             f"made: give callbacks=none."
         )
-    if cfg.callbacks.enabled and "fid" in cfg.metrics and cfg.extractor.name == "digits":
-        for key, wanted in (("image_size", 8), ("channels", 1)):
-            if cfg.data[key] != wanted:
-                raise Refusal(
-                    f"extractor=digits takes 8x8 images of one channel, and data.{key}={cfg.data[key]}: give "
-                    f"data.{key}={wanted}, extractor=inception, or callbacks=none."
-                )
-    if cfg.callbacks.enabled and cfg.metrics and cfg.extractor.name == "inception" and cfg.data.channels != 3:
-        raise Refusal(
-            f"extractor=inception takes RGB images, and data.channels={cfg.data.channels}: "
-            f"give callbacks=none, or another extractor."
-        )
+    if cfg.callbacks.enabled:
+        check_scores(cfg)
 
 
 def check_steps(sampler: DictConfig, num_timesteps: int) -> None:

@@ -174,5 +174,16 @@ def attributes(target: str) -> dict[str, Any]:
         for one in targets:
             if isinstance(one, ast.Name) and isinstance(value, ast.expr):
                 with contextlib.suppress(ValueError):
-                    found[one.id] = ast.literal_eval(value)
+                    found[one.id] = _constant(value, parsed[1])
     return found
+
+
+def _constant(node: ast.expr, names: _Names) -> Any:
+    """A literal, or a number computed from those that the module assigns, as NEIGHBOURHOOD + 1. ValueError for any
+    other expression."""
+    parts = (ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.operator)
+    if isinstance(node, ast.Name | ast.BinOp) and all(isinstance(part, parts) for part in ast.walk(node)):
+        value = _evaluated(node, names)
+        if isinstance(value, int | float):
+            return value
+    return ast.literal_eval(node)

@@ -18,8 +18,15 @@ class Known(NamedTuple):
     higher_is_better: bool | None = None
     least_images: int = 1
     compares: bool = True
+    least_real: int | None = None
     from_model: bool = False
     beside: tuple[str, ...] = ()
+
+    @property
+    def real_images(self) -> int:
+        """Real images that it needs."""
+        least = self.least_images if self.least_real is None else self.least_real
+        return least if self.compares else 0
 
 
 def names() -> list[str]:

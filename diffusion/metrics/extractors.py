@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusion.metrics.takes import INCEPTION, Takes
+
 CHUNK = 64  # images that go through the network at a time
 TRIED = 2  # images that it is tried on
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -43,14 +45,17 @@ class Extractor:
     Args:
         name: `inception` or another; scores of another are named after it (digits-FID).
         network: uint8 (B, C, H, W) -> (features, logits).
-        channels: that it takes.
-        image_size: that it takes; None for any.
+        takes: which images.
         digest: of its weights.
     """
 
-    def __init__(self, name: str, network: nn.Module, channels: int, image_size: int | None, digest: str) -> None:
+    def __init__(self, name: str, network: nn.Module, takes: Takes, digest: str) -> None:
         self.name, self.network, self.digest = name, network.eval().requires_grad_(False), digest
-        self.channels, self.image_size = channels, image_size
+        self.takes = takes
+
+    @property
+    def channels(self) -> int:
+        return self.takes.channels
 
     def title(self, metric: str) -> str:
         """FID, precision with Inception; digits-FID, digits-precision with the digit classifier."""
@@ -58,11 +63,10 @@ class Extractor:
 
     def check(self, channels: int, image_size: int) -> None:
         """ValueError if images of this kind cannot be scored by it."""
-        if channels != self.channels or (self.image_size and image_size != self.image_size):
-            size = f"{self.image_size}x{self.image_size}" if self.image_size else "any size"
+        if self.takes.unfit(channels=channels, image_size=image_size):
             raise ValueError(
-                f"extractor={self.name} takes {self.channels}-channel images of {size}; these have {channels} "
-                f"channel(s) and {image_size}x{image_size} pixels."
+                f"extractor={self.name} takes {self.takes}; these have {channels} channel(s) and "
+                f"{image_size}x{image_size} pixels."
             )
 
     @torch.no_grad()
@@ -94,8 +98,9 @@ class Extractor:
         return features
 
     @torch.no_grad()
-    def try_out(self, channels: int, image_size: int, metrics: Iterable[str] = ()) -> None:
-        """ValueError unless two images of this kind give what these metrics are computed of."""
+    def try_out(self, channels: int, image_size: int) -> int:
+        """The number of classes that it tells apart; ValueError unless two images of this kind give features and
+        logits."""
         self.check(channels, image_size)
         device = next(self.network.parameters()).device
         shape, generator = (TRIED, channels, image_size, image_size), torch.Generator().manual_seed(0)
@@ -109,8 +114,7 @@ class Extractor:
         pooled, logits = self._checked(found, TRIED)
         if not (pooled.isfinite().all() and logits.isfinite().all()):
             raise ValueError(f"extractor={self.name} gives features that are not finite: its weights are no good.")
-        if "is" in metrics and logits.shape[1] < 2:
-            raise ValueError(f"metrics: is needs logits of at least 2 classes, extractor={self.name} gives 1.")
+        return logits.shape[1]
 
     def _checked(self, out: Any, number: int) -> tuple[Tensor, Tensor]:
         """What the network gave for so many images, if it is what is asked of one."""
@@ -184,4 +188,4 @@ def inception(weights: str | None = None, sha256: str | None = None) -> Extracto
             f"place, or give extractor.weights=PATH; callbacks=none trains without scores."
         )
     digest = verified(path, sha256)
-    return Extractor("inception", _Inception(path), channels=3, image_size=None, digest=digest)
+    return Extractor("inception", _Inception(path), INCEPTION, digest)

@@ -5,20 +5,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffusion.metrics.extractors import Features
-from diffusion.metrics.metric import Metric, Values, enough
+from diffusion.metrics.metric import Metric, Values
 from diffusion.metrics.moments import Moments, frechet
 from diffusion.metrics.reference import Reference
 
-MIN_IMAGES = 2
-
 
 def fid(features: Features, reference: Reference) -> dict[str, float]:
-    """Frechet distance of two Gaussians fitted to features (Heusel et al. 2017): {'fid': value}; 0 is the best.
-
-    Raises:
-        ValueError: fewer than two images on a side.
-    """
-    enough("FID", MIN_IMAGES, features, reference)
+    """Frechet distance of two Gaussians fitted to features (Heusel et al. 2017): {'fid': value}; 0 is the best."""
     return {"fid": frechet(Moments.of(features.pooled), reference.moments)}
 
 
@@ -27,7 +20,7 @@ class FID(Metric):
 
     title = "FID"
     higher_is_better = False
-    least_images = 2
+    least_images = 2  # a covariance is of two
     compute = staticmethod(fid)
 
     def real(self, reference: Reference, number: int) -> Values:
@@ -54,6 +47,6 @@ def fid_by_class(
     for label in range(int(max(labels.max(), reference.labels.max())) + 1):
         working()
         ours, theirs = features.pooled[labels == label], reference.features[reference.labels == label]
-        enough = min(len(ours), len(theirs)) >= MIN_IMAGES
+        enough = min(len(ours), len(theirs)) >= FID.least_images
         found.append(frechet(Moments.of(ours), Moments.of(theirs)) if enough else None)
     return found

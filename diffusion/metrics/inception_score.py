@@ -6,16 +6,12 @@ from diffusion.metrics.extractors import Features
 from diffusion.metrics.metric import Metric
 from diffusion.metrics.reference import Reference
 
+SPLITS = 10
 
-def inception_score(features: Features, reference: Reference | None = None, splits: int = 10) -> dict[str, float]:
-    """exp(mean KL(p(y|x) || p(y))) over 10 splits (Salimans et al. 2016): {'is': mean, 'is_std': std}.
 
-    Raises:
-        ValueError: fewer images than splits.
-    """
-    if len(features.logits) < splits:
-        raise ValueError(f"IS of {len(features.logits)} image(s): {splits} splits need at least {splits}.")
-    out = isc_features_to_metric(features.logits, splits)
+def inception_score(features: Features, reference: Reference | None = None) -> dict[str, float]:
+    """exp(mean KL(p(y|x) || p(y))) over 10 splits (Salimans et al. 2016): {'is': mean, 'is_std': std}."""
+    out = isc_features_to_metric(features.logits, SPLITS)
     return {"is": out[KEY_METRIC_ISC_MEAN], "is_std": out[KEY_METRIC_ISC_STD]}
 
 
@@ -24,7 +20,8 @@ class InceptionScore(Metric):
 
     title = "IS"
     higher_is_better = True
-    least_images = 10
+    least_images = SPLITS
+    least_classes = 2
     compares = False
     beside = ("is_std",)
     compute = staticmethod(inception_score)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from diffusion.metrics.extractors import Features
-from diffusion.metrics.metric import Metric, enough
+from diffusion.metrics.metric import Metric
 from diffusion.metrics.reference import Reference
 
 NEAREST_OF = 1000  # images whose nearest neighbours are looked up, at most
@@ -13,13 +13,7 @@ NEAREST_OF = 1000  # images whose nearest neighbours are looked up, at most
 def nearest(features: Features, reference: Reference) -> dict[str, float]:
     """How far the images stay from the training set: {'nearest': ratio}, the median distance of an image to the nearest
     real one (of those kept), over that of a real image to the nearest other; 1 for new images of the same
-    distribution, 0 for copies. Of at most 1,000 images on each side.
-
-    Raises:
-        ValueError: fewer than two real images.
-    """
-    enough("nearest", 1, features)
-    enough("nearest", 2, reference)
+    distribution, 0 for copies. Of at most 1,000 images on each side."""
     ours, _ = neighbours(features.pooled[:NEAREST_OF], reference, 1)
     rows = torch.arange(min(NEAREST_OF, len(reference.features)))
     rows = rows * len(reference.features) // len(rows)
@@ -31,6 +25,7 @@ class Nearest(Metric):
     """`nearest`."""
 
     title = "nearest"
+    least_real = 2  # one, and the nearest other
     compute = staticmethod(nearest)
 
 

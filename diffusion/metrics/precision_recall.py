@@ -3,7 +3,7 @@
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from diffusion.metrics.extractors import Features
-from diffusion.metrics.metric import Metric, enough
+from diffusion.metrics.metric import Metric
 from diffusion.metrics.reference import Reference
 
 NEIGHBOURHOOD = 3  # the distance to the third nearest is a radius
@@ -11,12 +11,7 @@ NEIGHBOURHOOD = 3  # the distance to the third nearest is a radius
 
 def precision_recall(features: Features, reference: Reference) -> dict[str, float]:
     """Shares of the images within the third-neighbour balls of real ones, and of real ones (those kept) within those of
-    the images (Kynkaanniemi et al. 2019, sec. 2): {'precision': share, 'recall': share}.
-
-    Raises:
-        ValueError: fewer than four images on a side.
-    """
-    enough("precision and recall", NEIGHBOURHOOD + 1, features, reference)
+    the images (Kynkaanniemi et al. 2019, sec. 2): {'precision': share, 'recall': share}."""
     out = prc_features_to_metric(
         features.pooled, reference.features, prc_neighborhood=NEIGHBOURHOOD, save_cpu_ram=True, verbose=False
     )
@@ -28,7 +23,7 @@ class Precision(Metric):
 
     title = "precision"
     higher_is_better = True
-    least_images = 4
+    least_images = NEIGHBOURHOOD + 1
     compute = staticmethod(precision_recall)
 
 

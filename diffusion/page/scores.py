@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion.config.metrics import known, names
-from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES, counterpart
+from diffusion.metrics.published import PUBLISHED_IMAGES, counterpart, of_samples
 from diffusion.page.words import NOTHING, shown
 
 Row = Mapping[str, Any]
@@ -24,7 +24,7 @@ def higher_is_better(name: str | None) -> bool | None:
 
 def not_comparable(row: Row) -> str | None:
     """Why a score is not comparable with published ones, in a word or two; None if it is."""
-    if row.get("name") not in FROM_IMAGES:
+    if not of_samples(row):
         return None
     reasons = {
         "extractor": row.get("extractor") != "inception",
@@ -49,7 +49,7 @@ def difference(row: Row) -> float | None:
 
 def warnings(rows: Sequence[Row]) -> list[str]:
     """Which scores are not comparable with published ones, and why, once each in plain words."""
-    rows = [r for r in rows if r.get("name") in FROM_IMAGES]
+    rows = [r for r in rows if of_samples(r)]
     others = sorted({str(r.get("extractor")) for r in rows} - {"inception"})
     found = []
     if others:

@@ -20,7 +20,6 @@ NUMBERS = (
     "num_steps",
     "nfe",
     "fid",
-    "is",
     "num_images",
     "num_reference",
     "guidance_scale",

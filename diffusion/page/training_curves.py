@@ -8,7 +8,7 @@ of real images against real ones, below which no model can be expected to come.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.metrics.published import FROM_IMAGES, PUBLISHED_IMAGES
+from diffusion.metrics.published import PUBLISHED_IMAGES, of_samples
 from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.scores import higher_is_better, title_of
@@ -81,7 +81,7 @@ def published(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> list
     """The paper's value: as the scores have it, or else the configuration."""
     found = [r["reference"] for r in rows if r.get("reference") is not None]
     value = found[0] if found else at(record, f"paper.{name}")
-    number = f", {PUBLISHED_IMAGES:,} images" if name in FROM_IMAGES else ""
+    number = f", {PUBLISHED_IMAGES:,} images" if of_samples({"name": name}) else ""
     return (
         [] if value is None else [Level("paper", f"published: {shown(value)}{number}", float(value), tag="published")]
     )

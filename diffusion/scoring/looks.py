@@ -1,11 +1,8 @@
 """What a run is looked at for, while it trains and at its end."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from diffusion.settings import AtLeast, Count, Number, settings
-
-ForScores = Annotated[int, AtLeast(10)]
+from diffusion.settings import Count, Number, settings
 
 
 @settings("callbacks.grid")
@@ -31,7 +28,7 @@ class During:
         num_images: None: as many. num_steps: of DDIM; None: the run's own sampler.
     """
 
-    num_images: ForScores | None = None
+    num_images: Count | None = None
     num_steps: Count | None = None
 
 
@@ -45,7 +42,7 @@ class Scores:
     """
 
     every_steps: Number = 0
-    num_images: ForScores = 50_000
+    num_images: Count = 50_000
     batch_size: Count = 256
     during: During = field(default_factory=During)
 

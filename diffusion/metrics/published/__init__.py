@@ -11,7 +11,7 @@ Standard library only: no torch, no image and no network is known here.
 
 from diffusion.metrics.published.fill import Filled, FilledLine, filled
 from diffusion.metrics.published.papers import TABLES, TIMESTEPS
-from diffusion.metrics.published.place import FROM_IMAGES, Place, counterpart, places
+from diffusion.metrics.published.place import Place, counterpart, of_samples, places
 from diffusion.metrics.published.protocol import (
     INCEPTION_SHA256,
     PUBLISHED_IMAGES,
@@ -24,7 +24,7 @@ from diffusion.metrics.published.table import Column, Figure, Line, Sampling, Ta
 from diffusion.metrics.published.text import aligned, table_text
 
 __all__ = [
-    "FROM_IMAGES", "INCEPTION_SHA256", "PUBLISHED_IMAGES", "TABLES", "TIMESTEPS", "Column", "Figure", "Filled",
+    "INCEPTION_SHA256", "PUBLISHED_IMAGES", "TABLES", "TIMESTEPS", "Column", "Figure", "Filled",
     "FilledLine", "Line", "Place", "Sampling", "Table", "aligned", "common", "counterpart", "deviations", "filled",
-    "not_recorded", "places", "table_text", "unplaced",
+    "not_recorded", "of_samples", "places", "table_text", "unplaced",
 ]  # fmt: skip

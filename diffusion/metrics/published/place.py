@@ -13,7 +13,8 @@ from diffusion.metrics.published.papers import LARGE_PARAMETERS, SCHEDULE, SIGMA
 from diffusion.metrics.published.table import Column, Figure, Line, Table
 
 Row = Mapping[str, Any]
-FROM_IMAGES = ("fid", "is", "kid", "precision", "recall", "nearest")  # scores of samples by an extractor
+LIKELIHOOD = "bits_per_dim"  # the score that the model gives itself
+ALONE = ("is", LIKELIHOOD)  # scores without real images
 
 
 class Place(NamedTuple):
@@ -31,6 +32,16 @@ class Place(NamedTuple):
         return None if self.figure is None or self.figure.value is None else self.value - self.figure.value
 
 
+def of_samples(row: Row) -> bool:
+    """Whether a result is a score of samples by an extractor: any but a likelihood."""
+    return row.get("name") not in (None, LIKELIHOOD)
+
+
+def against_real(row: Row) -> bool:
+    """Whether a result compares samples with real images."""
+    return of_samples(row) and row["name"] not in ALONE
+
+
 def data_of(row: Row) -> str:
     """The name of the data set; of a path, its last part."""
     return str(row.get("data") or "").rstrip("/").rpartition("/")[2]
@@ -38,7 +49,7 @@ def data_of(row: Row) -> str:
 
 def split_of(row: Row) -> str:
     """The split that a result is about; what the papers use where it does not say."""
-    return row.get("split") or ("test" if row.get("name") == "bits_per_dim" else "train")
+    return row.get("split") or ("test" if row.get("name") == LIKELIHOOD else "train")
 
 
 def conditional(row: Row) -> bool:
@@ -102,7 +113,7 @@ def repeated(table: Table, row: Row) -> Line | None:
 def sampled_alike(table: Table, row: Row) -> bool:
     """Whether the samples come from the kind of sampler that the table is about."""
     wanted, sampler, steps = table.sampling, row.get("sampler"), row.get("num_steps")
-    if wanted is None or row.get("name") == "bits_per_dim":
+    if wanted is None or row.get("name") == LIKELIHOOD:
         return True
     kind = sampler is not None and any(name in sampler for name in wanted.samplers)
     return kind and wanted.num_steps in (None, steps or wanted.num_steps)
@@ -127,7 +138,7 @@ def places(row: Row) -> list[Place]:
 
     None for features of another network than Inception: such scores are of another kind.
     """
-    if row.get("name") in FROM_IMAGES and row.get("extractor") not in (None, "inception"):
+    if of_samples(row) and row.get("extractor") not in (None, "inception"):
         return []
     found = [place for table in TABLES for place in in_table(table, row)]
     alike = [place for place in found if sampled_alike(place.table, row)]

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from diffusion.metrics.published.papers import DDIM, DDPM, DDPM_CIFAR10, SCHEDULE, SIGMA_HAT, TIMESTEPS
 from diffusion.metrics.published.place import (
-    FROM_IMAGES,
+    LIKELIHOOD,
     Row,
+    against_real,
     conditional,
     data_of,
     eta_of,
+    of_samples,
     places,
     split_of,
     tables_about,
@@ -24,13 +26,12 @@ from diffusion.metrics.published.table import Sampling
 PUBLISHED_IMAGES = 50_000  # that published FID and IS are of
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # torch-fidelity's port
 CIFAR10_IMAGES = {"train": 50_000, "test": 10_000}
-AGAINST_REAL = ("fid", "kid", "precision", "recall")  # scores that need real images
 
 
 def of_images(row: Row) -> Iterator[str]:
     """Numbers of images, on both sides."""
     number, real, split = row.get("num_images"), row.get("num_reference"), split_of(row)
-    if row.get("name") in FROM_IMAGES:
+    if of_samples(row):
         if number is not None and number < PUBLISHED_IMAGES:
             yield (
                 f"{number:,} images where the papers score {PUBLISHED_IMAGES:,}: FID falls, and IS settles, as their "
@@ -39,10 +40,10 @@ def of_images(row: Row) -> Iterator[str]:
         elif number is not None and number > PUBLISHED_IMAGES:
             yield f"{number:,} images where the papers score {PUBLISHED_IMAGES:,}: FID falls as their number grows."
         wanted = CIFAR10_IMAGES.get(split)
-        if row.get("name") in AGAINST_REAL and data_of(row) == "cifar10" and None not in (real, wanted):
+        if against_real(row) and data_of(row) == "cifar10" and None not in (real, wanted):
             if real != wanted:
                 yield f"{real:,} real images where the {split} split of CIFAR-10 has {wanted:,}."
-    if row.get("name") == "bits_per_dim" and data_of(row) == "cifar10":
+    if row.get("name") == LIKELIHOOD and data_of(row) == "cifar10":
         wanted = CIFAR10_IMAGES.get(split)
         if None not in (number, wanted) and number != wanted:
             yield f"bits/dim of {number:,} images where the {split} split of CIFAR-10 has {wanted:,}."
@@ -50,7 +51,7 @@ def of_images(row: Row) -> Iterator[str]:
 
 def of_reference(row: Row) -> Iterator[str]:
     """The real images: their split, how they are stored, their size."""
-    if row.get("name") in AGAINST_REAL:
+    if against_real(row):
         if row.get("split") not in (None, "train"):
             line = DDPM_CIFAR10.lines[-1]
             _, train, test, *_ = line.figures
@@ -72,14 +73,14 @@ def of_reference(row: Row) -> Iterator[str]:
 def of_pixels(row: Row) -> Iterator[str]:
     """From floats to bytes."""
     rounding = row.get("rounding")
-    if row.get("name") in FROM_IMAGES and rounding not in (None, "nearest"):
+    if of_samples(row) and rounding not in (None, "nearest"):
         yield f"Pixels rounded by {rounding} and not to the nearest level: cutting off darkens images by half a level."
 
 
 def of_extractor(row: Row) -> Iterator[str]:
     """Whose features these are."""
     name, digest = row.get("extractor"), row.get("extractor_sha256")
-    if row.get("name") not in FROM_IMAGES or name is None:
+    if not of_samples(row) or name is None:
         return
     if name != "inception":
         yield f"Features of the {name} extractor where published scores are from Inception's."
@@ -107,7 +108,7 @@ def of_model(row: Row) -> Iterator[str]:
 
 def of_sampler(row: Row) -> Iterator[str]:
     """How the samples were made, for the tables that the result is put in; those made alike in one sentence."""
-    if row.get("name") not in FROM_IMAGES or row.get("sampler") is None:
+    if not of_samples(row) or row.get("sampler") is None:
         return
     alike: dict[tuple[str, Sampling], list[str]] = {}
     for table in tables_of(row):
@@ -149,7 +150,7 @@ def deviations(row: Row) -> list[str]:
 def not_recorded(row: Row) -> list[str]:
     """Fields without which it cannot be said whether a result was made as the papers' were."""
     wanted = ["num_images", "split", "weights"]
-    if row.get("name") in FROM_IMAGES:
+    if of_samples(row):
         wanted += ["extractor", "sampler", "rounding"]
     return [name for name in wanted if row.get(name) is None]
 
@@ -158,7 +159,7 @@ def cause(row: Row) -> str:
     """Why a result has no place in any table, in a clause."""
     title, data, others = row.get("metric") or row.get("name") or "such scores", data_of(row), row.get("extractor")
     tables, found = tables_about(data), []
-    if row.get("name") in FROM_IMAGES and others not in (None, "inception"):
+    if of_samples(row) and others not in (None, "inception"):
         found.append(f"features of the {others} extractor are not Inception's")
     if not tables:
         found.append(f"the papers' tables have nothing on {data}" if data else "its data set is not recorded")
