@@ -48,7 +48,7 @@ def train(cfg: DictConfig, signals: Signals) -> int:
             print(message, flush=True)
 
     with signals.held([signal.SIGTERM] if compute.ranks > 1 else []), refusing(cfg.debug):
-        check_data(cfg)
+        check_data(cfg, typed())
         folder = RunFolder(cfg.run_dir)
         record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
         folder.refuse_other(record)

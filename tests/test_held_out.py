@@ -13,9 +13,14 @@ from test_resume import finish, start
 
 from diffusion.build.door import trained
 from diffusion.build.extractors import prepare_digits
+from diffusion.build.run import parts_of
+from diffusion.config.compose import composed
+from diffusion.config.effect import never_held_out
 from diffusion.data.digit_sets import SPLITS
 from diffusion.data.digits import DigitsDataModule, HeldOutDigitsDataModule
+from diffusion.data.mixture import MixtureDataModule
 from diffusion.data.shards.index import read_index
+from diffusion.training.held_out import HeldOut, split_of
 
 WORDS = ["data=digits_held_out", "trainer=cpu", "trainer.threads=1", "callbacks=none", "data.batch_size=16"]
 WORDS += ["trainer.max_steps=20", "log_every=5", "held_out.every_steps=10"]
@@ -177,6 +182,35 @@ def test_one_that_a_signal_has_ended_is_made_when_the_run_goes_on(root, tmp_path
 def test_wrong_settings_are_refused_before_the_run(words, complaint, root, call, tmp_path):
     status, output = call("train", *WORDS, f"data.root={root}", "run_dir=run", *words)
     assert status == 2 and complaint in output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["+experiment=gmm", "held_out.split=train"], "held_out.split=train is the split that is trained on"),
+        (["+experiment=gmm", "held_out.split=test"], "held_out.split=test is not a split of the set modes, which has"),
+        (["+experiment=gmm", "held_out.num_images=5"], "held_out.num_images=5 has no effect: data=mixture has no spl"),
+        (["data.root={digits}", "held_out.every_steps=5"], "held_out.every_steps=5 has no effect: data=digits has no"),
+        (["data.root=nowhere", "held_out.batch_size=5"], "held_out.batch_size=5 has no effect: data=digits has no"),
+    ],
+)
+def test_data_without_a_split_for_it_are_refused_before_the_run(words, complaint, digits, call, tmp_path):
+    status, output = call("train", *(word.format(digits=digits) for word in words), "run_dir=run")
+    assert status == 2 and complaint in output and not list(tmp_path.iterdir()), output
+
+
+def test_the_digits_in_a_folder_with_a_split_test_measure_it(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["+experiment=digits", f"data.root={root}", "held_out.num_images=5", "held_out.split=test"]
+    assert parts_of([*words, "run_dir=run"]).held_out.num_images == 5
+    assert never_held_out(composed("train", ["+experiment=digits", f"data.root={root}", "data.split=test"]))
+
+
+def test_a_run_is_not_built_that_holds_out_what_it_is_trained_on(tmp_path):
+    with pytest.raises(ValueError, match="held_out.split=train is the split that is trained on"):
+        split_of(HeldOut(split="train"), MixtureDataModule("modes", 8, 4))
+    assert split_of(HeldOut(), MixtureDataModule("modes", 8, 4)) is None
+    assert split_of(HeldOut(every_steps=0, split="test"), MixtureDataModule("modes", 8, 4)) is None
 
 
 def test_a_set_that_is_yet_to_be_made_is_asked_for_its_splits_as_well(call, tmp_path):

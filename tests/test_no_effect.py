@@ -48,6 +48,7 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("train", ["+experiment=gmm"], "data.root=x", "nothing is on disk"),
     ("train", [], "max_nonfinite=3", "on_nonfinite=stop"),
     ("train", ["held_out.every_steps=0"], "held_out.num_images=3", "held_out.every_steps=0 measures nothing"),
+    ("train", [], "held_out.batch_size=3", "data=digits has no split validation or test"),
     ("evaluate", IMAGES, "num_images=4", "images=x"),
     ("evaluate", IMAGES, "data.root=z", "a checkpoint's own data"),
     ("evaluate", EVALUATE, "images_split=test", "images=PATH is not given"),

@@ -10,8 +10,6 @@ from diffusion.build.extractors import classifier_places, digit_extractor, refer
 from diffusion.build.run import Parts
 from diffusion.config.check import check_real, refuse_blocked
 from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.shards.index import INDEX_NAME
-from diffusion.data.shards.remote import is_remote
 from diffusion.files import obstacle
 from diffusion.metrics.metric import try_out
 from diffusion.runs.folder import RunFolder
@@ -33,7 +31,7 @@ def look(run: Parts) -> None:
         extractor = digit_extractor([weights], run.choice.sha256, None)
     if extractor is not None:
         try_out(extractor, network.channels, network.image_size, run.metrics)
-    if is_remote(data.root) or (Path(data.root) / INDEX_NAME).is_file():
+    if data.readable:
         check_real(run.metrics, data.num_images, f"data.root={data.root}")
         warn_of_reference(data)
 
@@ -43,7 +41,7 @@ def classifier_of(run: Parts) -> Path | None:
     weights, data = run.choice.weights, run.training.data
     if weights is not None:
         return Path(weights) if Path(weights).is_file() else None
-    if not is_remote(data.root) and not (Path(data.root) / INDEX_NAME).is_file():
+    if not data.readable:
         return None
     return next((place for place in classifier_places(data, data.root) if place.is_file()), None)
 

@@ -27,7 +27,7 @@ from diffusion.scoring.recipe import Recipe
 from diffusion.training.checkpoint import CheckpointWriter, Saving
 from diffusion.training.ema import EMA
 from diffusion.training.fit import Length, Training
-from diffusion.training.held_out import HeldOut
+from diffusion.training.held_out import HeldOut, split_of
 from diffusion.training.logger import loggers
 from diffusion.training.meter import MetricsCsv, count_parameters
 from diffusion.training.module import Descent, DiffusionModule
@@ -88,7 +88,9 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
     compute = take(cfg.trainer, Compute)
     place = Place.of(compute)
-    data = parts.data(cfg)
+    data, held_out = parts.data(cfg), take(cfg.held_out, HeldOut)
+    if held_out.split is not None and data.readable:
+        split_of(held_out, data)
     levels = parts.schedule(cfg)
     network = parts.network(cfg, cfg.seed).to(memory_format=place.memory_format)
     denoiser = NetworkDenoiser(network, levels, cfg.objective.prediction)
@@ -112,7 +114,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
         looks,
         parts.metrics(cfg.metrics),
         dict(cfg.paper),
-        take(cfg.held_out, HeldOut),
+        held_out,
         lambda: extractor(choice, data),
         extractor(choice) if at_once else None,
         choice,

@@ -5,17 +5,17 @@ effect.py.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.compose import Typed
-from diffusion.config.effect import refuse_idle, unguided
+from diffusion.config.effect import NONE_HELD_OUT, refuse_idle, unguided
 from diffusion.config.metrics import known
 from diffusion.data.digit_sets import SPLITS as DIGITS
-from diffusion.data.shards.index import INDEX_NAME, read_index
+from diffusion.data.shards.index import INDEX_NAME, check_splits, read_index
 from diffusion.data.shards.layout import check_batch, check_lanes
 from diffusion.data.shards.remote import Access, is_remote
 from diffusion.errors import Refusal
@@ -173,14 +173,19 @@ def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None
         )
 
 
-def check_data(cfg: DictConfig) -> None:
+def check_data(cfg: DictConfig, typed: Typed | None = None) -> None:
     """Refuse a data set that is not on disk, or is another than conf/ says; digits are made when they are missing, and
-    what has no root is drawn."""
+    what has no root is drawn.
+
+    Args:
+        typed: what the user has typed of held_out, which is refused where the set has no split for it.
+    """
     root = cfg.data.root
     if root is None:
         return
+    split, held_out, of = cfg.data.split, OmegaConf.select(cfg, "held_out.split"), f"the set in data.root={root}"
     if cfg.data.name in DIGITS and not is_remote(root) and not (Path(root) / INDEX_NAME).is_file():
-        check_splits(cfg, DIGITS[cfg.data.name])
+        check_splits(DIGITS[cfg.data.name], of, split, held_out)
         if why := obstacle(Path(root)):
             raise Refusal(f"data.root={root}: {why}, so the digits cannot be made there: give another folder.")
         return
@@ -190,7 +195,9 @@ def check_data(cfg: DictConfig) -> None:
             f"data.root={root} holds a set without the split {lacking[0]}, which data={cfg.data.name} has: give the "
             f"root of that set."
         )
-    check_splits(cfg, index.splits)
+    check_splits(index.splits, of, split, held_out)
+    if typed is not None and index.held_out_from(split) is None:
+        refuse_idle(cfg, typed, NONE_HELD_OUT)
     for key, found in (("image_size", index.image_size), ("channels", index.channels), ("num_classes", index.classes)):
         wanted = cfg.data[key]
         if wanted != found and not (key == "num_classes" and wanted == 0):
@@ -198,20 +205,6 @@ def check_data(cfg: DictConfig) -> None:
                 f"data.{key}={wanted}, but the set in data.root={cfg.data.root} has {found}: "
                 f"give data.{key}={found}, or the root of another set."
             )
-
-
-def check_splits(cfg: DictConfig, splits: Sequence[str]) -> None:
-    """Refuse a split that the data set does not have, and to hold out what is trained on."""
-    keys = {"data.split": cfg.data.split}
-    if "held_out" in cfg and cfg.held_out.split is not None:
-        keys["held_out.split"] = cfg.held_out.split
-    for key, split in keys.items():
-        if split not in splits:
-            raise Refusal(
-                f"{key}={split} is not a split of the set in data.root={cfg.data.root}, which has {', '.join(splits)}."
-            )
-    if keys.get("held_out.split") == cfg.data.split:
-        raise Refusal(f"held_out.split={cfg.data.split} is the split that is trained on: give another one, or null.")
 
 
 def refuse_overwriting(key: str, folder: Path, overwrite: bool) -> None:

@@ -4,7 +4,7 @@
 
 A setting that a user has typed and that nothing reads would be taken for one that has been at work, and recorded as
 such. What conf/ says by itself is never refused, nor a typed value that would hold anyway. Whether a value is allowed
-is not known here (see check.py), nor what is in a data set or a checkpoint.
+is not known here (see check.py), nor what is in a checkpoint or in a data set that is elsewhere.
 
 In a sweep a setting may have an effect in some jobs alone: a job is composed of those words that have one in it, and
 `refuse_idle_words` refuses what has none in any job.
@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.compose import Typed, composed, flattened
 from diffusion.config.words import parse, plain, shown, typeable
-from diffusion.data.shards.index import INDEX_NAME
+from diffusion.data.digit_sets import SPLITS as DIGITS
+from diffusion.data.shards.index import INDEX_NAME, held_out_from, read_index
 from diffusion.data.shards.remote import is_remote
 from diffusion.errors import Refusal
 
@@ -65,6 +66,33 @@ def data_set(path: str | None) -> bool:
     return path is not None and (is_remote(path) or (Path(path) / INDEX_NAME).is_file())
 
 
+def drawn(cfg: DictConfig) -> bool:
+    return str(cfg.data.get("_target_")).endswith("MixtureDataModule")
+
+
+def held_out_anywhere(cfg: DictConfig) -> bool:
+    """Whether the loss is measured on a split that nobody has chosen."""
+    return bool(cfg.held_out.every_steps) and cfg.held_out.split is None
+
+
+def never_held_out(cfg: DictConfig) -> bool:
+    """Whether the data, if they are on this machine, have no split for it."""
+    splits = splits_here(cfg)
+    return held_out_anywhere(cfg) and bool(splits) and held_out_from(splits, cfg.data.get("split", "train")) is None
+
+
+def splits_here(cfg: DictConfig) -> tuple[str, ...]:
+    """The splits of data that are drawn, on this machine, or made on it; () where they are not known."""
+    root, known = cfg.data.root, ("train",) if drawn(cfg) else DIGITS.get(cfg.data.name, ())
+    if root is None or is_remote(root) or not data_set(root):
+        return known
+    try:
+        found = read_index(root).splits
+    except (ValueError, OSError):  # a damaged set, which is named elsewhere, as is another set than that of the name
+        return ()
+    return found if set(known) <= set(found) else ()
+
+
 def of_images(cfg: DictConfig) -> bool:
     return cfg.checkpoint is None and cfg.images is not None
 
@@ -90,6 +118,7 @@ def toy_of(cfg: DictConfig) -> str:
 
 
 ANY = "train sample evaluate lab"  # that sample
+MEASURED = "held_out.every_steps held_out.num_images held_out.batch_size"
 TABLE = (
     # ---- sampling ----
     Idle(ANY, "guidance.scale", unguided, "guidance=none", "guidance=classifier_free {word}"),
@@ -118,13 +147,13 @@ TABLE = (
          "data.on_bad_sample=error stops at the first one", "data.on_bad_sample=skip {word}"),
     Idle("train", "data.rule data.rule.*", lambda cfg: True,
          "it is how diffusion.prepare makes the set, which training takes as it is"),
-    Idle("train", "data.root", lambda cfg: str(cfg.data.get("_target_")).endswith("MixtureDataModule"),
-         "the points are drawn, nothing is on disk"),
+    Idle("train", "data.root", drawn, "the points are drawn, nothing is on disk"),
     Idle("train", "max_nonfinite", lambda cfg: cfg.on_nonfinite == "stop",
          "on_nonfinite=stop stops at the first one", "on_nonfinite=skip {word}"),
     Idle("train", "held_out.split held_out.num_images held_out.batch_size",
          lambda cfg: cfg.held_out.every_steps == 0, "held_out.every_steps=0 measures nothing",
          "held_out.every_steps=1000 {word}"),
+    Idle("train", MEASURED, never_held_out, "data={data.name} has no split validation or test that is not trained on"),
     # ---- evaluate ----
     Idle("evaluate", "data.root", lambda cfg: of_images(cfg) or data_set(cfg.reference),
          "it is where a checkpoint's own data are, which are not read here"),
@@ -199,6 +228,10 @@ TABLE = (
          "the images of loader.root={loader.root} have their own size"),
 )  # fmt: skip
 
+NONE_HELD_OUT = (  # of a data set elsewhere, which has to be looked at
+    Idle("train", MEASURED, held_out_anywhere,
+         "the set in data.root={data.root} has no split validation or test beside the one that is trained on"),
+)  # fmt: skip
 OF_POINTS = (  # of a checkpoint, which has to be looked at: a model of points, or one of images
     Idle("lab", "guidance guidance.* sampler.clip_x0 batch_size errors.num_images errors.split data.root",
          lambda cfg: True, "checkpoint={checkpoint} is a model of points"),

@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pytorch_lightning import LightningDataModule
 
-from diffusion.data.shards.index import Index, read_index
+from diffusion.data.shards.index import INDEX_NAME, Index, read_index
 from diffusion.data.shards.layout import Layout, check_lanes, choose_lanes
 from diffusion.data.shards.order import WINDOW, Plan
 from diffusion.data.shards.readers import CachedShards
@@ -117,6 +118,11 @@ class ImageShardsDataModule(LightningDataModule):
                 f"(data.digest={self.digest[:12]}…): its images, their order or their shards have changed."
             )
         return index
+
+    @property
+    def readable(self) -> bool:
+        """Whether the set can be read as it is; False where it has yet to be made."""
+        return self.drawn or is_remote(self.root) or (Path(self.root) / INDEX_NAME).is_file()
 
     def read(self) -> Index:
         """The index as it is found."""

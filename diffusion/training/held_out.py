@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.module import ImageShardsDataModule
 from diffusion.data.shards.changes import DataChanged
+from diffusion.data.shards.index import check_splits
 from diffusion.data.shards.samples import Samples
 from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import Ranks
@@ -105,12 +106,27 @@ def chosen(count: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
     return np.sort(permutation(count, seed, Stream.HELD_OUT)[:wanted])
 
 
+def split_of(held_out: HeldOut, data: ImageShardsDataModule) -> str | None:
+    """The split that is measured; None if nothing is to be measured, or the data have no split for it.
+
+    Raises:
+        ValueError: the split that is asked for does not exist, or is the one that is trained on.
+    """
+    if not held_out.every_steps:
+        return None
+    if held_out.split is None:
+        return data.index.held_out_from(data.split)
+    of = f"the set {data.index.name}" if data.drawn else f"the set in data.root={data.root}"
+    check_splits(data.index.splits, of, data.split, held_out.split)
+    return held_out.split
+
+
 def held_out_loss(
     held_out: HeldOut, module: DiffusionModule, data: ImageShardsDataModule, place: Place, ranks: Ranks
 ) -> HeldOutLoss | None:
-    """The measurement that a run asks for; None if it asks for none, or its data have no split for it."""
-    split = held_out.split or data.index.held_out_from(data.split) if held_out.every_steps else None
-    if split is None:
+    """The measurement that a run asks for; None if it asks for none, or its data have no split for it. ValueError as
+    `split_of`."""
+    if (split := split_of(held_out, data)) is None:
         return None
     numbers = chosen(data.index.count(split), held_out.num_images, module.seed)
     return HeldOutLoss(module, split, data.samples_of(split), numbers, held_out.batch_size, place, ranks)

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from diffusion.data.shards.remote import PATIENT, Access, address, is_remote
+from diffusion.errors import Refusal
 from diffusion.files import replacing
 
 VERSION = 2
@@ -81,6 +83,26 @@ class Shard:
         return {key: value for key, value in asdict(self).items() if key != "digests_sha256"}
 
 
+def held_out_from(splits: Sequence[str], split: str) -> str | None:
+    """The split whose images nobody trains on when this one is trained on: validation or else test; None if there is
+    neither."""
+    return next((other for other in ("validation", "test") if other in splits and other != split), None)
+
+
+def check_splits(splits: Sequence[str], of: str, split: str, held_out: str | None = None) -> None:
+    """Refuse a split that a set does not have, and to hold out what is trained on.
+
+    Args:
+        splits: that it has. of: the set, as "the set in data.root=sets/a".
+        split: of the setting data.split. held_out: of held_out.split; None: it is not chosen.
+    """
+    for key, wanted in {"data.split": split, "held_out.split": held_out}.items():
+        if wanted is not None and wanted not in splits:
+            raise Refusal(f"{key}={wanted} is not a split of {of}, which has {', '.join(splits)}.")
+    if held_out == split:
+        raise Refusal(f"held_out.split={split} is the split that is trained on: give another one, or null.")
+
+
 @dataclass(frozen=True)
 class Index:
     """A data set: square images of `image_size` pixels and `channels` channels, `classes` labels (0: unlabelled).
@@ -110,9 +132,8 @@ class Index:
         return shards
 
     def held_out_from(self, split: str) -> str | None:
-        """The split whose images nobody trains on when this one is trained on: validation or else test; None if there
-        is neither."""
-        return next((other for other in ("validation", "test") if other in self.splits and other != split), None)
+        """`held_out_from` of its splits."""
+        return held_out_from(self.splits, split)
 
     def count(self, split: str) -> int:
         """Number of samples of a split."""
