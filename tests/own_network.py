@@ -1,6 +1,12 @@
-"""A network of a user's own: a small vision transformer for diffusion (Peebles & Xie 2023), in no package."""
+"""Code of a user's own, in no package: a small vision transformer for diffusion (Peebles & Xie 2023), a callback, a
+logger."""
+
+import json
+from pathlib import Path
 
 import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 from diffusion.models.network import Network
@@ -70,3 +76,35 @@ def write_canary(path: str = "canary", **_: object) -> None:
     """A function that no checkpoint may have called."""
     with open(path, "w") as file:
         file.write("called")
+
+
+class Steps(Callback):
+    """Counts the steps, keeps their number in the checkpoint and writes it to the file `path`."""
+
+    def __init__(self, path: str, every: int = 1) -> None:
+        self.path, self.every, self.seen = Path(path), every, 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.seen += 1
+
+    def on_train_end(self, trainer, module) -> None:
+        self.path.write_text(json.dumps({"seen": self.seen, "every": self.every}))
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = state["seen"]
+
+
+class Rows(CSVLogger):
+    """A logger that fails at a row. Args: fail_at: the step of it; None: never."""
+
+    def __init__(self, save_dir: str, fail_at: int | None = None) -> None:
+        super().__init__(save_dir, name="own", version=0)
+        self.fail_at = fail_at
+
+    def log_metrics(self, metrics, step=None) -> None:
+        if self.fail_at is not None and step >= self.fail_at:
+            raise ConnectionError("the server is gone")
+        super().log_metrics(metrics, step)

@@ -1,6 +1,7 @@
 """Code of a user's own, in a file and a YAML outside the checkout: a network trains, resumes, samples, scores, reports;
 what a checkpoint names is built only if it is of its kind and trusted."""
 
+import json
 import os
 import shutil
 import signal
@@ -163,3 +164,73 @@ def test_an_own_network_is_loaded_whole_with_what_is_in_no_checkpoint(run, insid
     side = torch.linspace(-1, 1, 16)[:, None] * torch.arange(1, 17)
     assert torch.equal(network.position, side.sin()) and np.isfinite(network.position.numpy()).all()
     assert type(network.time[1]).__name__ == "Swish"
+
+
+TINY = ["callbacks=none", "trainer=cpu", "trainer.threads=1", "model.blocks_per_level=1", "data.batch_size=8"]
+TINY += ["log_every=2", "save.every_steps=2", "run_dir=run", "trainer.max_steps=4"]
+
+
+@pytest.fixture
+def tiny(inside_place, digits, tmp_path, call):
+    os.chdir(tmp_path)
+    return lambda *words, name="train": call(name, *TINY, f"data.root={digits}", *words)
+
+
+def test_a_callback_is_added_by_name_and_goes_on_with_its_state(tiny, tmp_path):
+    words = [
+        "+callbacks.steps._target_=own_network.Steps",
+        "+callbacks.steps.path=seen.json",
+        "+callbacks.steps.every=7",
+    ]
+    assert tiny(*words)[0] == 0
+    assert tiny(*words, "trainer.max_steps=6")[0] == 0
+    assert json.loads((tmp_path / "seen.json").read_text()) == {"seen": 6, "every": 7}
+
+
+def test_a_logger_is_added_by_name_or_chosen_and_one_that_fails_does_not_end_the_run(tiny, tmp_path):
+    """Its rows are those of metrics.csv."""
+    status, out = tiny("+logger.rows._target_=own_network.Rows", "+logger.rows.save_dir=.")
+    assert status == 0, out
+    table = [line.split(",") for line in (tmp_path / "own" / "version_0" / "metrics.csv").read_text().splitlines()]
+    ours = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    loss, theirs = ours[0].index("train/loss"), table[0].index("train/loss")
+    assert [float(row[theirs]) for row in table[1:]] == pytest.approx([float(row[loss]) for row in ours[1:]])
+    status, out = tiny("run_dir=other", "+logger.rows={_target_: own_network.Rows, save_dir: b, fail_at: 4}")
+    assert (
+        status == 0 and out.count("logger.rows has failed and logs no more; the run goes on. the server is gone") == 1
+    )
+
+
+def test_arguments_of_lightnings_trainer_are_passed_on(tiny, tmp_path):
+    status, out = tiny("+trainer.profiler=simple", "+trainer.enable_model_summary=true")
+    assert status == 0 and "Total params" in out, out
+    assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["+callbacks.steps.path=x"],
+            "callbacks.steps has no _target_. To add a part",
+        ),
+        (["+callbacks.scor.every_steps=3"], "Did you mean score?"),
+        (["callbacks.steps._target_=own_network.Steps"], "Unknown setting: callbacks.steps._target_"),
+        (["+callbacks.steps._target_=own_network.Steps"], "callbacks.steps"),
+        (["+callbacks.steps._target_=own_network.Nothing"], "callbacks.steps"),
+        (["+callbacks.steps._target_=own_network.Swish"], "must be a subclass of pytorch_lightning.Callback"),
+        (["+logger.rows._target_=own_network.Swish"], "must be a subclass of pytorch_lightning.loggers.Logger"),
+        (["+trainer.profilr=simple"], "Did you mean profiler?"),
+        (["+trainer.profiler=5"], "trainer"),
+        (["+trainer.max_epochs=5"], "+trainer.max_epochs cannot be given: give trainer.max_steps."),
+        (["trainer.profiler=simple"], "Unknown setting: trainer.profiler"),
+        (["--config-dir", "nowhere"], "nowhere: config folder not found"),
+        (["hydra.searchpath=nowhere"], "a list of config folders is needed"),
+        (["model=dit"], "Unknown option: model=dit"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_part_that_cannot_be_is_refused_by_name(tiny, words, message, tmp_path):
+    status, out = tiny(*words)
+    assert status == 2 and message in out and out.count("error:") == 1 and "Traceback" not in out, out
+    assert not (tmp_path / "run").exists()

@@ -12,9 +12,15 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from diffusion.build.take import left
+from diffusion.config import added
+from diffusion.config.added import added_parts
 from diffusion.config.check import learns_variance
 from diffusion.config.metrics import known
 from diffusion.data.module import Described, ImageShardsDataModule
@@ -25,7 +31,11 @@ from diffusion.models.network import lacking
 from diffusion.noise import Stream, seed63
 from diffusion.objective import Objective
 from diffusion.process.schedule import Schedule
+from diffusion.runs.folder import RunFolder
 from diffusion.training.levels import Levels
+from diffusion.training.logger import OwnLogger
+from diffusion.training.logger import loggers as our_loggers
+from diffusion.training.meter import RunLogger
 from diffusion.training.module import Descent
 
 
@@ -126,6 +136,70 @@ def make_partial(cfg: DictConfig, group: str) -> Callable:
 def data(cfg: DictConfig) -> ImageShardsDataModule:
     """The data module; what conf/ says of the set was held against its index by the checks."""
     return make(OmegaConf.merge(left(cfg.data, Described), {"seed": cfg.seed}), "data")
+
+
+def callbacks(cfg: DictConfig) -> list[Callback]:
+    """Build the callbacks of the user's own.
+
+    Raises:
+        Refusal: one cannot be built, or is not a Lightning callback.
+    """
+    made = [(name, make(part, f"callbacks.{name}")) for name, part in added_parts(cfg, "callbacks")]
+    for name, callback in made:
+        if not isinstance(callback, Callback):
+            raise Refusal(
+                f"callbacks.{name}._target_={cfg.callbacks[name]._target_} must be a subclass of "
+                f"pytorch_lightning.Callback."
+            )
+    return [callback for _, callback in made]
+
+
+def loggers(cfg: DictConfig, folder: RunFolder) -> list[RunLogger]:
+    """Build what the run logs to beside metrics.csv: the chosen logger, and those of the user's own; none on ranks
+    other than 0, which write nothing.
+
+    Raises:
+        Refusal: one cannot be built, or is not a logger.
+    """
+    found: list[RunLogger] = []
+    parts = list(added_parts(cfg, "logger"))
+    if "_target_" in cfg.logger:
+        parts.insert(0, ("", cfg.logger))
+    else:
+        chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k not in ("name", *dict(parts))}
+        found += our_loggers(cfg.logger.name, folder, **chosen)
+    if rank_zero_only.rank != 0:
+        return found
+    for name, part in parts:
+        key = f"logger.{name}" if name else "logger"
+        made = make(part, key)
+        if not isinstance(made, Logger):
+            raise Refusal(f"{key}._target_={part._target_} must be a subclass of pytorch_lightning.loggers.Logger.")
+        found.append(made if isinstance(made, RunLogger) else OwnLogger(made, key))
+    return found
+
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+def trainer_arguments(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """Build the further arguments of Lightning's Trainer; a profiler writes to the run folder.
+
+    Raises:
+        Refusal: the Trainer does not take one of them.
+    """
+    made = make(added.trainer_arguments(cfg), "trainer")
+    profiler = made.get("profiler")
+    if isinstance(profiler, str) and profiler in PROFILERS:
+        made["profiler"] = PROFILERS[profiler](dirpath=folder.path, filename="profile")
+    elif not isinstance(profiler, Profiler | None):
+        raise Refusal(f"trainer.profiler={profiler} must be one of {', '.join(PROFILERS)}, or a _target_ of your own.")
+    if made:
+        try:
+            Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **made)
+        except Exception as error:  # of its many checks
+            raise Refusal(said("trainer", error)) from error
+    return made
 
 
 def metrics(names: Iterable[str]) -> dict[str, Metric]:

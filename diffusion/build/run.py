@@ -28,7 +28,6 @@ from diffusion.training.checkpoint import CheckpointWriter, Saving
 from diffusion.training.ema import EMA
 from diffusion.training.fit import Length, Training
 from diffusion.training.held_out import HeldOut, split_of
-from diffusion.training.logger import loggers
 from diffusion.training.meter import MetricsCsv, count_parameters
 from diffusion.training.module import Descent, DiffusionModule
 
@@ -150,7 +149,7 @@ def _training(cfg: DictConfig, module: DiffusionModule, data: ImageShardsDataMod
         take(cfg.ema, EMA),
         folder,
         CheckpointWriter(),
-        [MetricsCsv(folder.metrics_path, on_error), *parts_loggers(cfg, folder)],
+        [MetricsCsv(folder.metrics_path, on_error), *parts.loggers(cfg, folder)],
         take(cfg.trainer, Length),
         saving,
         on_error,
@@ -160,6 +159,8 @@ def _training(cfg: DictConfig, module: DiffusionModule, data: ImageShardsDataMod
         fingerprint_every=cfg.fingerprint_every,
         max_nonfinite=cfg.max_nonfinite,
         deterministic=cfg.deterministic,
+        callbacks=parts.callbacks(cfg),
+        arguments=parts.trainer_arguments(cfg, folder),
     )
 
 
@@ -170,12 +171,6 @@ def left_open(cfg: DictConfig, recorded: Recorded) -> DictConfig:
         if OmegaConf.select(cfg, key, default=0) is None:
             OmegaConf.update(found, key, recorded.at(key))
     return found
-
-
-def parts_loggers(cfg: DictConfig, folder: RunFolder) -> list:
-    """What the `logger` group adds to metrics.csv."""
-    chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k != "name"}
-    return loggers(cfg.logger.name, folder, **chosen)
 
 
 def _looks(cfg: DictConfig) -> Looks:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from diffusion.config.added import NAMED, added_parts
 from diffusion.config.compose import Typed
 from diffusion.config.effect import NONE_HELD_OUT, refuse_idle, unguided
 from diffusion.config.metrics import known
@@ -35,6 +36,8 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
     """
     if OmegaConf.select(cfg, "callbacks.enabled") and OmegaConf.select(cfg, "callbacks.score.every_steps") is None:
         raise Refusal("callbacks.enabled=true: callbacks=none has nothing to enable. Give callbacks=default.")
+    for group in NAMED:
+        list(added_parts(cfg, group))
     if typed is not None:
         refuse_idle(cfg, typed)
     if "guidance" in cfg and unguided(cfg) and cfg.guidance.scale != 1:  # also where nobody typed it

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from diffusion.config.added import added_part
 from diffusion.config.declared import arguments
 from diffusion.config.words import is_interpolation, nearest, plain, quoted, shown, typeable
 from diffusion.errors import Refusal
@@ -192,6 +193,8 @@ def check_word(override: Override, reference: DictConfig, command: str) -> str |
         reference: the configuration without the user's settings.
     """
     key = override.key_or_group
+    if added_part(override, reference):
+        return None
     parent, name, present = lookup(reference, key)
     if not present:
         return _check_added(override, parent, name)

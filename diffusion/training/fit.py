@@ -1,8 +1,9 @@
 """The training part of a run: the Trainer and its callbacks, and what becomes of a signal or a failure."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -45,6 +46,7 @@ class Training:
         devices, num_nodes: processes on each machine, and machines.
         log_every: steps between two rows of metrics.csv. fingerprint_every: between two fingerprints, 0: none.
         max_nonfinite: steps that may be skipped. deterministic: bit-exact on a GPU and over processes as well.
+        callbacks, arguments: of the user's own: further callbacks, and arguments of Lightning's Trainer.
     """
 
     module: DiffusionModule
@@ -62,6 +64,8 @@ class Training:
     fingerprint_every: int = 0
     max_nonfinite: int = 10
     deterministic: bool = False
+    callbacks: Sequence[Callback] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Steps(Callback):
@@ -122,6 +126,7 @@ class Fit:
                 Bar(self.meter),
                 self.steps,
                 self.finite,
+                *training.callbacks,
                 self.saver,  # after all that is saved with the step, and before anybody looks at it
                 *looks,
             ],
@@ -130,7 +135,7 @@ class Fit:
             enable_checkpointing=False,  # Lightning's own
             log_every_n_steps=training.log_every,
             enable_progress_bar=False,
-            enable_model_summary=False,
+            **{"enable_model_summary": False, **training.arguments},
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             deterministic=training.deterministic,
