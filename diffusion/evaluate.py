@@ -19,10 +19,9 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     install()
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -35,10 +34,15 @@ from diffusion.data.shards.remote import is_remote
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.signals import handled
 from diffusion.errors import Refusal
-from diffusion.files import obstacle, write_atomically, writing
+from diffusion.files import obstacle, writing
 from diffusion.runs.folder import RunFolder
+from diffusion.runs.results import Results, lock_beside
+
+if TYPE_CHECKING:
+    from diffusion.scoring.against import Output
 
 TASKS = ("score", "sweep")
+SWEEP = ("sweep.csv", ".sweep.csv.lock", "sweep.png")  # files of a sweep
 
 
 @command("evaluate")
@@ -51,6 +55,7 @@ def main(cfg: DictConfig) -> None:
         from diffusion.build.evaluation import comparison, evaluation
         from diffusion.distributed.place import Place
         from diffusion.distributed.processes import share
+        from diffusion.page import write_report
 
         if cfg.checkpoint is None:
             made, place = comparison(cfg), Place.of(compute)
@@ -67,7 +72,8 @@ def main(cfg: DictConfig) -> None:
             with writing(*rooms):
                 if cfg.checkpoint is None:
                     if rows := made.rows(ranks, where):
-                        keep(rows, Path(cfg.out), None)
+                        tell(rows)
+                        add(rows, made.output)
                     return
                 with made:
                     if cfg.task == "sweep":
@@ -77,9 +83,12 @@ def main(cfg: DictConfig) -> None:
                         return
                     rows = made.rows(ranks, where)
                     if ranks.main:
-                        file = made.output.file
-                        keep(rows, file, made.output.run, made.model.record)
+                        tell(rows, made.model.record)
+                        made.write_samples()
+                        add(rows, made.output)
                         made.kept()
+                        if made.output.file is None:
+                            print(f"Report: {write_report(RunFolder(made.output.run))}")
 
         share(compute, place, work, signals, cfg.debug)
 
@@ -121,13 +130,14 @@ def check_outputs(cfg: DictConfig) -> None:
     run = run_of(cfg.checkpoint)
     if cfg.out is None and run is not None:
         files, folders = ["results.jsonl", ".results.lock", "report.html"], ["evaluations", "likelihood"]
-        files += [f"evaluations/sweep.{kind}" for kind in ("csv", "png")] if cfg.task == "sweep" else []
+        files += [f"evaluations/{name}" for name in SWEEP] if cfg.task == "sweep" else []
         refuse_blocked("checkpoint", run, files, folders, "out=FOLDER" if cfg.task == "sweep" else "out=FILE")
     elif cfg.out is not None and cfg.task == "sweep":
-        refuse_blocked("out", Path(cfg.out), ["sweep.csv", "sweep.png"], [])
+        refuse_blocked("out", Path(cfg.out), SWEEP, [])
     elif cfg.out is not None:
         path = Path(cfg.out)
-        refuse_blocked("out", path.parent, [path.name, f"{path.stem}_neighbours.png"], ["likelihood"])
+        files = [path.name, lock_beside(path).name, f"{path.stem}_neighbours.png"]
+        refuse_blocked("out", path.parent, files, ["likelihood"])
         try:
             path.read_text() if path.exists() else ""
         except (OSError, UnicodeDecodeError) as e:
@@ -144,28 +154,31 @@ def run_of(checkpoint: str | None) -> Path | None:
     return path.parent.parent if path.resolve().parent.name == "checkpoints" else None
 
 
-def keep(rows: list[dict], file: Path | None, run: Path | None, record: Mapping[str, Any] | None = None) -> None:
-    """Print the rows, also where they stand among published ones, and add them to a file, or to the results of a run.
+def tell(rows: list[dict], record: Mapping[str, Any] | None = None) -> None:
+    """Print the rows, also where they stand among published ones.
 
     Args:
         record: of the run of the model that they are about.
     """
     from diffusion.metrics.published import table_text
-    from diffusion.page import told, write_report
+    from diffusion.page import told
     from diffusion.scoring.scores import describe
 
     for row in rows:
         print(describe(row))
     if text := table_text([told(row, record or {}) for row in rows]):
         print(f"\n{text}\n")
-    if file is not None:
-        old = file.read_text() if file.is_file() else ""
-        write_atomically(file, old + "".join(json.dumps(row) + "\n" for row in rows))
-        print(f"Results: {file}")
-    elif run is not None:
-        folder = RunFolder(run)
+
+
+def add(rows: list[dict], output: "Output") -> None:
+    """Add the rows to the file that is asked for, or to the results of the run."""
+    if output.file is not None:
+        Results.of_file(output.file, f"out={output.file}").add(rows)
+        print(f"Results: {output.file}")
+    else:
+        folder = RunFolder(output.run)
         folder.add_results(rows)
-        print(f"Results: {folder.results_path}\nReport: {write_report(folder)}")
+        print(f"Results: {folder.results_path}")
 
 
 def tell_sweep(path: Path, rows: list[dict]) -> None:

@@ -19,7 +19,7 @@ from conftest import ROOT, inside, rows
 from inceptions import OWN, write_random_inception
 from PIL import Image
 
-from diffusion import evaluate
+from diffusion.runs import results
 from diffusion.scoring.bits import Bits
 
 WORDS = ["guidance=classifier_free", "sampler.num_steps=4", "trainer.accelerator=cpu"]
@@ -279,10 +279,11 @@ def test_samples_stay_until_the_results_are_kept(run, wanted, call, tmp_path, mo
     words = ["checkpoint=run", "num_images=20", "sampler.num_steps=2", "neighbours=0", "out=r.jsonl", *wanted]
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "write_atomically", full)
+        patched.setattr(results, "write_atomically", full)
         status, output = call("evaluate", *words)
     assert status == 2 and "No space left" in output
-    assert not (tmp_path / "s" / "samples.npz").exists()  # else the same command would be refused
+    assert not (tmp_path / "r.jsonl").exists()
+    assert (tmp_path / "s" / ".batches" / "about.json").exists() == bool(wanted)  # by which the command may go on
     status, output = call("evaluate", *words)
     assert status == 0 and "20 of them were there" in output
     assert not list((tmp_path / "run").glob("evaluations/samples_*")) and not (tmp_path / "s" / ".batches").exists()

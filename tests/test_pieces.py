@@ -17,6 +17,7 @@ from diffusion.process.schedule import ve_geometric
 from diffusion.samplers.predictor_corrector import LangevinCorrector, PredictorCorrector
 from diffusion.scoring.bits import Bits
 from diffusion.scoring.evaluation import MEASURED
+from diffusion.scoring.gallery import Gallery
 from diffusion.scoring.pieces import Pieces, batches, united, without
 from diffusion.scoring.sampling import Sampling
 
@@ -266,6 +267,22 @@ def test_samples_of_another_sampling_are_refused_and_replaced_on_request(run, ca
     status, output = call(*words, "seed=1")
     assert status == 2 and "samples=s already holds samples.npz, grid.png" in output and "overwrite=true" in output
     assert call(*words, "seed=1", "overwrite=true")[0] == 0
+
+
+def test_an_evaluation_that_ends_while_it_writes_its_samples_keeps_its_rows_once(run, call, tmp_path, monkeypatch):
+    words = ["evaluate", f"checkpoint={run}", *QUICK, "num_images=20", "metrics=[fid]", "neighbours=0"]
+    words += ["batch_size=10", "samples=s", "out=a.jsonl"]
+
+    def full(gallery, path):
+        raise ValueError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, "write_npz", full)
+        assert call(*words)[0] == 2
+    status, output = call(*words)
+    assert status == 0 and "20 of them were there" in output, output
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1 and len(samples(tmp_path / "s")) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "s"]
 
 
 def test_features_of_another_extractor_are_worked_out_from_the_same_images(run, digits, call, stopped, tmp_path):

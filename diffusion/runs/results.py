@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from diffusion.files import MOST_TEXT, read_regular, write_atomically
+from diffusion.files import MOST_TEXT, locked, read_regular, write_atomically
 
 NUMBERS = (
     "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps", "nfe",
@@ -68,12 +68,33 @@ def _plain(row: Row) -> bool:
     )
 
 
+def lock_beside(path: Path) -> Path:
+    """The lock of a file of results that is in no run folder."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def _line(row: Row, path: Path) -> str:
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:
+        wrong = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "a number in it")
+        what = f"{wrong}={row[wrong]}" if wrong in row else wrong
+        raise ValueError(
+            f"The result {row.get('name')} is not added to {path}, nor those beside it: {what} is not finite."
+        ) from None
+
+
 class Results:
-    """The results of a run.
+    """The results in a file.
 
     Args:
         path: of results.jsonl. locked: gives the lock under which the file is rewritten.
     """
+
+    @classmethod
+    def of_file(cls, path: Path, named: str) -> Self:
+        """Those of a file that is in no run folder; its lock lies beside it. named: as in `files.locked`."""
+        return cls(path, lambda: locked(lock_beside(path), named, wait=True))
 
     def __init__(self, path: Path, locked: Callable[[], AbstractContextManager]) -> None:
         self.path, self._locked = path, locked
@@ -102,9 +123,14 @@ class Results:
         return found
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add results; written whole, so that a kill leaves either all of them or none."""
+        """Add results; written whole, so that a kill leaves either all of them or none.
+
+        Raises:
+            ValueError: a number is not finite, which JSON does not have. Nothing is added then.
+        """
+        lines = [_line(row, self.path) for row in rows]
         with self._locked():
-            self._write(self._lines() + [json.dumps(row, allow_nan=False) for row in rows])
+            self._write(self._lines() + lines)
 
     def remove(self, unwanted: Callable[[Row], bool]) -> None:
         """Remove the results of which `unwanted` is true."""

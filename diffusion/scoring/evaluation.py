@@ -2,6 +2,7 @@
 
     with evaluation:
         rows = evaluation.rows(ranks, place)
+        evaluation.write_samples()
         ...                                      the rows are kept
         evaluation.kept()
 
@@ -262,11 +263,14 @@ class Evaluation:
             pieces.__exit__(*error)
         self._pieces.clear()
 
-    def kept(self) -> None:
-        """The rows are: write the samples that are wanted, and remove what all was made from. Not before, as what is
-        interrupted goes on with those pieces."""
+    def write_samples(self) -> None:
+        """The samples that are wanted. Before the rows are kept: what is interrupted while it writes, which may take
+        long, goes on with the pieces, and keeps its rows once."""
         while self._galleries:
             self._galleries.pop().write(self.samples.folder)
+
+    def kept(self) -> None:
+        """The rows are: remove what all was made from. Not before, as what is interrupted goes on with those pieces."""
         while self._pieces:
             self._pieces.pop().remove()
 

@@ -101,7 +101,9 @@ class Pieces:
             )
 
     def remove(self) -> None:
-        """All of it is put together: the files are not needed any more."""
+        """All of it is put together: the files are not needed any more. What a kill leaves of them is no work to go on
+        with."""
+        self._path("about").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._begun = False
         self._held.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import Ranks
-from diffusion.files import csv_text, read_csv, write_atomically
+from diffusion.files import csv_text, locked, read_csv, write_atomically
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.scoring.evaluation import Evaluation, Sweep
 from diffusion.scoring.recipe import Plan, Recipe
@@ -51,8 +51,8 @@ class SweepEvaluation(Evaluation):
         against.extractor.network.to(where.device)
         reference, done, mine = against.reference(against.extractor, ranks), {}, []
         held = ranks.from_main(reference.digest[:12] if reference is not None else None)
-        if ranks.main and path.is_file():
-            done = {row["samples"]: row for row in read_csv(path)[0] if row.get("samples")}
+        if ranks.main:
+            done = read_sweep(path)
         done = ranks.from_main(done)
         chosen = self.recipes()
         for number, recipe in enumerate(chosen, 1):
@@ -69,14 +69,24 @@ class SweepEvaluation(Evaluation):
             (row,) = rows
             flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)} | {"fid": row["value"]}
             done[key] = flat | {"samples": key}
-            write_sweep(path, list(done.values()))
+            add_points(path, {key: done[key]})
             self.kept()
             print(describe(row), flush=True)
         if ranks.main:
-            write_sweep(path, [done[key] for key in [*(k for k in done if k not in mine), *mine]])  # the later count
+            add_points(path, {key: done[key] for key in mine})
         return path, [{**self.model.facts.described, **done[key]} for key in mine] if ranks.main else []
 
 
-def write_sweep(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """sweep.csv: what varies first; written whole."""
-    write_atomically(path, csv_text(rows, [n for n in FIRST if any(n in r for r in rows)]))
+def read_sweep(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of sweep.csv by what they are of; none where there is no file."""
+    rows = read_csv(path)[0] if path.is_file() else []
+    return {row["samples"]: row for row in rows if row.get("samples")}
+
+
+def add_points(path: Path, points: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put rows at the end of sweep.csv, where the later count, under its lock: other sweeps may write to it as well.
+    Written whole, what varies first."""
+    with locked(path.with_name(f".{path.name}.lock"), str(path), wait=True):
+        others = {key: row for key, row in read_sweep(path).items() if key not in points}
+        rows = [*others.values(), *points.values()]
+        write_atomically(path, csv_text(rows, [n for n in FIRST if any(n in r for r in rows)]))
