@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> None:
         from diffusion.distributed.processes import share
         from diffusion.distributed.ranks import Ranks
         from diffusion.scoring.gallery import Gallery
+        from diffusion.scoring.sampling import steps_in_words
 
         place = Place.of(compute)
         model = door.trained(cfg.checkpoint, cfg.ema, cfg.trust)
@@ -62,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         if compute.main:
             taken = planned.sampling
             print(
-                f"Sampling {cfg.num_images} images with {taken.about['sampler']}, {len(taken.times) - 1} steps, "
+                f"Sampling {cfg.num_images} images with {taken.about['sampler']}, {steps_in_words(taken.record())}, "
                 f"from {model.path} (step {model.step}, {model.weights} weights)",
                 flush=True,
             )

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.lab.errors import of_mixture, starts, steps_of_mixture
+from diffusion.lab.errors import of_mixture, starts, steps_of_gaussian, steps_of_mixture
+from diffusion.lab.gaussian import end_of, prior_at
 from diffusion.lab.refinement import SharedNoise, fitted_order, local_errors, order_of_gaps, refine, rms
 from diffusion.process.grids import even, geometric, refined, times
 from diffusion.process.prediction import PREDICTIONS
 from diffusion.process.schedule import Prediction, sub_vp, ve_geometric, vp_linear
 from diffusion.process.toy import Gaussian, modes
 from diffusion.samplers.ancestral import Ancestral
+from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddim import DDIM
+from diffusion.samplers.multistep import AdamsBashforth, Heun
 
 SCHEDULES = {"vp": vp_linear(), "ve": ve_geometric(), "sub-vp": sub_vp()}
 on_all = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -48,9 +51,9 @@ def test_grids_have_their_ends_and_are_even_in_what_they_say():
 @on_all
 def test_noise_of_a_long_step_is_standard_and_that_of_two_steps_independent(schedule):
     fine = refined([900, 500, 20], 7)
-    noise = SharedNoise(schedule, fine, [900, 500, 20], 0, torch.arange(20_000))
+    noise = SharedNoise(schedule, fine, 0, torch.arange(20_000))
     x = torch.zeros(20_000, 1, dtype=torch.float64)
-    z = torch.cat([noise(x), noise(x)], dim=1)
+    z = torch.cat([noise.between(900, 500)(x), noise.between(500, 20)(x)], dim=1)
     torch.testing.assert_close(z.T.cov(), torch.eye(2, dtype=torch.float64), rtol=0, atol=0.03)
 
 
@@ -67,16 +70,54 @@ def test_of_one_image_long_steps_end_where_short_ones_do(schedule):
     assert rms(other.ends[0] - found.ends[0]) > 1e-4, "of another seed another image"
 
 
+@on_all
+def test_the_draws_of_one_step_are_independent_and_a_walk_may_be_taken_again(schedule):
+    fine = refined([900, 500], 5)
+    noise, x = SharedNoise(schedule, fine, 0, torch.arange(20_000)), torch.zeros(20_000, 1, dtype=torch.float64)
+    step = noise.between(900, 500)
+    z = torch.cat([step(x), step(x), step(x)], dim=1)
+    torch.testing.assert_close(z.T.cov(), torch.eye(3, dtype=torch.float64), rtol=0, atol=0.03)
+    again = noise.between(900, 500)
+    assert torch.equal(z[:, :1], again(x)) and torch.equal(z[:, 1:2], again(x)), "whatever the walk has drawn before"
+    with pytest.raises(TypeError, match="belongs to the two times of a step"):
+        noise(x)
+
+
+class TwoDraws(Sampler):
+    """Ancestral sampling by way of the middle: two draws a step."""
+
+    def step(self, denoise, x_t, t, s, randn, past=()):
+        by, middle = Ancestral(self.schedule), (t + s) / 2
+        return by.step(denoise, by.step(denoise, x_t, t, middle, randn), middle, s, randn)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_a_sampler_of_two_draws_a_step_is_measured(name):
+    """Walks come together, and the law is that of walks."""
+    schedule, toy = SCHEDULES[name], Gaussian([0.3, -0.2], std=0.5)
+    coarse = even(1000, 40, 6)
+    x = starts(schedule, 1000, toy.sample(20, torch.Generator().manual_seed(0)), 0).data
+    grids = [refined(coarse, parts) for parts in (1, 2, 8)]
+    gaps = refine(TwoDraws(schedule), toy.denoiser(schedule), x, grids, 0, torch.arange(20)).gaps()
+    assert gaps[0] > 1.5 * gaps[1] > 0
+    halves = refined(coarse, 2)  # ancestral sampling in half the steps
+    law, twin = (
+        end_of(by(schedule), toy.denoiser(schedule), prior_at(schedule, 1000, 2), grid)
+        for by, grid in ((TwoDraws, coarse), (Ancestral, halves))
+    )
+    torch.testing.assert_close(law.covariance, twin.covariance, rtol=1e-9, atol=0)
+
+
 def test_the_noise_of_an_image_does_not_depend_on_its_batch():
     schedule, fine = SCHEDULES["vp"], refined([900, 500], 4)
-    together = SharedNoise(schedule, fine, [900, 500], 0, torch.arange(4))(torch.zeros(4, 3))
-    alone = SharedNoise(schedule, fine, [900, 500], 0, torch.tensor([2]))(torch.zeros(1, 3))
+    together = SharedNoise(schedule, fine, 0, torch.arange(4)).between(900, 500)(torch.zeros(4, 3))
+    alone = SharedNoise(schedule, fine, 0, torch.tensor([2])).between(900, 500)(torch.zeros(1, 3))
     assert torch.equal(together[2:3], alone)
 
 
 def test_a_time_that_is_not_on_the_finer_grid_is_found_out():
     with pytest.raises(AssertionError, match="not on the finer grid"):
-        SharedNoise(SCHEDULES["vp"], [10, 5, 0], [10, 4, 0], 0, torch.arange(2))
+        SharedNoise(SCHEDULES["vp"], [10, 5, 0], 0, torch.arange(2)).between(10, 4)
 
 
 # ---- orders ----
@@ -120,6 +161,42 @@ def test_a_local_error_is_of_second_order():
         local_errors(DDIM(schedule), toy.denoiser(schedule), [x], [500, 500 - gap], 16, 0)[0] for gap in (10, 20, 40)
     ]
     assert errors[1] / errors[0] == pytest.approx(4, rel=0.1) and errors[2] / errors[1] == pytest.approx(4, rel=0.15)
+
+
+LOCAL = pytest.mark.parametrize("make, order", [(DDIM, 2), (AdamsBashforth, 3), (Heun, 3)])
+
+
+@LOCAL
+@pytest.mark.parametrize("known", [True, False], ids=["laws", "points"])
+def test_the_local_error_of_a_step_is_that_of_the_method_with_its_past(known, make, order):
+    """One order above the method's: of Adams and Bashforth's from the second step on, as the first has no past."""
+    schedule, toy = SCHEDULES["vp"], Gaussian([0.3, -0.2], std=0.5)
+    x0 = toy.sample(100, torch.Generator().manual_seed(0))
+
+    def errors(gap):
+        grid = [500 + gap, 500, 500 - gap]
+        steps = (
+            steps_of_gaussian(toy, make(schedule), grid)
+            if known
+            else steps_of_mixture(toy, make(schedule), grid, x0, 0, parts=16)
+        )
+        return [step.error for step in steps]
+
+    (first, later), (halved_first, halved_later) = errors(20), errors(10)
+    started = 2 if make is AdamsBashforth else order
+    assert first / halved_first == pytest.approx(2**started, rel=0.15)
+    assert later / halved_later == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("make", [DDIM, partial(Ancestral, variance="large")])
+def test_the_local_errors_of_a_sampler_without_a_memory_are_its_walks(make):
+    schedule, toy, times = SCHEDULES["vp"], Gaussian([0.3, -0.2], std=0.5), [900, 500, 300]
+    points = [starts(schedule, t, toy.sample(50, torch.Generator().manual_seed(0)), 0).data for t in times[:-1]]
+    found = local_errors(make(schedule), toy.denoiser(schedule), points, times, 8, 0)
+    for x, t, s, error in zip(points, times, times[1:], found, strict=False):
+        grids = [[t, s], refined([t, s], 8)]
+        walks = refine(make(schedule), toy.denoiser(schedule), x, grids, 0, torch.arange(50))
+        assert walks.gaps() == [error]
 
 
 # ---- the parts of a mixture ----

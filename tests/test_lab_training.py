@@ -1,6 +1,8 @@
 """How far denoisers are from the best: the split that is known on toys, and the bounds that hold on images."""
 
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from diffusion.lab.training_error import (
     carried_to_the_end,
     linear_loss,
     loss_by_quarter,
+    moved_by_errors,
     of_images,
     of_known,
     posterior_mean,
@@ -23,7 +26,9 @@ from diffusion.process.grids import times
 from diffusion.process.schedule import Prediction, ve_geometric, vp_linear
 from diffusion.process.toy import Gaussian, Mixture, modes
 from diffusion.samplers.ancestral import Ancestral
+from diffusion.samplers.base import Moment
 from diffusion.samplers.ddim import DDIM
+from diffusion.samplers.multistep import AdamsBashforth, Heun
 
 VP, VE = vp_linear(), ve_geometric()
 SCHEDULES = {"vp": VP, "ve": VE}
@@ -147,7 +152,7 @@ def test_the_linear_loss_is_the_irreducible_one_of_a_gaussian(schedule):
 
 
 @on_all
-@pytest.mark.parametrize("make", [DDIM, Ancestral], ids=["ddim", "small"])
+@pytest.mark.parametrize("make", [DDIM, Ancestral, Heun], ids=["ddim", "small", "heun"])
 def test_errors_that_pull_one_way_are_carried_exactly_on_gaussian_data(schedule, make):
     """A constant shift of x0 moves the end of every walk by the same: that of two walks on the same noise."""
     toy, grid, sampler = Gaussian([0.0], std=0.4), times(1000, 20), make(schedule)
@@ -159,6 +164,24 @@ def test_errors_that_pull_one_way_are_carried_exactly_on_gaussian_data(schedule,
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-8, atol=0)
     apart = carried_to_the_end(sampler, schedule, grid, [0.03] * 20, 0.16, together=False)
     assert 0.03 * 0.5 < apart < expected
+
+
+@on_all
+@pytest.mark.parametrize("make", [AdamsBashforth, partial(AdamsBashforth, start="heun")], ids=["ddim", "heun"])
+@pytest.mark.parametrize("k", [0, 1, 3, 4])
+def test_the_error_of_one_step_is_also_carried_by_those_that_remember_it(schedule, make, k):
+    grid, sampler, exact = [900, 600, 400, 200, 50, 0], make(schedule), Gaussian([0.0], std=0.4).denoiser(schedule)
+
+    def end(wrong):
+        """Of a walk whose denoiser is off by 0.1 in one step."""
+        x, past = torch.ones(1, 1, dtype=torch.float64), ()
+        for step, (t, s) in enumerate(pairwise(grid)):
+            by = scaled(exact, schedule, 1.0, 0.1) if step == wrong else exact
+            x, past = sampler.step(by, x, t, s, None, past), (Moment(t, x, by(x, t)),)
+        return float(x)
+
+    moved = moved_by_errors(sampler, schedule, grid, 0.16)
+    assert end(k) - end(None) == pytest.approx(0.1 * float(moved[k]), rel=1e-9)
 
 
 def test_a_learned_variance_counts_as_the_small_one():
@@ -199,7 +222,7 @@ def test_the_errors_of_a_model_that_is_exact_are_those_of_its_walk():
         ("other", sampler, times(1000, 20, "trailing")),
     ]
     tried = candidates(settings, denoise, z, 0)
-    assert [(c.words, c.num_steps) for c in tried] == [("now", 20), ("more", 40), ("other", 20)]
+    assert [(c.words, c.num_steps, c.calls) for c in tried] == [("now", 20, 20), ("more", 40, 40), ("other", 20, 20)]
     assert tried[1].distance < 0.7 * tried[0].distance
 
 

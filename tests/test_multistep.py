@@ -1,6 +1,8 @@
 """Samplers with a memory and samplers of several calls: the walk owns the past, and the order is the method's."""
 
+import csv
 import json
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,12 +12,18 @@ from conftest import inside
 from diffusion.lab.errors import distance_of_gaussian
 from diffusion.lab.gaussian import prior_at, propagated
 from diffusion.lab.refinement import fitted_order
-from diffusion.process.grids import even, geometric
+from diffusion.noise import ImageNoise
+from diffusion.process.grids import SPACINGS, even, geometric, times
 from diffusion.process.schedule import ve_geometric, vp_linear
 from diffusion.process.toy import Gaussian
+from diffusion.samplers.annealed import AnnealedLangevin
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddim import DDIM
-from diffusion.samplers.multistep import AdamsBashforth, Heun
+from diffusion.samplers.langevin import MetropolisLangevin
+from diffusion.samplers.multistep import AdamsBashforth, FlowSampler, Heun
+from diffusion.samplers.predictor_corrector import PredictorCorrector
+from diffusion.scoring import recipe
+from diffusion.scoring.recipe import Plan
 
 SCHEDULES = pytest.mark.parametrize("schedule", [vp_linear(1000), ve_geometric(1000)], ids=["vp", "ve"])
 
@@ -98,6 +106,74 @@ def test_noise_may_belong_to_the_times_of_a_step():
     assert asked == list(pairwise(times))
 
 
+CALLS = {
+    "ddim": DDIM,
+    "heun": Heun,
+    "adams": AdamsBashforth,
+    "adams by heun": partial(AdamsBashforth, start="heun"),
+    "heun corrected": partial(PredictorCorrector, predictor=Heun),
+    "annealed": partial(AnnealedLangevin, step_size=0.1),
+    "annealed, not denoised": partial(AnnealedLangevin, step_size=0.1, denoise=False),
+    "metropolis": partial(MetropolisLangevin, step_size=1e-3),
+    "metropolis, ddim": partial(PredictorCorrector, predictor=DDIM, corrector=partial(MetropolisLangevin, step_size=1)),
+}
+
+
+@pytest.mark.parametrize("visits", [1, 2, 3])
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+def test_a_sampler_knows_how_often_it_calls(make, visits):
+    schedule, data, called = vp_linear(1000), toy(), []
+
+    def denoise(x_t, t, labels=None):
+        called.append(t)
+        return data.denoiser(schedule)(x_t, t)
+
+    for grid in (times(1000, 3, "trailing", visits), times(1000, 1, "trailing", visits), [800, 500, 300]):
+        called.clear()
+        sampler = make(schedule)
+        sampler.sample(denoise, torch.zeros(2, 2, dtype=torch.float64), grid, ImageNoise(0, torch.arange(2)))
+        assert sampler.calls(grid) == len(called), grid
+
+
+@SCHEDULES
+def test_the_first_step_may_be_of_second_order_too(schedule):
+    data = toy()
+    plain, started = (
+        distance_of_gaussian(data, AdamsBashforth(schedule, start), [500, 300, 200]) for start in ("ddim", "heun")
+    )
+    assert started < 0.7 * plain
+    x, denoise = torch.ones(1, 2, dtype=torch.float64), data.denoiser(schedule)
+    first = {s: AdamsBashforth(schedule, s).step(denoise, x, 900, 500, None) for s in ("ddim", "heun")}
+    assert torch.equal(first["ddim"], AdamsBashforth(schedule).step(denoise, x, 900, 500, None))
+    assert torch.equal(first["ddim"], FlowSampler.moved(AdamsBashforth(schedule), x, 900, 500, denoise(x, 900).epsilon))
+    assert torch.equal(first["heun"], Heun(schedule).step(denoise, x, 900, 500, None))
+    with pytest.raises(ValueError, match="sampler.start=euler must be one of ddim, heun"):
+        AdamsBashforth(schedule, "euler")
+
+
+def test_a_predictor_that_remembers_is_refused_between_correctors():
+    with pytest.raises(ValueError, match="sampler.predictor: AdamsBashforth reads the steps before"):
+        PredictorCorrector(vp_linear(1000), AdamsBashforth)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("make", [DDIM, Heun, CALLS["heun corrected"]], ids=["ddim", "heun", "corrected"])
+def test_the_longest_walk_of_a_budget_is_found_in_few_grids(make, spacing, monkeypatch):
+    """The same as by trying every number of steps, the largest first."""
+    schedule, made = vp_linear(60), []
+    sampler = make(schedule)
+    monkeypatch.setattr(recipe, "times", lambda *args: made.append(args[1]) or times(*args))
+    for visits in (1, 3):
+        for budget in (6, 17, 59, 90, 1000):
+            made.clear()
+            found = Plan(max_calls=budget, spacing=spacing, visits=visits).times(sampler)
+            assert len(made) <= 12
+            all_grids = (times(schedule, n, spacing, visits) for n in range(min(budget, 60), 0, -1))
+            assert found == next(grid for grid in all_grids if sampler.calls(grid) <= budget)
+    with pytest.raises(ValueError, match="sampler.max_calls=2: one step has"):
+        Plan(max_calls=2, spacing=spacing, visits=5).times(sampler)
+
+
 def test_a_budget_in_calls_is_turned_into_steps(digits_run, tmp_path):
     rows = []
     for option in ("adams_bashforth", "heun", "ddim"):
@@ -119,8 +195,10 @@ def test_the_commands_take_them(digits_run, tmp_path):
     words = [f"checkpoint={digits_run}", "task=sweep", "num_images=20", "sweep.num_steps=[2,3]", "sweep.eta=[]"]
     words += ["sweep.large=false", "sweep.samplers=[adams_bashforth,heun]", "out=sweep"]
     assert inside("evaluate", words, tmp_path) == 0
-    table = (tmp_path / "sweep" / "sweep.csv").read_text()
-    assert table.count("adamsbashforth") == table.count("heun") == 2
+    with open(tmp_path / "sweep" / "sweep.csv", newline="") as file:
+        table = [(row["sampler"], row["words"], row["num_steps"]) for row in csv.DictReader(file)]
+    named = [("adamsbashforth", "adams_bashforth"), ("heun", "heun")]
+    assert table == [(*names, steps) for names in named for steps in ("2", "3")]
     words = ["task=errors", "sampler=adams_bashforth", "sampler.num_steps=20", "errors.num_steps=[40,80,160]"]
     assert inside("lab", [*words, "samplers=[adams_bashforth,heun]", "out=lab"], tmp_path) == 0
     orders = (tmp_path / "lab" / "errors" / "orders.csv").read_text()

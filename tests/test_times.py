@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from diffusion.process.grids import OF_LEVELS, SPACINGS, times
+from diffusion.process.grids import OF_LEVELS, SPACINGS, karras, steps_of, times
 from diffusion.process.schedule import ve_geometric, vp_linear
 
 ALL = ["linear", "trailing", "lambda", "karras"]  # quadratic visits fewer
@@ -30,7 +30,7 @@ def test_the_published_grids():
     assert times(1000, 10, "trailing") == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 10, 50, 100, 1000])
+@pytest.mark.parametrize("num_steps", [2, 10, 50, 100, 1000])
 def test_the_quadratic_grid_is_that_of_the_code_of_ddim_each_level_once(num_steps):
     published = [int(level) for level in np.linspace(0, np.sqrt(1000 * 0.8), num_steps) ** 2]  # counted from 0
     assert times(1000, num_steps, "quadratic")[:-1] == sorted({1 + level for level in published}, reverse=True)
@@ -47,6 +47,28 @@ def test_uniform_in_lambda_and_karras_grid_are_their_formulas(schedule):
     assert (high, low) == tuple(math.exp(-float(schedule.log_ratio(t))) for t in (1000, 1))
     wanted = (high ** (1 / 7) + i / 11 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     assert ratios == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_timesteps", [1, 10, 1000])
+def test_a_single_step_begins_in_noise(spacing, num_timesteps):
+    """At the highest level of the spacing, which is T but for the quadratic one."""
+    schedule = vp_linear(num_timesteps, 1e-4, 0.02)
+    (start, stop) = times(schedule, 1, spacing)
+    assert stop == 0 and start == (1 + int(0.8 * num_timesteps) if spacing == "quadratic" else num_timesteps)
+
+
+@pytest.mark.parametrize("schedule", [vp_linear(1000), ve_geometric(1000)], ids=["vp", "ve"])
+def test_rho_of_the_karras_grid_is_a_setting(schedule):
+    assert times(schedule, 9, "karras") == times(schedule, 9, "karras", rho=7.0) == [*karras(schedule, 9), 0]
+    ratios = [math.exp(-float(schedule.log_ratio(t))) for t in times(schedule, 9, "karras", rho=1.0)[:-1]]
+    assert np.diff(ratios) == pytest.approx(np.full(8, np.diff(ratios).mean()), rel=1e-6), "evenly in sigma / alpha"
+    assert times(schedule, 9, "karras", rho=9.0)[4] < times(schedule, 9, "karras")[4]
+
+
+@pytest.mark.parametrize("visits", [1, 2, 5])
+def test_the_steps_of_a_grid_are_those_that_were_asked_for_whatever_the_visits(visits):
+    assert steps_of(times(1000, 7, "trailing", visits)) == 7 and steps_of([7, 7, 0]) == 1 and steps_of([5]) == 0
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -69,7 +91,7 @@ def test_times_may_be_given_one_by_one():
 
 def test_leading_and_trailing_agree_with_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    for num_steps in (1, 4, 10, 50, 125, 500):
+    for num_steps in (4, 10, 50, 125, 500):  # of one step theirs begins at the cleanest level
         theirs = diffusers.DDIMScheduler(timestep_spacing="leading")
         theirs.set_timesteps(num_steps)
         assert times(1000, num_steps, "linear")[:-1] == (theirs.timesteps + 1).tolist()

@@ -19,11 +19,16 @@ from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import Ranks
 from diffusion.noise import ImageNoise, Stream
+from diffusion.process.grids import times
+from diffusion.process.kernels import renoised
 from diffusion.process.schedule import Prediction, vp_linear
 from diffusion.process.toy import Gaussian
+from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddim import DDIM
-from diffusion.samplers.wrapper import Batch, Wrapper
+from diffusion.samplers.multistep import AdamsBashforth, Heun
+from diffusion.samplers.predictor_corrector import LangevinCorrector, PredictorCorrector
+from diffusion.samplers.wrapper import Batch, WrappedSampler, Wrapper, wrapped
 from diffusion.scoring.gallery import Gallery
 from diffusion.scoring.recipe import Plan, Recipe
 
@@ -45,12 +50,12 @@ class Net(torch.nn.Module):
         return self.scale * x + 0.01 * labels[:, None, None, None]
 
 
-class Shifted(Sampler):
+class Shifted(WrappedSampler):
     """The steps of another sampler, and at the end a shift by number and label of each image, with noise of its own."""
 
     def __init__(self, inner: Sampler, batch: Batch) -> None:
-        super().__init__(inner.schedule)
-        self.inner, self.batch = inner, batch
+        super().__init__(inner)
+        self.batch = batch
 
     def step(self, denoise, x_t, t, s, randn, past=()):
         x = self.inner.step(denoise, x_t, t, s, randn, past)
@@ -132,6 +137,108 @@ def test_a_wrapper_changes_the_images_and_the_innermost_comes_first():
 
     sampling(Named(1), Named(2)).images(numbers)
     assert order[:2] == [2, 1]
+
+
+class Plain(Wrapper):
+    """Wraps the sampler in another that changes nothing."""
+
+    def __init__(self, make=WrappedSampler):
+        self.make = make
+
+    def identity(self):
+        return {"name": "plain"}
+
+    def sampler(self, sampler, batch):
+        return self.make(sampler)
+
+
+BATCH = Batch(torch.arange(3), None, 0)
+
+
+def wrapped_sampler(sampler, *wrappers):
+    return wrapped(wrappers, None, sampler, BATCH)[1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AdamsBashforth,
+        partial(AdamsBashforth, start="heun"),
+        Heun,
+        partial(PredictorCorrector, predictor=Heun, corrector=partial(LangevinCorrector, norms="batch")),
+        partial(Ancestral, variance="learned"),
+    ],
+)
+def test_a_wrapped_sampler_is_the_inner_one_with_its_memory_and_calls(make):
+    schedule, data, grid = vp_linear(100), Gaussian([0.2, 0.1], std=0.5), times(100, 7, "trailing", visits=2)
+    inner = make(schedule)
+    outer = wrapped_sampler(inner, Plain(), Plain())
+    facts = ("of_batch", "memory", "learned_by")
+    assert outer is not inner and all(getattr(outer, name) == getattr(inner, name) for name in facts)
+    assert outer.calls(grid) == inner.calls(grid) and outer.schedule is schedule
+    if inner.learned_by is None:
+        x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        ends = [by.sample(data.denoiser(schedule), x, grid, ImageNoise(0, BATCH.numbers)) for by in (inner, outer)]
+        assert torch.equal(*ends)
+
+
+class Forgetful(WrappedSampler):
+    """Around another, but not with what that must keep."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.memory = 0
+
+
+class Unrelated(Sampler):
+    def __init__(self, inner):
+        super().__init__(inner.schedule)
+        self.inner = inner
+
+    def step(self, denoise, x_t, t, s, randn, past=()):
+        return self.inner.step(denoise, x_t, t, s, randn, past)
+
+
+@pytest.mark.parametrize("make", [Forgetful, Unrelated, lambda inner: DDIM(inner.schedule), lambda inner: None])
+def test_a_wrapper_whose_sampler_would_lose_the_memory_of_the_inner_one_is_refused(make):
+    sampler = AdamsBashforth(vp_linear(100))
+    with pytest.raises(TypeError, match=r"Plain.sampler gives a .* return the sampler itself, or a WrappedSampler"):
+        wrapped_sampler(sampler, Plain(make))
+    assert wrapped_sampler(sampler, Plain(lambda inner: inner)) is sampler
+
+
+class Renoising(WrappedSampler):
+    """Steps that go up add noise, by no call of the denoiser: as RePaint and restarts do."""
+
+    def calls_of_step(self, t, s, past=0):
+        return 0 if s > t else super().calls_of_step(t, s, past)
+
+    def step(self, denoise, x_t, t, s, randn, past=()):
+        if s > t:
+            return renoised(self.schedule, x_t, t, s, randn(x_t))
+        return super().step(denoise, x_t, t, s, randn, past)
+
+
+def test_a_step_without_a_prediction_is_no_part_of_the_past_and_is_shown_with_the_estimate_before():
+    schedule, data, grid = vp_linear(100), Gaussian([0.2, 0.1], std=0.5), [100, 60, 20, 60, 80, 40, 0]
+    sampler, x = Renoising(AdamsBashforth(schedule)), torch.zeros(3, 2, dtype=torch.float64)
+    called, exact = [], data.denoiser(schedule)
+
+    def denoise(x_t, t, labels=None):
+        called.append(t)
+        return exact(x_t, t)
+
+    visits = list(sampler.walk(denoise, x, grid, ImageNoise(0, BATCH.numbers)))
+    assert [visit.prediction is None for visit in visits] == [False, False, True, True, False, False]
+    assert called == [100, 60, 80, 40] and sampler.calls(grid) == 4
+    assert list(sampler.pasts(grid)) == [[], [100], [], [], [], [80]]
+    made = sampling(Plain(Renoising))
+    made.times = [100, 50, 80, 0]
+    noisy, estimates = made.film(torch.arange(2), 3)
+    assert torch.equal(estimates[:, 1], estimates[:, 0]) and not torch.equal(noisy[:, 1], noisy[:, 0])
+    made.times = [50, 100, 0]
+    noisy, estimates = made.film(torch.arange(2), 2)
+    assert torch.equal(noisy[:, 0], estimates[:, 0]), "before the first estimate there is x itself"
 
 
 def test_it_is_part_of_what_identifies_a_sampling(tmp_path):

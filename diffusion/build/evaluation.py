@@ -6,9 +6,10 @@ from omegaconf import DictConfig
 
 from diffusion.build import door, extractors, parts
 from diffusion.build.extractors import Choice
+from diffusion.build.parts import Factory
 from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
-from diffusion.config.check import check_guidance, check_number, check_real
+from diffusion.config.check import check_guidance, check_number, check_real, refuse_times
 from diffusion.config.effect import typed
 from diffusion.config.metrics import known
 from diffusion.data.image_files import ImageFiles
@@ -28,6 +29,7 @@ from diffusion.scoring.against import Against, Given, Output, image_set, image_s
 from diffusion.scoring.bits import Settings as BitsSettings
 from diffusion.scoring.comparison import Comparison
 from diffusion.scoring.evaluation import Evaluation, Kept, Likelihood, Sweep
+from diffusion.scoring.recipe import Plan
 from diffusion.scoring.scores import reference_of
 from diffusion.scoring.sweep import SweepEvaluation
 from diffusion.scoring.trained import Trained
@@ -80,7 +82,7 @@ def evaluation(cfg: DictConfig) -> Evaluation:
     published = (cfg.split, cfg.reference) == ("train", None)
     arguments = (model, place, output(cfg, model), sampled, against, cfg.num_images, likelihood, kept, published)
     if swept:
-        others = [chosen_sampler(words, "sweep.samplers") for words in cfg.sweep.samplers]
+        others = {words: swept_sampler(words) for words in cfg.sweep.samplers}
         made: Evaluation = SweepEvaluation(*arguments, sweep=take(cfg.sweep, Sweep), others=others)
     else:
         made = Evaluation(*arguments)
@@ -89,6 +91,15 @@ def evaluation(cfg: DictConfig) -> Evaluation:
         raise Refusal(f"checkpoint={cfg.checkpoint}: {why}, so nothing can be kept there: give {word}.")
     made.check()
     return made
+
+
+def swept_sampler(words: str) -> tuple[Factory, Plan]:
+    """A sampler of the list `sweep.samplers`, which is taken at every number of steps of the sweep."""
+    steps = "sweep.num_steps sets the number of steps"
+    made, plan = chosen_sampler(words, "sweep.samplers", {"num_steps": steps, "max_calls": steps})
+    if not isinstance(plan.spacing, str):
+        refuse_times(f"sweep.samplers: {words!r}: spacing", plan.spacing)
+    return made, plan
 
 
 # ---- what scores are against ----

@@ -9,16 +9,19 @@ from omegaconf import DictConfig
 from diffusion.build import door, parts
 from diffusion.build.sampling import chosen_sampler, recipe
 from diffusion.build.take import take
-from diffusion.config.check import check_guidance, check_variance
+from diffusion.config.check import check_guidance
 from diffusion.config.effect import OF_IMAGES, OF_POINTS, refuse_idle, typed
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
+from diffusion.errors import Refusal
 from diffusion.lab.settings import TASKS, Gaussian
 from diffusion.lab.tasks.laboratory import Laboratory, Named, Subject, refuse_stays
 from diffusion.process import toy
 from diffusion.process.toy import SETS, Mixture
 from diffusion.runs.folder import RunFolder
 from diffusion.samplers.annealed import AnnealedLangevin
+from diffusion.samplers.base import Sampler
+from diffusion.scoring.recipe import check_learned
 
 
 def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
@@ -34,9 +37,9 @@ def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
         refuse_idle(cfg, typed(), OF_IMAGES if subject.toy is None else OF_POINTS)
     if cfg.out is None and run is not None:
         RunFolder(run).refuse_links()
-    samplers = [named(words) for words in cfg.samplers]
+    samplers = [named(words, cfg.task) for words in cfg.samplers]
     for sampler in samplers:
-        sampler.make(subject.schedule)
+        refuse_learned(f"samplers: {sampler.words!r}", sampler.make(subject.schedule))
     folder = Path(cfg.out) if cfg.out is not None else (run or Path(".")) / "lab"
     made = Laboratory(
         cfg.task, take(cfg[cfg.task], TASKS[cfg.task]), subject, place, samplers, recipe(cfg, cfg.batch_size), folder,
@@ -46,9 +49,17 @@ def laboratory(cfg: DictConfig, say: Callable[[str], None]) -> Laboratory:
         assert made.sampler is not None
         if subject.toy is None and model is not None:
             check_guidance(cfg.guidance.scale, model.num_classes, model.facts.label_dropout)
-            check_variance(cfg.sampler, model.learns_variance)
+            check_learned(made.sampler, model.learns_variance)
             refuse_stays(made.times)
+        else:
+            refuse_learned("sampler", made.sampler)
     return made
+
+
+def refuse_learned(what: str, sampler: Sampler) -> None:
+    """Refuse a sampler of exact scores that needs a network."""
+    if sampler.learned_by is not None:
+        raise Refusal(f"{what}: {sampler.learned_by}=learned needs a network that has learned it; give small or large.")
 
 
 def subject_of(cfg: DictConfig) -> Subject:
@@ -72,9 +83,12 @@ def toy_of(name: str, cfg: DictConfig) -> Mixture:
     return toy.Gaussian(chosen.mean, covariance=torch.diag(torch.tensor(chosen.stds, dtype=torch.float64) ** 2))
 
 
-def named(words: str) -> Named:
+def named(words: str, task: str) -> Named:
     """A sampler of the list `samplers`, as `ddim eta=0.5`. Raises Refusal as `chosen_sampler`."""
-    made, plan = chosen_sampler(words, "samplers")
+    steps, grids = f"{task}.num_steps sets the number of steps", "all samplers of the task walk on its own grids"
+    exact = "the denoiser is the exact one, without clipping"
+    idle = {"num_steps": steps, "max_calls": steps, "spacing": grids, "rho": grids, "clip_x0": exact}
+    made, plan = chosen_sampler(words, "samplers", idle)
     stays = plan.num_steps == 1
     anneals = plan.visits > 1 or made.func is AnnealedLangevin
     return Named(words, lambda schedule: made(schedule=schedule), 1 if stays else plan.visits, stays, anneals)

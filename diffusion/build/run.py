@@ -10,7 +10,7 @@ from diffusion.build import parts
 from diffusion.build.extractors import Choice, extractor
 from diffusion.build.sampling import recipe
 from diffusion.build.take import take
-from diffusion.config.check import check
+from diffusion.config.check import check, learns_variance
 from diffusion.config.compose import Typed, composed
 from diffusion.data.module import Described, ImageShardsDataModule
 from diffusion.denoiser import NetworkDenoiser
@@ -23,7 +23,7 @@ from diffusion.process.schedule import Schedule
 from diffusion.runs.folder import LR_STEPS, RECORDED, OnError, RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.looks import During, Grids, Looks, Scores
-from diffusion.scoring.recipe import Recipe
+from diffusion.scoring.recipe import Recipe, check_learned
 from diffusion.training.checkpoint import CheckpointWriter, Saving
 from diffusion.training.ema import EMA
 from diffusion.training.fit import Length, Training
@@ -95,7 +95,7 @@ def run_parts(cfg: DictConfig, folder: RunFolder) -> Parts:
     denoiser = NetworkDenoiser(network, levels, cfg.objective.prediction)
     module = _module(cfg, denoiser, place, record)
     sampled = recipe(cfg)
-    sampled.sampler_of(levels)
+    check_learned(sampled.sampler_of(levels)[0], learns_variance(cfg.objective))
     looks = _looks(cfg.callbacks)
     choice = take(cfg.extractor, Choice)
     at_once = looks.enabled and cfg.metrics and choice.name != "digits"

@@ -1,13 +1,16 @@
 """From the groups `sampler` and `guidance` to the recipe of a sampling; and samplers by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.build.parts import Factory, factory
 from diffusion.build.take import left, take
+from diffusion.config.check import check
+from diffusion.config.compose import Typed
 from diffusion.config.composer import groups, option
+from diffusion.config.effect import OF_SAMPLER, refuse_idle
 from diffusion.config.values import check_kind, fit_all, kind_at, lookup, unknown
 from diffusion.config.words import nearest, parse, plain
 from diffusion.errors import Refusal
@@ -29,14 +32,15 @@ def recipe(cfg: DictConfig, batch_size: int = 256, labels: Sequence[int] = ()) -
     )
 
 
-def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
+def chosen_sampler(words: str, key: str, idle: Mapping[str, str]) -> tuple[Factory, Plan]:
     """`ddim eta=0.5` -> what makes the sampler of this option of the group `sampler` with these settings, and its plan.
 
     Args:
         key: the setting that the words are from.
+        idle: settings of the plan that have no effect there, and why.
 
     Raises:
-        Refusal: no such option, or no such setting of it.
+        Refusal: no such option, no such setting of it, or one that has no effect.
     """
     name, *settings = words.split() or [""]
     known = groups()["sampler"]
@@ -56,7 +60,15 @@ def chosen_sampler(words: str, key: str) -> tuple[Factory, Plan]:
             given = check_kind(f"sampler.{inner}", plain(parse(setting).value()), parent[last], kind)
         except Refusal as e:
             raise Refusal(f"{key}: {words!r}: {e}") from e
+        if inner in idle and given != parent[last]:
+            raise Refusal(f"{key}: {words!r}: {setting} has no effect: {idle[inner]}. Leave it out.")
         OmegaConf.update(cfg, inner, given)
     whole = OmegaConf.create({"sampler": cfg})
     fit_all(whole, "")
+    check(whole)
+    typed = Typed("sample", (f"sampler={name}", *(f"sampler.{setting}" for setting in settings)))
+    try:
+        refuse_idle(whole, typed, OF_SAMPLER)
+    except Refusal as e:
+        raise Refusal(f"{key}: {words!r}: {e}") from e
     return factory(left(whole.sampler, Plan), key), take(whole.sampler, Plan)

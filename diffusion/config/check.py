@@ -5,9 +5,8 @@ effect.py.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +22,7 @@ from diffusion.errors import Refusal
 from diffusion.files import obstacle
 from diffusion.metrics.takes import OWN, Takes
 from diffusion.models.resolutions import check_attention
-from diffusion.process.grids import check_grid
+from diffusion.process.grids import SPACINGS, check_grid
 
 SAMPLES = ("samples.npz", "grid.png", "png")  # what a folder of samples holds
 
@@ -58,6 +57,8 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         raise Refusal(
             f"extractor.name={cfg.extractor.name} names another one: give extractor.target's a name of its own."
         )
+    if cfg.get("task") == "sweep" and not isinstance(cfg.sampler.spacing, str):
+        refuse_times("sampler.spacing", cfg.sampler.spacing)
     if "sweep" in cfg and not (cfg.sweep.num_steps and (cfg.sweep.eta or cfg.sweep.large or cfg.sweep.samplers)):
         raise Refusal(
             "The sweep has no point: give sweep.num_steps=[...], and sweep.eta=[...], sweep.large=true or "
@@ -65,6 +66,15 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         )
     if "objective" in cfg:
         check_training(cfg)
+
+
+def refuse_times(what: str, times: Sequence[float]) -> None:
+    """Refuse times that are given one by one in a sweep over numbers of steps."""
+    listed = ",".join(f"{t:g}" for t in times)
+    raise Refusal(
+        f"{what}=[{listed}] gives the times themselves, the same for every number of sweep.num_steps: give the name of "
+        f"a spacing, {', '.join(SPACINGS)}."
+    )
 
 
 def check_number(metrics: Iterable[str], number: int, what: str) -> None:
@@ -106,7 +116,6 @@ def check_training(cfg: DictConfig) -> None:
     if cfg.data.lanes is not None:
         check_lanes(cfg.data.lanes, cfg.data.batch_size)
     check_steps(cfg.sampler, cfg.schedule.num_timesteps)
-    check_variance(cfg.sampler, learns_variance(cfg.objective))
     if "out_channels" in cfg.model:
         raise Refusal(
             f"model.out_channels={cfg.model.out_channels} follows from the objective: the channels of the images, "
@@ -154,15 +163,6 @@ def check_steps(sampler: DictConfig, num_timesteps: int) -> None:
 def learns_variance(objective: DictConfig) -> bool:
     """Whether a network of this objective says how wide the reverse step is: the one key that decides it."""
     return objective.get("variance") == "learned"
-
-
-def check_variance(sampler: Mapping[str, Any] | DictConfig, learned: bool) -> None:
-    """Refuse to sample with a learned variance where none is learned."""
-    if sampler.get("variance") == "learned" and not learned:
-        raise Refusal(
-            "sampler.variance=learned: this network predicts no variance; give small or large, or train with "
-            "objective=hybrid."
-        )
 
 
 def check_guidance(scale: float, num_classes: int, label_dropout: float) -> None:

@@ -119,17 +119,23 @@ def toy_of(cfg: DictConfig) -> str:
 
 ANY = "train sample evaluate lab"  # that sample
 MEASURED = "held_out.every_steps held_out.num_images held_out.batch_size"
+OF_SAMPLER = (  # alone, wherever it is chosen
+    Idle(ANY, "sampler.rho", lambda cfg: cfg.sampler.get("spacing") != "karras",
+         "sampler.spacing={sampler.spacing}", "sampler.spacing=karras {word}"),
+    Idle(ANY, "sampler.corrector.*", lambda cfg: cfg.sampler.get("visits") == 1,
+         "with sampler.visits=1 every step is the predictor's", "sampler.visits=2"),
+)  # fmt: skip
 TABLE = (
     # ---- sampling ----
     Idle(ANY, "guidance.scale", unguided, "guidance=none", "guidance=classifier_free {word}"),
-    Idle(ANY, "sampler.spacing", all_visited, "every level is visited (sampler.num_steps={sampler.num_steps})",
+    *OF_SAMPLER,
+    Idle(ANY, "sampler.spacing sampler.rho", all_visited,
+         "every level is visited (sampler.num_steps={sampler.num_steps})",
          "sampler.num_steps=N below the number of levels"),
     Idle(ANY, "sampler.num_steps", lambda cfg: cfg.sampler.get("max_calls") is not None,
          "sampler.max_calls={sampler.max_calls} decides the number of steps", "sampler.max_calls=null {word}"),
     Idle(ANY, "sampler.num_steps sampler.max_calls", lambda cfg: not isinstance(cfg.sampler.get("spacing", ""), str),
          "sampler.spacing={sampler.spacing} gives the times themselves", "sampler.spacing=linear {word}"),
-    Idle(ANY, "sampler.corrector.*", lambda cfg: cfg.sampler.get("visits") == 1,
-         "with sampler.visits=1 every step is the predictor's", "sampler.visits=2"),
     # ---- training ----
     Idle("train", "metrics extractor.* callbacks.grid.* callbacks.score.*",
          lambda cfg: not cfg.callbacks.enabled, "callbacks=none samples and scores nothing", "callbacks=default"),
@@ -177,8 +183,8 @@ TABLE = (
          "reference={reference} is not a data set of shards"),
     Idle("evaluate", "sweep sweep.*", lambda cfg: not swept(cfg), "task={task}", "task=sweep {word}"),
     Idle("evaluate", "sampler sampler._* sampler.eta sampler.num_steps sampler.max_calls "
-         "sampler.variance sampler.visits sampler.step_size sampler.convention sampler.denoise sampler.predictor.* "
-         "sampler.corrector.*", swept,
+         "sampler.variance sampler.visits sampler.start sampler.step_size sampler.convention sampler.denoise "
+         "sampler.predictor.* sampler.corrector.*", swept,
          "task=sweep has samplers of its own: sweep.num_steps, sweep.eta, sweep.large", "task=score {word}"),
     Idle("evaluate", "neighbours per_class", swept, "task=sweep measures FID alone", "task=score {word}"),
     Idle("evaluate", "metrics", lambda cfg: swept(cfg) and list(cfg.metrics) != ["fid"],

@@ -14,12 +14,13 @@ together, at least as large as those of the laws (`of_mixture`).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion.lab.gaussian import end_of, law_at, prior_at, step_of, w2
+from diffusion.lab.gaussian import Law, end_of, law_at, prior_at, step_of, w2
 from diffusion.lab.modes import CLEAN
 from diffusion.lab.refinement import SharedNoise, local_errors, refine, rms
 from diffusion.noise import Stream, keys, normal
@@ -83,13 +84,26 @@ def of_gaussian(toy: Gaussian, sampler: Sampler, denoise: Denoiser, times: Seque
 
 
 def steps_of_gaussian(toy: Gaussian, sampler: Sampler, times: Sequence[float]) -> list[Step]:
-    """Each step of the walk by the exact denoiser, from the exact law at its beginning: W2 to that at its end."""
+    """Each step of the walk by the exact denoiser, from the exact law at its beginning: W2 to that at its end. A
+    sampler that reads the steps before is given those that the probability flow would have taken, which keeps to the
+    law."""
     schedule, exact, found = sampler.schedule, toy.denoiser(sampler.schedule), []
-    for t, s in zip(times, times[1:], strict=False):
+    for (t, s), before in zip(pairwise(times), sampler.pasts(times), strict=True):
         law, there = law_at(toy, schedule(t)), law_at(toy, schedule(s))
-        moved = step_of(sampler, exact, t, s, len(law.mean))(law)
+        moved = step_of(sampler, exact, t, s, len(law.mean), before)(along_flow(toy, schedule, [t, *before]))
         found.append(Step(t, s, renewed(schedule, t, s), w2(moved, there)))
     return found
+
+
+def along_flow(toy: Gaussian, schedule: Schedule, times: Sequence[float]) -> Law:
+    """The law of the exact x at the first of these times, followed by where the probability flow has it at the
+    others."""
+    first, *others = times
+    law = law_at(toy, schedule(first))
+    axes = torch.cat([torch.zeros_like(law.mean)[None], torch.eye(len(law.mean), dtype=torch.float64)])
+    moved = torch.cat([axes, *(toy.flow(axes, schedule, first, u) for u in others)], dim=1)
+    matrix, offset = (moved[1:] - moved[0]).mT, moved[0]
+    return Law(matrix @ law.mean + offset, matrix @ law.covariance @ matrix.mT)
 
 
 def distance_of_gaussian(toy: Gaussian, sampler: Sampler, times: Sequence[float]) -> float:
@@ -134,12 +148,13 @@ def of_mixture(
     """Root mean square distances of points that share their noise, over x0 (N, d) of the data.
 
     Args:
-        sampler: draws at most once a step, and does not stay.
+        sampler: goes down at every step.
         parts: short steps in each step of the walk that stands for one without discretisation.
     """
     schedule, exact, numbers = sampler.schedule, toy.denoiser(sampler.schedule), torch.arange(len(x0))
     begun, fine = starts(schedule, times[0], x0, seed), refined(list(times), parts)
-    walk = lambda by, x: sampler.sample(by, x, times, SharedNoise(schedule, fine, times, seed, numbers))  # noqa: E731
+    noise = SharedNoise(schedule, fine, seed, numbers)
+    walk = lambda by, x: sampler.sample(by, x, times, noise)  # noqa: E731
     ideal = refine(sampler, exact, begun.data, [times, fine], seed, numbers)
     ends = [walk(denoise, begun.prior), walk(denoise, begun.data), *ideal.ends]
     return Parts(*(rms(one - other) for one, other in zip(ends, ends[1:], strict=False)), total=rms(ends[0] - ends[-1]))

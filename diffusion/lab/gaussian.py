@@ -29,8 +29,8 @@ class Law(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """x -> matrix x + offset + noise z, z standard normal: (d, e), (d,), (d, d), float64; x of e numbers may be several
-    places of a walk, one after the other."""
+    """x -> matrix x + offset + noise z, z standard normal: (d, e), (d,), (d, n d), float64; x of e numbers may be
+    several places of a walk, and z of n draws, one after the other."""
 
     matrix: Tensor
     offset: Tensor
@@ -43,9 +43,8 @@ class Affine(NamedTuple):
 
     def remembered(self, kept: int) -> "Affine":
         """The outcome, followed by the first `kept` numbers of x."""
-        d, e = self.matrix.shape
-        rest = torch.eye(e, dtype=torch.float64)[:kept]
-        noise = torch.cat([self.noise, torch.zeros(kept, d, dtype=torch.float64)])
+        rest = torch.eye(self.matrix.shape[1], dtype=torch.float64)[:kept]
+        noise = torch.cat([self.noise, self.noise.new_zeros(kept, self.noise.shape[1])])
         return Affine(torch.cat([self.matrix, rest]), torch.cat([self.offset, rest.new_zeros(kept)]), noise)
 
 
@@ -82,12 +81,15 @@ def w2(one: Law, other: Law) -> float:
     return (shift + max(spread, 0.0)) ** 0.5
 
 
-def step_of(sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int, before: Sequence[float] = ()) -> Affine:
+def step_of(
+    sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int, before: Sequence[float] = (), draws: int = 1
+) -> Affine:
     """The sampler's step from t to s as a map, found by trying it on the axes; for vectors of `dim` numbers.
 
     Args:
         before: the times of the walk before t that the step remembers, newest first. The map is then of x_t followed
             by x at these times.
+        draws: of noise in the step, at least; where it takes more it is tried again.
 
     Raises:
         ValueError: the step is not affine: the denoiser is not, or the sampler is not linear in what it says.
@@ -95,42 +97,44 @@ def step_of(sampler: Sampler, denoise: Denoiser, t: float, s: float, dim: int, b
     places = dim * (1 + len(before))
     eye, zero = torch.eye(places, dtype=torch.float64), torch.zeros(1, places, dtype=torch.float64)
     trial = torch.linspace(0.3, 1.1, places, dtype=torch.float64)[None]
-    x = torch.cat([zero, eye, torch.zeros(dim, places, dtype=torch.float64), trial])
-    shaken = torch.linspace(-0.6, -2.2, dim, dtype=torch.float64)[None]
-    still = torch.zeros(1 + places, dim, dtype=torch.float64)
-    z = torch.cat([still, torch.eye(dim, dtype=torch.float64), shaken])
+    shaken = torch.linspace(-0.6, -2.2, draws * dim, dtype=torch.float64)[None]
+    still = torch.zeros(1 + places, draws * dim, dtype=torch.float64)
+    z = torch.cat([still, torch.eye(draws * dim, dtype=torch.float64), shaken])
+    x = torch.cat([zero, eye, torch.zeros(draws * dim, places, dtype=torch.float64), trial])
     drawn: list[Tensor] = []
 
     def noise(like: Tensor) -> Tensor:
         drawn.append(like)
-        return z
+        if like.shape != x_t.shape:
+            raise not_affine(sampler)
+        return z[:, dim * (len(drawn) - 1) : dim * len(drawn)] if len(drawn) <= draws else torch.zeros_like(like)
 
     x_t, *others = x.split(dim, dim=1)
     past = tuple(Moment(u, x_u, denoise(x_u, u)) for u, x_u in zip(before, others, strict=True))
     y = sampler.step(denoise, x_t, t, s, noise, past)
+    if len(drawn) > draws:
+        return step_of(sampler, denoise, t, s, dim, before, len(drawn))
     offset, last = y[0], y[-1]
     found = Affine((y[1 : 1 + places] - offset).mT, offset, (y[1 + places : -1] - offset).mT)
     expected = found.matrix @ trial[0] + offset + found.noise @ shaken[0]
-    if len(drawn) > 1 or not torch.allclose(last, expected, rtol=1e-9, atol=1e-9 * float(1 + x.abs().max())):
-        raise ValueError(
-            f"{type(sampler).__name__}: its step is not affine on Gaussian data, so their law is not known."
-        )
+    if not torch.allclose(last, expected, rtol=1e-9, atol=1e-9 * float(1 + x.abs().max())):
+        raise not_affine(sampler)
     return found
+
+
+def not_affine(sampler: Sampler) -> ValueError:
+    return ValueError(f"{type(sampler).__name__}: its step is not affine on Gaussian data, so their law is not known.")
 
 
 def propagated(sampler: Sampler, denoise: Denoiser, law: Law, times: Sequence[float]) -> Iterator[Law]:
     """The law after each step of the walk along these times, from `law` at the first. Of a sampler that remembers, the
     law of all places that it remembers is carried along."""
-    dim, before = len(law.mean), []
-    whole = law
-    for k, (t, s) in enumerate(pairwise(times)):
-        if k and (s - t) * (t - times[k - 1]) <= 0:
-            before = []
+    dim, whole = len(law.mean), law
+    for (t, s), before in zip(pairwise(times), sampler.pasts(times), strict=True):
         places = dim * (1 + len(before))
         whole = Law(whole.mean[:places], whole.covariance[:places, :places])
-        step = step_of(sampler, denoise, t, s, dim, before)
-        before = [t, *before][: sampler.memory]
-        whole = step.remembered(dim * len(before))(whole)
+        kept = dim * min(1 + len(before), sampler.memory)
+        whole = step_of(sampler, denoise, t, s, dim, before).remembered(kept)(whole)
         yield Law(whole.mean[:dim], whole.covariance[:dim, :dim])
 
 

@@ -21,7 +21,7 @@ from diffusion.lab.errors import starts
 from diffusion.lab.initialisation import Bounds, Spectrum, of_points
 from diffusion.lab.refinement import Order, SharedNoise, order_of_gaps, refine, rms
 from diffusion.lab.training_error import Held, Known, carried_to_the_end, of_images, quarter_of
-from diffusion.process.grids import refined
+from diffusion.process.grids import refined, steps_of
 from diffusion.process.schedule import Denoiser, Schedule
 from diffusion.samplers.base import Sampler
 
@@ -57,11 +57,12 @@ class Training(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """Another setting of the sampler, the network calls it takes, and how far its images are from those of the finest
-    walk from T."""
+    """Another setting of the sampler, the steps and the network calls it takes, and how far its images are from those
+    of the finest walk from T."""
 
     words: str
     num_steps: int
+    calls: int
     distance: float
 
 
@@ -71,7 +72,8 @@ def initialisation(
     """x0 (N, C, H, W): images of the data, on the denoiser's device. found: spectrum of the data."""
     schedule, numbers = sampler.schedule, torch.arange(len(x0))
     begun, scale = starts(schedule, times[0], x0, seed), x0[0].numel() ** 0.5
-    ends = [sampler.sample(denoise, x, times, SharedNoise(schedule, times, times, seed, numbers)) for x in begun]
+    noise = SharedNoise(schedule, times, seed, numbers)
+    ends = [sampler.sample(denoise, x, times, noise) for x in begun]
     bounds = of_points(found, schedule, times[0])
     effect = rms(ends[0] - ends[1]) / scale
     return Initialisation(times[0], Bounds(bounds.low / scale, bounds.high / scale), effect)
@@ -153,11 +155,20 @@ def candidates(
     """
     first, scale = settings[0], z[0].numel() ** 0.5
     schedule, fine = first[1].schedule, all_times(settings, parts)
-    numbers = torch.arange(len(z))
+    noise = SharedNoise(schedule, fine, seed, torch.arange(len(z)))
 
     def end(sampler: Sampler, times: Sequence[float]) -> Tensor:
         x = float(schedule.std(times[0])) * z
-        return sampler.sample(denoise, x, times, SharedNoise(schedule, fine, times, seed, numbers))
+        return sampler.sample(denoise, x, times, noise)
 
-    exact = end(first[1], fine)
-    return [Candidate(words, len(times) - 1, rms(end(by, times) - exact) / scale) for words, by, times in settings]
+    exact, found = end(first[1], fine), []
+    for words, by, times in settings:
+        distance = rms(end(by, times) - exact) / scale
+        found.append(Candidate(words, steps_of(times), by.calls(times), distance))
+    return found
+
+
+def calls_of_all(sampler: Sampler, times: Sequence[float], settings: Sequence[Setting]) -> int:
+    """Network calls of the walks of `initialisation`, `discretisation` and `candidates` together."""
+    tried = sum(by.calls(grid) for _, by, grid in settings) + settings[0][1].calls(all_times(settings))
+    return 2 * sampler.calls(times) + sum(sampler.calls(refined(list(times), parts)) for parts in LEVELS) + tried

@@ -11,8 +11,10 @@ discretisation and not by chance. The distance of two points that share their no
 least the W2 of their laws. Knows samplers and denoisers as callables, and no truth.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,37 +24,43 @@ from torch import Tensor
 from diffusion.noise import Stream, keys, normal
 from diffusion.process.grids import refined
 from diffusion.process.kernels import posterior
-from diffusion.process.schedule import Denoiser, Schedule
-from diffusion.samplers.base import Sampler
+from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
+from diffusion.samplers.base import Moment, Sampler
 
 
 class SharedNoise:
-    """Noise of a walk along some of the times of a finer grid: a function of (seed, image number, short step).
+    """Noise of walks along times of a finer grid: a function of (seed, image number, short step, number of the draw).
 
-    To be called once a step, in the order of the walk, as samplers do that draw once a step.
+    A walk asks for that of each of its steps, `between` its two times; see `samplers.base.Sampler.walk`. Of a sampler
+    that draws several times in a step the first draws of the short steps make up the first of the long one, the second
+    its second.
 
     Args:
         schedule: noise levels.
-        fine: falling times, all of those of `times` among them.
-        times: of the walk.
+        fine: falling times, all of those of the walks among them.
         seed: of the noise. numbers: of the images, int64 (B,).
     """
 
-    def __init__(
-        self, schedule: Schedule, fine: Sequence[float], times: Sequence[float], seed: int, numbers: Tensor
-    ) -> None:
+    def __init__(self, schedule: Schedule, fine: Sequence[float], seed: int, numbers: Tensor) -> None:
         self._schedule, self._seed, self._numbers = schedule, seed, numbers
         self._fine = torch.tensor(fine, dtype=torch.float64)
         self._short = posterior(schedule, self._fine[:-1], self._fine[1:]).std
-        place = {t: k for k, t in enumerate(fine)}
-        assert all(t in place for t in times), "a time of the walk is not on the finer grid"
-        self._ends, self._step = [place[t] for t in times], 0
+        self._place = {t: k for k, t in enumerate(fine)}
 
     def __call__(self, x: Tensor) -> Tensor:
-        start, stop = self._ends[self._step : self._step + 2]
-        self._step += 1
+        raise TypeError("Shared noise belongs to the two times of a step: ask for it `between` them.")
+
+    def between(self, t: float, s: float) -> RandomNormal:
+        """The noise of the step from t down to s: standard normal like its argument, another one at each call."""
+        assert t in self._place and s in self._place, "a time of the walk is not on the finer grid"
+        start, stop, draws = self._place[t], self._place[s], itertools.count()
+        assert start < stop, "the step does not go down"
+        return lambda x: self._summed(start, stop, next(draws), x)
+
+    def _summed(self, start: int, stop: int, draw: int, x: Tensor) -> Tensor:
+        """Of the step between these places of the finer grid."""
         if stop - start == 1:
-            return self._drawn(stop, x)
+            return self._drawn(stop, draw, x)
         s = self._fine[stop]
         if s == 0:  # where no noise is added
             return torch.zeros_like(x)
@@ -60,11 +68,12 @@ class SharedNoise:
         weights = posterior(self._schedule, passed, s.expand(len(passed))).x_t * self._short[start:stop]
         z = torch.zeros_like(x)
         for k, weight in enumerate((weights / weights.square().sum().sqrt()).tolist(), start + 1):
-            z += weight * self._drawn(k, x)
+            z += weight * self._drawn(k, draw, x)
         return z
 
-    def _drawn(self, k: int, x: Tensor) -> Tensor:
-        return normal(keys(self._numbers.to(x.device), self._seed, Stream.STEP, k), x.shape[1:], x.dtype)
+    def _drawn(self, k: int, draw: int, x: Tensor) -> Tensor:
+        counters = (k, draw) if draw else (k,)
+        return normal(keys(self._numbers.to(x.device), self._seed, Stream.STEP, *counters), x.shape[1:], x.dtype)
 
 
 def rms(gap: Tensor) -> float:
@@ -95,32 +104,40 @@ def refine(
     """Walks from x along each of these grids, every one of whose times is a time of the last.
 
     Args:
-        sampler: draws at most once a step.
+        sampler: goes down at every step.
         x: (B, ...), at the first time of all grids.
         seed, numbers: of the noise of the walks.
         fine: the grid that the noise belongs to, where it is a finer one than the last.
     """
     fine, ends = grids[-1] if fine is None else fine, []
+    noise = SharedNoise(sampler.schedule, fine, seed, numbers)
     for grid in grids:
-        noise = SharedNoise(sampler.schedule, fine, grid, seed, numbers)
         ends.append(sampler.sample(denoise, x, grid, noise))
     return Refinement([len(grid) - 1 for grid in grids], ends)
 
 
+@torch.no_grad()
 def local_errors(
     sampler: Sampler, denoise: Denoiser, points: Sequence[Tensor], times: Sequence[float], parts: int, seed: int
 ) -> list[float]:
     """Of each step of the grid, from points of the law at its beginning: how far one step ends from so many short ones
-    on the same noise, root mean square.
+    on the same noise, root mean square. A sampler that reads the steps before is given those of a walk of short steps,
+    which begins where the earliest of them did.
 
     Args:
         points: (B, ...) of noised data at each of the times but the last.
         parts: short steps in each step.
     """
     found = []
-    for x, t, s in zip(points, times, times[1:], strict=False):
-        short = refined([t, s], parts)
-        found.append(refine(sampler, denoise, x, [[t, s], short], seed, torch.arange(len(x))).gaps()[0])
+    for k, (t, s) in enumerate(pairwise(times)):
+        first = max(0, k - sampler.memory)
+        led, x = list(times[first : k + 2]), points[first]
+        short = refined(led, parts)
+        noise = SharedNoise(sampler.schedule, short, seed, torch.arange(len(x)))
+        walked = [x, *(visit.x for visit in sampler.walk(denoise, x, short, noise))]
+        *before, here, there = walked[::parts]  # at the times that led here, at t, and at s
+        past = tuple(Moment(u, x_u, denoise(x_u, u)) for u, x_u in zip(led, before, strict=False))[::-1]
+        found.append(rms(sampler.step(denoise, here, t, s, noise.between(t, s), past) - there))
     return found
 
 

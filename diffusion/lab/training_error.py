@@ -15,7 +15,10 @@ saying nothing, below. Norms are over all numbers of a point. Knows denoisers as
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -215,29 +218,43 @@ def carried_to_the_end(
     """How far errors of x_0, one a step, move the end of a walk.
 
     A step turns an error of x_0 into one of x_s, and later steps carry that on as they would for Gaussian data of this
-    variance: both factors are read off the sampler. An estimate: data in far modes have flows that part. A variance
-    that is learned counts as the small one.
+    variance: both factors are read off the sampler, also of the steps before that it reads. An estimate: data in far
+    modes have flows that part. A variance that is learned counts as the small one.
 
     Args:
         errors: root mean square of the error of x_0 at each of the times but the last.
         variance: of each number of the data.
         together: all of them pull the same way, and add up; else each its own, and their squares do.
     """
-    gaussian, power = Gaussian([0.0], std=variance**0.5).denoiser(schedule), 1 if together else 2
+    moved = moved_by_errors(sampler, schedule, times, variance).abs() * torch.tensor(errors, dtype=torch.float64)
+    return float(moved.sum() if together else moved.norm())
 
-    def exact(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        return gaussian(x_t, t)._replace(variance=torch.zeros_like(x_t))
 
-    def pulled(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        (alpha, sigma), (x0, epsilon, variance) = schedule(t), exact(x_t, t)
-        return Prediction(x0 + 1, epsilon - alpha / sigma, variance)
+def moved_by_errors(sampler: Sampler, schedule: Schedule, times: Sequence[float], variance: float) -> Tensor:
+    """How far an error of 1 in x_0 in each step of a walk, in all calls of the denoiser that it makes, moves the end on
+    Gaussian data of this variance: (len(times) - 1,), float64."""
+    gaussian = Gaussian([0.0], std=variance**0.5).denoiser(schedule)
 
-    moved = 0.0
-    for t, s, error in zip(times, times[1:], errors, strict=False):
-        plain, shifted = (step_of(sampler, denoise, t, s, 1) for denoise in (exact, pulled))
-        factor, own = abs(float(plain.matrix)), abs(float(shifted.offset - plain.offset))
-        moved = factor**power * moved + (own * error) ** power
-    return moved ** (1 / power)
+    def pulled(off: Callable[[float], bool]) -> Denoiser:
+        """The exact denoiser, off by 1 at some times."""
+
+        def denoise(x_t: Tensor, t: float, labels: Tensor | None = None) -> Prediction:
+            (alpha, sigma), (x0, epsilon, _) = schedule(t), gaussian(x_t, t)
+            error = float(off(t))
+            return Prediction(x0 + error, epsilon - error * alpha / sigma, torch.zeros_like(x_t))
+
+        return denoise
+
+    moved = torch.zeros(1, len(times) - 1, dtype=torch.float64)  # x at t, and at the times before that are remembered
+    for k, ((t, s), before) in enumerate(zip(pairwise(times), sampler.pasts(times), strict=True)):
+        exact = step_of(sampler, pulled(lambda _: False), t, s, 1, before)
+        arrived = exact.matrix @ moved[: 1 + len(before)]
+        own = pulled(lambda time, read=frozenset(before): time not in read)
+        read = [pulled(partial(operator.eq, u)) for u in before]
+        for back, off in enumerate((own, *read)):  # the step's own error, and those of the steps that it reads
+            arrived[0, k - back] += float(step_of(sampler, off, t, s, 1, before).offset - exact.offset)
+        moved = torch.cat([arrived, moved])[: 1 + sampler.memory]
+    return moved[0]
 
 
 def _noise(numbers: Tensor, seed: int, t: float, x: Tensor) -> Tensor:

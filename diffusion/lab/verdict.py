@@ -114,12 +114,8 @@ def cheapest_sampler(tried: list[Candidate]) -> str:
             f"None of the other settings tried brings images of {present.num_steps} steps much nearer to those of the "
             f"finest walk ({grey(present.distance)} away)."
         )
-    best = min(better, key=lambda c: (c.num_steps, c.distance))
-    cost = (
-        "at no cost"
-        if best.num_steps <= present.num_steps
-        else f"at {best.num_steps / present.num_steps:.2g} times the work"
-    )
+    best = min(better, key=lambda c: (c.calls, c.distance))
+    cost = "at no cost" if best.calls <= present.calls else f"at {best.calls / present.calls:.2g} times the work"
     return (
         f"The cheapest change: {best.words}, {cost}: {grey(best.distance)} from the finest walk's images in place of "
         f"{grey(present.distance)}."

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion.images import LEVELS_PER_UNIT, from_uint8
 from diffusion.noise import Stream, keys, normal
 from diffusion.process.bound import prior_term, term
-from diffusion.process.kernels import noised
+from diffusion.process.kernels import needs_learned_variance, noised
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 
 COLUMNS = ("t", "bits", "epsilon_mse", "x0_mse", "rate", "rmse_255")
@@ -75,7 +75,7 @@ def at(
     """
     said = denoise(noised(schedule, x0, t, epsilon), t)
     if variance == "learned" and said.variance is None:
-        raise ValueError("likelihood.variance=learned: this network predicts no variance; give small or large.")
+        raise needs_learned_variance("likelihood.variance")
     error = said.x0.double() - x0.double()
     share = None if said.variance is None else said.variance.double()
     bits = term(schedule, t, x0.double(), error, variance, share)

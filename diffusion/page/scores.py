@@ -67,8 +67,8 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 COLUMNS = {
     "num_images": "images", "num_reference": "real images", "split": "split", "sampler": "sampler", "eta": "η",
-    "num_steps": "steps", "nfe": "NFE", "guidance_scale": "guidance", "seed": "seed", "step": "at step",
-    "weights": "weights", "data": "data", "extractor": "extractor",
+    "num_steps": "steps", "visits": "visits", "nfe": "NFE", "guidance_scale": "guidance", "seed": "seed",
+    "step": "at step", "weights": "weights", "data": "data", "extractor": "extractor",
 }  # fmt: skip
 SPREADS = ("is_std", "kid_std", "standard_error")  # fields that say how sure a value is
 

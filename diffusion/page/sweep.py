@@ -2,7 +2,9 @@
 
 Rows are those of sweep.csv: eta, num_steps, nfe, fid and what else is known (data, sampler, variance, num_images, ...),
 as numbers or as the words of a CSV file. Where the papers have figures for the same data these stand beside. Of two
-rows with the same eta and number of steps the later counts.
+rows of the same line and number of steps the later counts.
+
+A line is an eta of DDIM, sigma hat, or a sampler of `sweep.samplers`, by its `words` ("heun clip_x0=false").
 """
 
 import math
@@ -18,6 +20,7 @@ from diffusion.page.metrics_csv import number
 NUMBERS = (
     "eta",
     "num_steps",
+    "visits",
     "nfe",
     "fid",
     "num_images",
@@ -32,10 +35,10 @@ Row = Mapping[str, Any]
 
 
 class Point(NamedTuple):
-    """One row: its eta (or sigma hat, or the name of another sampler), steps, network calls an image, FID, and
+    """One row: its line, an eta or sigma hat or the words of another sampler; steps, network calls an image, FID, and
     the published FID of the same."""
 
-    eta: float | str
+    line: float | str
     steps: int
     nfe: float
     fid: float
@@ -44,21 +47,27 @@ class Point(NamedTuple):
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
-    """The rows that have a FID, by eta and steps."""
+    """The rows that have a FID, by line and steps."""
     found: dict[tuple, Point] = {}
     for row in map(result, rows):
-        eta, steps, fid = eta_of(row), row.get("num_steps"), row.get("value")
-        if eta is None and row.get("sampler") not in ("ddim", "ancestral"):
-            eta = row.get("sampler")
-        if eta is None or not steps or fid is None:
+        line, steps, fid = line_of(row), row.get("num_steps"), row.get("value")
+        if line is None or not steps or fid is None:
             continue
         published = next((p.figure for p in places(row) if p.table.by_eta), None)
-        found[eta, steps] = Point(eta, steps, row.get("nfe") or float(steps), fid, published, row)
-    return sorted(found.values(), key=lambda p: (order(p.eta), str(p.eta), p.steps))
+        found[line, steps] = Point(line, steps, row.get("nfe") or float(steps), fid, published, row)
+    return sorted(found.values(), key=lambda p: (order(p.line), str(p.line), p.steps))
 
 
-def order(eta: float | str) -> float:
-    return math.inf if isinstance(eta, str) else eta
+def line_of(row: Row) -> float | str | None:
+    """The words of the sampler where the sweep has named it (former versions: its class), else its eta, or sigma
+    hat."""
+    if row.get("words"):
+        return str(row["words"])
+    return eta_of(row) if row.get("sampler") in ("ddim", "ancestral") else row.get("sampler")
+
+
+def order(line: float | str) -> float:
+    return math.inf if isinstance(line, str) else line
 
 
 def result(row: Row) -> dict[str, Any]:
@@ -78,24 +87,24 @@ def published_table(rows: Sequence[Row]) -> Table | None:
     return found[0] if found else None
 
 
-def title_of_eta(eta: float | str) -> str:
-    return eta if isinstance(eta, str) else f"η = {eta:g}"
+def title_of(line: float | str) -> str:
+    return line if isinstance(line, str) else f"η = {line:g}"
 
 
 def sweep_chart(rows: Sequence[Row]) -> Chart | None:
-    """FID against network calls, both axes logarithmic, a line for each eta; rings where the papers have figures for
-    the same data and eta. None without a row that has a FID."""
+    """FID against network calls, both axes logarithmic, a line for each sampler; rings where the papers have figures
+    for the same data and eta. None without a row that has a FID."""
     found = points(rows)
     if not found:
         return None
     table, series, labels = published_table(rows), [], []
-    for i, eta in enumerate(dict.fromkeys(p.eta for p in found)):
-        mine, colour = [p for p in found if p.eta == eta], COLOURS[i % len(COLOURS)]
-        series.append(Series(colour, title_of_eta(eta), [p.nfe for p in mine], [p.fid for p in mine], tag=f"run-{i}"))
-        figures = published_line(table, eta) if any(p.published for p in mine) else []
+    for i, line in enumerate(dict.fromkeys(p.line for p in found)):
+        mine, colour = [p for p in found if p.line == line], COLOURS[i % len(COLOURS)]
+        series.append(Series(colour, title_of(line), [p.nfe for p in mine], [p.fid for p in mine], tag=f"run-{i}"))
+        figures = published_line(table, eta_of(mine[0].row)) if any(p.published for p in mine) else []
         if figures:
             x, y = [float(c.steps or 0) for c, _ in figures], [f.value for _, f in figures]
-            labels.append(Series(colour, f"{title_of_eta(eta)}, published", x, y, kind="points", tag=f"published-{i}"))
+            labels.append(Series(colour, f"{title_of(line)}, published", x, y, kind="points", tag=f"published-{i}"))
     source = f"Rings: {table.source}." if labels and table is not None else ""
     return Chart(
         "FID over network calls", "FID", [*series, *labels], x_label="network calls an image", log=True,
@@ -103,7 +112,7 @@ def sweep_chart(rows: Sequence[Row]) -> Chart | None:
     )  # fmt: skip
 
 
-def published_line(table: Table | None, eta: float | str) -> list[tuple[Column, Figure]]:
+def published_line(table: Table | None, eta: float | str | None) -> list[tuple[Column, Figure]]:
     """(column, figure) of the published line of an eta."""
     line = next((n for n in table.lines if n.of["eta"] == eta), None) if table is not None else None
     pairs = zip(table.columns, line.figures, strict=True) if line is not None else ()
@@ -123,15 +132,15 @@ def sweep_figure(rows: Sequence[Row], path: Path) -> Path:
 
 
 def sweep_grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(column titles, lines): a line for each eta, a column for each number of steps, with the published value in
+    """(column titles, lines): a line for each sampler, a column for each number of steps, with the published value in
     brackets; two empty lists without a row that has a FID."""
     found = points(rows)
     steps = sorted({p.steps for p in found})
-    at = {(p.eta, p.steps): p for p in found}
+    at = {(p.line, p.steps): p for p in found}
     lines = []
-    for eta in dict.fromkeys(p.eta for p in found):
-        cells = [at.get((eta, s)) for s in steps]
-        lines.append([title_of_eta(eta), *("" if p is None else cell_text(p) for p in cells)])
+    for line in dict.fromkeys(p.line for p in found):
+        cells = [at.get((line, s)) for s in steps]
+        lines.append([title_of(line), *("" if p is None else cell_text(p) for p in cells)])
     return (["", *(f"{s:,} steps" for s in steps)] if found else []), lines
 
 

@@ -1,6 +1,7 @@
 """Time grids: which times a walk visits, as descending lists that end at 0, clean data.
 
     times(schedule, num_steps, spacing)      the grid of a sampling
+    steps_of(times)                          its num_steps
     even, geometric, refined                 grids between two times, for experiments
 
 Times are real numbers in (0, T]; the noise levels of the papers are the integers. No entry repeats; with `visits` each
@@ -10,6 +11,7 @@ schedules and no sampler. Imports no torch, so that a configuration can be check
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,14 +20,17 @@ if TYPE_CHECKING:
     from diffusion.process.schedule import Schedule
 
 Spacing = Literal["linear", "quadratic", "trailing", "lambda", "karras"]
-RHO = 7.0  # of Karras' grid
+RHO = 7.0  # of Karras' grid: theirs
 
 
 def linear(num_timesteps: int, num_steps: int) -> list[float]:
     """1 + floor(k T / S), k = S-1..0: DDIM's own grid (Song et al. 2021, app. D.2), "leading" elsewhere.
 
-    Its first time is 1 + T - T/S, not T; S = T gives T..1.
+    Its first time is 1 + T - T/S, not T; S = T gives T..1. The only level of S = 1 is T, where that formula gives 1, at
+    which next to nothing of an image would be made: one step from pure noise.
     """
+    if num_steps == 1:
+        return [num_timesteps]
     return [1 + k * num_timesteps // num_steps for k in reversed(range(num_steps))]
 
 
@@ -33,8 +38,11 @@ def quadratic(num_timesteps: int, num_steps: int) -> list[float]:
     """1 + floor(u_k^2), u from 0 to sqrt(0.8 T): dense near the data (Song et al. 2021, app. D.2, CIFAR-10).
 
     As in the code of that paper, where the low end repeats levels from S = 20 or so. Here a level is visited once, so
-    that there are fewer than S.
+    that there are fewer than S. The only level of S = 1 is the highest, where that code has the lowest, t = 1: one step
+    from noise.
     """
+    if num_steps == 1:
+        return [1 + int(num_timesteps * 0.8)]
     levels = np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps) ** 2
     return sorted({1 + int(level) for level in levels}, reverse=True)
 
@@ -51,7 +59,8 @@ def uniform_in_lambda(schedule: "Schedule", num_steps: int) -> list[float]:
 
 
 def karras(schedule: "Schedule", num_steps: int, rho: float = RHO) -> list[float]:
-    """From T to 1, evenly apart in r^(1 / rho), r = sigma / alpha (Karras et al. 2022, eq. 5, whose sigma is our r)."""
+    """From T to 1, evenly apart in r^(1 / rho), r = sigma / alpha (Karras et al. 2022, eq. 5, whose sigma is our r).
+    The larger rho, the shorter the steps near the data; rho = 1 is evenly in r."""
     top = float(schedule.num_timesteps)
     if num_steps == 1:
         return [top]
@@ -63,8 +72,7 @@ def karras(schedule: "Schedule", num_steps: int, rho: float = RHO) -> list[float
 OF_LEVELS: dict[str, Callable[[int, int], list[float]]] = {
     "linear": linear, "quadratic": quadratic, "trailing": trailing,
 }  # fmt: skip
-OF_SCHEDULE: dict[str, Callable[["Schedule", int], list[float]]] = {"lambda": uniform_in_lambda, "karras": karras}
-SPACINGS = (*OF_LEVELS, *OF_SCHEDULE)
+SPACINGS = (*OF_LEVELS, "lambda", "karras")
 
 
 def check_grid(
@@ -101,6 +109,7 @@ def times(
     num_steps: int | None = None,
     spacing: str | Sequence[float] = "linear",
     visits: int = 1,
+    rho: float = RHO,
 ) -> list[float]:
     """Times of a sampling run: strictly falling where visits is 1, the last 0.
 
@@ -110,6 +119,7 @@ def times(
             visits fewer.
         spacing: one of SPACINGS, or the times themselves, falling; 0 is added at their end.
         visits: how often each of them is: steps that leave from it, all but the last of which stay.
+        rho: of the spacing "karras", above 0.
 
     Raises:
         ValueError: as `check_grid`.
@@ -122,9 +132,16 @@ def times(
         levels = list(range(top, 0, -1))
     elif spacing in OF_LEVELS:
         levels = OF_LEVELS[spacing](top, num_steps)
+    elif spacing == "lambda":
+        levels = uniform_in_lambda(schedule, num_steps)
     else:
-        levels = OF_SCHEDULE[spacing](schedule, num_steps)
+        levels = karras(schedule, num_steps, rho)
     return [level for level in levels for _ in range(visits)] + [0]
+
+
+def steps_of(times: Sequence[float]) -> int:
+    """Steps of a walk that do not stay: the `num_steps` that gives such a grid, whatever the visits of a level."""
+    return sum(t != s for t, s in pairwise(times))
 
 
 # ---- between two times ----

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.errors import Refusal
 from diffusion.process.schedule import Level, Schedule, like
 
 Variance = Literal["small", "large", "learned"]
@@ -87,6 +88,13 @@ def reverse_std(
     if variance == "large":
         return torch.where(clean, small, large) if isinstance(clean, Tensor) else small if clean else large
     return (share * like(large.log(), share) + (1 - share) * like(small.log(), share)).exp()
+
+
+def needs_learned_variance(key: str) -> Refusal:
+    """What is raised where a setting asks for a learned variance of a network that predicts none."""
+    return Refusal(
+        f"{key}=learned: this network predicts no variance; give small or large, or train with objective=hybrid."
+    )
 
 
 def renoised(schedule: Schedule, x_s: Tensor, s: float | Tensor, t: float | Tensor, epsilon: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ MAY_DIFFER = (
     "held_out metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
 ALIKE = (  # what two FIDs have in common that may be compared
-    "num_images", "sampler", "num_steps", "eta", "variance", "spacing", "clip_x0", "guidance_scale", "extractor_sha256",
-    "split",
+    "num_images", "sampler", "num_steps", "visits", "eta", "variance", "spacing", "rho", "clip_x0", "guidance_scale",
+    "extractor_sha256", "split",
 )  # fmt: skip
 OF_ANOTHER_RUN = "it belongs to another run"
 MOST_BYTES = 1 << 20  # of config.yaml

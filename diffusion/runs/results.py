@@ -15,9 +15,9 @@ from typing import Any, Self
 from diffusion.files import MOST_TEXT, locked, read_regular, write_atomically
 
 NUMBERS = (
-    "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps", "nfe",
-    "seed", "step", "parameters", "guidance_scale", "eta", "num_classes", "image_size", "reverse_steps",
-    "standard_error",
+    "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps",
+    "visits", "nfe", "seed", "step", "parameters", "guidance_scale", "eta", "num_classes", "image_size",
+    "reverse_steps", "standard_error",
 )  # fmt: skip
 TEXTS = (
     "name", "metric", "by", "data", "split", "weights", "sampler", "extractor", "extractor_sha256", "spacing",

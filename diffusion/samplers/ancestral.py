@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffusion.process.kernels import Variance, posterior, reverse_std
+from diffusion.process.kernels import Variance, needs_learned_variance, posterior, reverse_std
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Past, Sampler
 from diffusion.settings import settings
@@ -25,6 +25,7 @@ class Ancestral(Sampler):
     def __init__(self, schedule: Schedule, variance: Variance = "small") -> None:
         super().__init__(schedule)
         self.variance = variance
+        self.learned_by = "variance" if variance == "learned" else None
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
         prediction, kernel = denoise(x_t, t), posterior(self.schedule, t, s)
@@ -32,5 +33,5 @@ class Ancestral(Sampler):
         if s == 0:
             return mean
         if self.variance == "learned" and prediction.variance is None:
-            raise ValueError("sampler.variance=learned: this network predicts no variance; use small or large.")
+            raise needs_learned_variance("sampler.variance")
         return mean + reverse_std(self.schedule, t, s, self.variance, prediction.variance) * randn(x_t)

@@ -9,7 +9,6 @@ with the half of the step that their published code takes, under the same name a
 The published figures come from the code. One at twice the step is the other.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -52,8 +51,8 @@ class AnnealedLangevin(LangevinDynamics):
         super().__init__(schedule)
         self.step_size, self.convention, self.denoise = step_size, convention, denoise
 
-    def calls(self, times: Sequence[float]) -> int:
-        return super().calls(times) + (self.denoise and times[-1] == 0)
+    def calls_of_step(self, t: float, s: float, past: int = 0) -> int:
+        return 1 + (self.denoise and s == 0)
 
     def share(self, t: float, epsilon: Tensor, z: Tensor) -> float:
         return SHARES[self.convention] * self.step_size

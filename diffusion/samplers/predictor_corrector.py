@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from diffusion.errors import Refusal
 from diffusion.process.kernels import transition
 from diffusion.process.schedule import Denoiser, RandomNormal, Schedule
 from diffusion.samplers.base import Past, Sampler
@@ -56,11 +57,17 @@ class LangevinCorrector(LangevinDynamics):
 class PredictorCorrector(Sampler):
     """Steps that go down by one sampler, steps that stay by another.
 
+    A step that stays is the end of the past, so that a predictor which remembers the steps before would never be given
+    any.
+
     Args:
         schedule: noise levels, of both.
         predictor: schedule -> the sampler that goes down. The paper's "reverse diffusion" under VE, and its "ancestral
             sampling" under VP, is `Ancestral(variance="large")`; its "ancestral sampling" under VE is `Ancestral()`.
         corrector: schedule -> the sampler that stays.
+
+    Raises:
+        ValueError: the predictor remembers steps.
     """
 
     def __init__(
@@ -71,10 +78,22 @@ class PredictorCorrector(Sampler):
     ) -> None:
         super().__init__(schedule)
         self.predictor, self.corrector = predictor(schedule), corrector(schedule)
+        if self.predictor.memory:
+            raise Refusal(
+                f"sampler.predictor: {type(self.predictor).__name__} reads the steps before, and between two of its "
+                f"steps are the corrector's: give a predictor without a memory, such as Heun, or this one as the "
+                f"sampler."
+            )
         self.of_batch = self.predictor.of_batch or self.corrector.of_batch
-        self.memory = self.predictor.memory  # the corrector's steps stay, and have no past
-        self.calls_per_step = max(self.predictor.calls_per_step, self.corrector.calls_per_step)
+        asks = {"predictor": self.predictor.learned_by, "corrector": self.corrector.learned_by}
+        self.learned_by = next((f"{part}.{setting}" for part, setting in asks.items() if setting), None)
+
+    def part(self, t: float, s: float) -> Sampler:
+        """The one of the two that takes this step."""
+        return self.corrector if s == t else self.predictor
+
+    def calls_of_step(self, t: float, s: float, past: int = 0) -> int:
+        return self.part(t, s).calls_of_step(t, s)
 
     def step(self, denoise: Denoiser, x_t: Tensor, t: float, s: float, randn: RandomNormal, past: Past = ()) -> Tensor:
-        part = self.corrector if s == t else self.predictor
-        return part.step(denoise, x_t, t, s, randn, past)
+        return self.part(t, s).step(denoise, x_t, t, s, randn)

@@ -27,7 +27,7 @@ from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, 
 from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, Tolerance, check_start, flow_bits, summarise_flow
 from diffusion.metrics.extractors import full_precision
 from diffusion.noise import Stream, permutation
-from diffusion.process.kernels import Variance
+from diffusion.process.kernels import Variance, needs_learned_variance
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.scoring.likelihood_files import plot_terms, save_progressive, write_terms
 from diffusion.scoring.scores import made_by
@@ -95,7 +95,7 @@ class Bits:
         self.data = data or model.data_name
         self.variance = settings.variance or variance_of(model)
         if settings.by == "bound" and self.variance == "learned" and not model.learns_variance:
-            raise Refusal("likelihood.variance=learned: this network predicts no variance; give small or large.")
+            raise needs_learned_variance("likelihood.variance")
         if settings.by == "ode":
             check_start(settings.start, model.denoiser.schedule)
         shape, found = model.image_shape, (module.channels, module.image_size, module.image_size)

@@ -1,7 +1,7 @@
 """How images are made from a model: the same code during training, at its end, and in the commands."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.images import to_uint8
+from diffusion.process.grids import steps_of
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.samplers.base import Sampler
 from diffusion.samplers.generate import default_labels, generate, walk
@@ -59,6 +60,11 @@ class Sampling:
         """Whether an image depends on the others of its batch."""
         return self.sampler.of_batch or any(wrapper.of_batch for wrapper in self.wrappers)
 
+    @property
+    def num_steps(self) -> int:
+        """Levels that a walk visits, as the setting counts them: of several steps at each, `about` says the visits."""
+        return steps_of(self.times)
+
     def labels_of(self, numbers: Tensor) -> Tensor | None:
         return default_labels(numbers, self.num_classes, self.labels)
 
@@ -75,7 +81,7 @@ class Sampling:
 
     def film(self, numbers: Tensor, stages: int) -> tuple[Tensor, Tensor]:
         """How these images come about: x_t and the estimate of x0, uint8 (B, stages, C, H, W), evenly spread over the
-        steps, the last stage the image itself."""
+        steps, the last stage the image itself. The estimate is the latest one; x_t itself while there is none."""
         steps = len(self.times) - 1
         wanted = [round(k * (steps - 1) / max(stages - 1, 1)) for k in range(stages)]
         kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -83,16 +89,17 @@ class Sampling:
             self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
             self.device, self.wrappers,
         )  # fmt: skip
+        latest: Tensor | None = None
         for step, visit in enumerate(visits):
+            latest = latest if visit.prediction is None else visit.prediction.x0
             if step in wanted:
-                kept[step] = to_uint8(visit.x).cpu(), to_uint8(visit.prediction.x0).cpu()
+                kept[step] = to_uint8(visit.x).cpu(), to_uint8(visit.x if latest is None else latest).cpu()
         noisy, estimates = zip(*(kept[step] for step in wanted), strict=True)
         return torch.stack(noisy, dim=1), torch.stack(estimates, dim=1)
 
     def record(self) -> dict[str, Any]:
         """What results.jsonl says of the sampling, but for the work it took."""
-        steps = len(self.times) - 1
-        about = {**self.about, "num_steps": steps, "seed": self.seed, "batch_size": self.batch_size}
+        about = {**self.about, "num_steps": self.num_steps, "seed": self.seed, "batch_size": self.batch_size}
         return about | ({"wrappers": [wrapper.identity() for wrapper in self.wrappers]} if self.wrappers else {})
 
     def identity(self) -> dict[str, Any]:
@@ -103,6 +110,12 @@ class Sampling:
         if not self.of_batch:
             del known["batch_size"]
         return known
+
+
+def steps_in_words(record: Mapping[str, Any]) -> str:
+    """ "50 steps", or "60 steps of 2 visits", of a record."""
+    visits = record.get("visits") or 1
+    return f"{record['num_steps']} steps" + (f" of {visits} visits" if visits > 1 else "")
 
 
 def differences(old: Any, new: dict[str, Any]) -> list[str]:
@@ -119,7 +132,9 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
     keys = [key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key)]
     if "batch_size" not in now:
         keys = [key for key in keys if key != "batch_size"]
-    if len(keys) > 1:  # they follow from another setting
+    if "times" in was and "times" not in keys:  # the number of steps that stay was a part of it in former versions
+        keys = [key for key in keys if key != "num_steps"]
+    elif len(keys) > 1:  # they follow from another setting
         keys = [key for key in keys if key != "times"]
     return found + [f"{_setting(key)}: was {_short(was.get(key))}, is {_short(now.get(key))}" for key in keys]
 

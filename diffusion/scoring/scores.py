@@ -20,6 +20,7 @@ from diffusion.metrics.nearest import neighbours
 from diffusion.metrics.reference import Reference, kept_numbers, path_of, size_in_file, store, stored
 from diffusion.progress import Progress
 from diffusion.scoring.pictures import grid, save_png
+from diffusion.scoring.sampling import steps_in_words
 
 VERSIONED = ("torch", "pytorch-lightning", "torchmetrics", "torch-fidelity", "numpy")
 READ = 256  # images decoded at a time
@@ -194,7 +195,7 @@ def describe(row: Mapping[str, Any]) -> str:
     beside = next((row[key] for key in (f"{row['name']}_std", "standard_error") if row.get(key) is not None), None)
     value = f"{row['value']:.4g}" + ("" if beside is None else f" ± {beside:.2g}")
     paper = f", paper {row['reference']}" if row.get("reference") is not None else ""
-    how = f", {row['sampler']}, {row['num_steps']} steps" if "sampler" in row else ""
+    how = f", {row['sampler']}, {steps_in_words(row)}" if "sampler" in row else ""
     floor = ""
     if "real_value" in row:
         few = f" of {row['real_images']}" if row["real_images"] != row["num_images"] else ""

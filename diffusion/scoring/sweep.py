@@ -1,31 +1,52 @@
 """FID over numbers of steps and kinds of noise (Song et al. 2021, DDIM, table 1), point by point, in sweep.csv."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import Ranks
+from diffusion.errors import Refusal
 from diffusion.files import csv_text, locked, read_csv, write_atomically
 from diffusion.samplers.ancestral import Ancestral
 from diffusion.scoring.evaluation import Evaluation, Sweep
-from diffusion.scoring.recipe import Plan, Recipe
+from diffusion.scoring.recipe import Plan, Recipe, described
 from diffusion.scoring.scores import describe
 
-FIRST = ("eta", "variance", "num_steps", "nfe", "fid", "num_images", "sampler")
+FIRST = ("eta", "variance", "words", "num_steps", "nfe", "fid", "num_images", "sampler")
 
 
-def recipes_of(sweep: Sweep, recipe: Recipe, others: Sequence[tuple[Callable, Plan]] = ()) -> list[Recipe]:
+class Swept(NamedTuple):
+    """A sampling of a sweep. words: of the sampler, as the user gives them in sweep.samplers; "" for those of the
+    published table."""
+
+    words: str
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """For messages, with the number of steps: "ddim eta=0.5, 20 steps"."""
+        made = self.recipe.sampler
+        settings = "".join(f" {key}={value}" for key, value in described(made).items())
+        name = self.words or f"{getattr(made, 'func', made).__name__.lower()}{settings}"
+        return f"{name}, {self.recipe.plan.num_steps} steps"
+
+
+def samplings_of(
+    sweep: Sweep, recipe: Recipe, others: Mapping[str, tuple[Callable, Plan]] | None = None
+) -> list[Swept]:
     """The recipe with each sampler of the sweep in turn, all at each number of steps: DDIM at each eta, ancestral
-    sampling with the large variance, and others with their plans."""
-    plan = {"spacing": recipe.plan.spacing, "clip_x0": recipe.plan.clip_x0}
-    found = [recipe.by_ddim(steps, eta, **plan) for eta in sweep.eta for steps in sweep.num_steps]
+    sampling with the large variance, and others, by their words, with their plans."""
+    plan = {"spacing": recipe.plan.spacing, "rho": recipe.plan.rho, "clip_x0": recipe.plan.clip_x0}
+    found = [Swept("", recipe.by_ddim(steps, eta, **plan)) for eta in sweep.eta for steps in sweep.num_steps]
     for steps in sweep.num_steps if sweep.large else ():
-        found.append(replace(recipe, sampler=partial(Ancestral, variance="large"), plan=Plan(steps, **plan)))
-    for sampler, chosen in others:
-        found += [replace(recipe, sampler=sampler, plan=replace(chosen, num_steps=n)) for n in sweep.num_steps]
+        large = replace(recipe, sampler=partial(Ancestral, variance="large"), plan=Plan(steps, **plan))
+        found.append(Swept("", large))
+    for words, (sampler, chosen) in (others or {}).items():
+        for steps in sweep.num_steps:
+            found.append(Swept(words, replace(recipe, sampler=sampler, plan=replace(chosen, num_steps=steps))))
     return found
 
 
@@ -33,16 +54,34 @@ class SweepEvaluation(Evaluation):
     """FID of each sampling of a sweep. Arguments as `Evaluation`.
 
     Args:
-        sweep: which samplings. others: its further samplers, and their plans.
+        sweep: which samplings. others: its further samplers, and their plans, by their words.
     """
 
-    def __init__(self, *args: Any, sweep: Sweep, others: Sequence[tuple[Callable, Plan]] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sweep: Sweep, others: Mapping[str, tuple[Callable, Plan]] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.sweep, self.others = sweep, others
 
-    def recipes(self) -> list[Recipe]:
+    def samplings(self) -> list[Swept]:
         assert self.recipe is not None
-        return recipes_of(self.sweep, self.recipe, self.others)
+        return samplings_of(self.sweep, self.recipe, self.others)
+
+    def recipes(self) -> list[Recipe]:
+        return [swept.recipe for swept in self.samplings()]
+
+    def check(self) -> None:
+        """As `Evaluation.check`; and ValueError where two points are the same sampling, which would be one row."""
+        super().check()
+        known: dict[str, str] = {}
+        for swept in self.samplings():
+            name = self.name(self.gallery(swept.recipe, Ranks(), self.place).sampling)
+            if name in known:
+                raise Refusal(
+                    f"The sweep has a point twice: {known[name]}, and {swept.title}, are the same sampling. Leave one "
+                    f"of them out."
+                )
+            known[name] = swept.title
 
     def points(self, ranks: Ranks, where: Place) -> tuple[Path, list[dict[str, Any]]]:
         """The path of sweep.csv, and its rows of this sweep, on rank 0. Points that are there are not made again."""
@@ -54,21 +93,22 @@ class SweepEvaluation(Evaluation):
         if ranks.main:
             done = read_sweep(path)
         done = ranks.from_main(done)
-        chosen = self.recipes()
-        for number, recipe in enumerate(chosen, 1):
+        chosen = self.samplings()
+        for number, (words, recipe) in enumerate(chosen, 1):
             sampling = self.gallery(recipe, ranks, where).sampling
             key = f"{self.name(sampling)}_{self.num_images}_{against.extractor.digest[:12]}_{held}"
             mine.append(key)
             if key in done:
+                done[key] = done[key] | {"words": words}
                 continue
             if ranks.main:
-                print(f"{number} of {len(chosen)}: {sampling.about['sampler']}, {len(sampling.times) - 1} steps")
+                print(f"{number} of {len(chosen)}: {words or sampling.about['sampler']}, {sampling.num_steps} steps")
             rows = self.sampled(recipe, against.metrics, reference, ranks, where, neighbours=False)
             if not ranks.main:
                 continue
             (row,) = rows
             flat = {k: v for k, v in row.items() if not isinstance(v, dict | list)} | {"fid": row["value"]}
-            done[key] = flat | {"samples": key}
+            done[key] = flat | {"words": words, "samples": key}
             add_points(path, {key: done[key]})
             self.kept()
             print(describe(row), flush=True)

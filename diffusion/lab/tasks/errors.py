@@ -6,14 +6,14 @@ import torch
 
 from diffusion.errors import Refusal
 from diffusion.lab import errors, initialisation, refinement, training_error, verdict
-from diffusion.lab.gaussian import denoising_error, fitted, step_of
+from diffusion.lab.gaussian import denoising_error, end_of, fitted, law_at
 from diffusion.lab.page import Grid, Page, Words
 from diffusion.lab.tasks import images as lab_images
 from diffusion.lab.tasks.ideas import ideas
 from diffusion.lab.tasks.laboratory import LOWEST, SHADES, Laboratory, Named, refuse_stays
 from diffusion.noise import Stream, seed63
 from diffusion.page.chart import Chart, Series
-from diffusion.process.grids import refined
+from diffusion.process.grids import even, refined, steps_of
 from diffusion.process.schedule import Denoiser
 from diffusion.process.toy import Gaussian
 from diffusion.samplers.base import Sampler
@@ -29,7 +29,7 @@ def main(lab: Laboratory) -> None:
         return
     check_settings(lab)
     denoise, name = denoiser_of(lab)
-    steps, walker = len(lab.times) - 1, type(lab.sampler).__name__
+    steps, walker = steps_of(lab.times), type(lab.sampler).__name__
     lab.say(f"Errors of {walker}, {steps} steps, on {lab.toy_name} by {name or 'the exact denoiser'}")
     page = lab.page(
         f"Where the error comes from: {lab.toy_name}",
@@ -61,11 +61,11 @@ def check_settings(lab: Laboratory) -> None:
 
 
 def refuse_curved(words: str, sampler: Sampler, lab: Laboratory) -> None:
-    """Refuse a sampler whose steps are not affine on Gaussian data."""
-    top = lab.schedule.num_timesteps
+    """Refuse a sampler whose steps are not affine on Gaussian data: one that stays, and those after it."""
+    top, exact = lab.schedule.num_timesteps, lab.toy.denoiser(lab.schedule)
     try:
-        for s in (top, top / 2):
-            step_of(sampler, lab.toy.denoiser(lab.schedule), top, s, lab.dim)
+        down = even(top, top / 2, 1 + sampler.memory)
+        end_of(sampler, exact, law_at(lab.toy, lab.schedule(top)), [top, *down])
     except ValueError as error:
         raise Refusal(
             f"samplers: {words!r}: its step depends on x by more than the denoiser does, so that the law of Gaussian "

@@ -20,7 +20,7 @@ from diffusion.lab.tasks.laboratory import Laboratory
 from diffusion.lab.training_error import Known, quarters, some_times
 from diffusion.noise import Stream, keys, normal, permutation
 from diffusion.page.chart import Chart, Series
-from diffusion.process.grids import SPACINGS, times
+from diffusion.process.grids import SPACINGS, steps_of, times
 from diffusion.process.schedule import Denoiser, Prediction
 from diffusion.progress import Progress
 from diffusion.scoring.sampling import Counted
@@ -40,7 +40,7 @@ DISTANCES = 1e10  # and so many that their number squared, times the numbers in 
 def main(lab: Laboratory) -> None:
     """Measure, write, judge."""
     found, split = measure(lab)
-    model, steps = lab.model, len(lab.times) - 1
+    model, steps = lab.model, steps_of(lab.times)
     unseen = split != model.facts.split
     said = verdict.of_images(found.begun, found.short, found.learned, found.tried, lab.walk, unseen)
     page = lab.page(
@@ -80,14 +80,13 @@ def measure(lab: Laboratory) -> tuple[Found, str]:
     x0, labels = first(known, asked.num_images)
     walked, given = first(known, WALKS)
     model.denoiser.network.to(device, memory_format=lab.place.memory_format)
-    steps, at = len(lab.times) - 1, some_times(lab.schedule.num_timesteps, asked.times)
+    steps, at = steps_of(lab.times), some_times(lab.schedule.num_timesteps, asked.times)
     lab.say(
         f"Errors of {model.path} (step {model.step}, {model.weights} weights), {type(lab.sampler).__name__}, {steps} "
         f"steps, by {len(x0)} images of {model.data_name}, split {split}"
     )
     settings = settings_tried(lab)
-    walks = 2 * steps + steps * sum(images.LEVELS) + len(images.all_times(settings)) - 1
-    walks += sum(len(t) - 1 for _, _, t in settings)
+    walks = images.calls_of_all(lab.sampler, lab.times, settings)
     total = walks * -(-len(walked) // lab.batch_size) + len(at) * -(-len(x0) // lab.batch_size)
     with Progress("errors", total, "network calls") as progress:
         attend = progress.add
@@ -161,7 +160,8 @@ def measured(lab: Laboratory, attend: Callable[[], None]) -> Denoiser:
 
 def settings_tried(lab: Laboratory) -> list[tuple[str, Any, list[float]]]:
     """The present setting, other spacings of as many steps, and twice as many of each."""
-    top, steps, present = lab.schedule.num_timesteps, len(lab.times) - 1, lab.recipe.plan.spacing
+    top, steps, plan = lab.schedule.num_timesteps, steps_of(lab.times), lab.recipe.plan
+    present = plan.spacing
     found = [("the present setting", lab.sampler, list(lab.times))]
     for number in dict.fromkeys((steps, min(2 * steps, top))):
         for spacing in SPACINGS:
@@ -169,7 +169,7 @@ def settings_tried(lab: Laboratory) -> list[tuple[str, Any, list[float]]]:
                 words = f"sampler.spacing={spacing}" if number == steps else f"sampler.num_steps={number}"
                 if number != steps and spacing != present:
                     words += f" sampler.spacing={spacing}"
-                found.append((words, lab.sampler, times(lab.schedule, number, spacing)))
+                found.append((words, lab.sampler, times(lab.schedule, number, spacing, rho=plan.rho)))
     return found
 
 
@@ -210,8 +210,9 @@ def discretisation(lab: Laboratory, found: Found) -> list[Any]:
     """Distances from the finest walk, and other settings of the sampler."""
     steps, gaps = found.short.num_steps[:-1], [grey(gap) for gap in found.short.gaps]
     lab.table("refinement.csv", [{"num_steps": n, "distance": g} for n, g in zip(steps, gaps, strict=True)])
-    rows = [(c.words, c.num_steps, grey(c.distance)) for c in found.tried]
-    lab.table("settings.csv", [{"setting": w, "num_steps": n, "distance": d} for w, n, d in rows])
+    rows = [(c.words, c.num_steps, c.calls, grey(c.distance)) for c in found.tried]
+    names = ("setting", "num_steps", "calls", "distance")
+    lab.table("settings.csv", [dict(zip(names, row, strict=True)) for row in rows])
     chart = Chart(
         "Distance from the finest walk",
         "grey levels",
@@ -221,7 +222,7 @@ def discretisation(lab: Laboratory, found: Found) -> list[Any]:
         x_log=True,
         note=f"The finest has {found.short.num_steps[-1]:,} steps.",
     )
-    columns = ("setting", "steps", "grey levels")
+    columns = ("setting", "steps", "network calls", "grey levels")
     note = "From the images of the finest walk that begins at the highest of their first times."
     return [lab.drawn(refinement=chart), Grid("Other settings of the sampler", columns, rows, note)]
 

@@ -28,7 +28,7 @@ from diffusion.lab.settings import Asked
 from diffusion.lab.verdict import Walk
 from diffusion.noise import Stream, seed63
 from diffusion.page.chart import Chart, save
-from diffusion.process.grids import even, geometric
+from diffusion.process.grids import even, geometric, steps_of
 from diffusion.process.schedule import Denoiser, Prediction, Schedule
 from diffusion.process.toy import Mixture
 from diffusion.samplers.base import Sampler
@@ -131,18 +131,22 @@ class Laboratory:
         return self.subject.model
 
     @cached_property
-    def sampler(self) -> Sampler:
-        return self.recipe.sampler_of(self.schedule)[0]
+    def sampler_and_times(self) -> tuple[Sampler, list[float]]:
+        """The sampler whose errors are measured, and the times that its walk visits."""
+        return self.recipe.sampler_of(self.schedule)
 
-    @cached_property
+    @property
+    def sampler(self) -> Sampler:
+        return self.sampler_and_times[0]
+
+    @property
     def times(self) -> list[float]:
-        """That the walk visits."""
-        return self.recipe.sampler_of(self.schedule)[1]
+        return self.sampler_and_times[1]
 
     @property
     def walk(self) -> Walk:
         """What there is to be said of the walk of `sampler`."""
-        return Walk(self.times[0], len(set(self.times)) - 1, self.schedule.num_timesteps, self.model is not None)
+        return Walk(self.times[0], steps_of(self.times), self.schedule.num_timesteps, self.model is not None)
 
     @property
     def dim(self) -> int:
