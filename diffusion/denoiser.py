@@ -1,8 +1,8 @@
-"""From networks to denoisers: what a network is fed, how its output is read, and the clipping of x0.
+"""Denoisers made from networks: scaling of the input, conditioning value, conversion of the output, clipping of x0.
 
-Here, once, time loses 1: published networks count their noise levels from 0. Below t = 1 nothing was trained: there a
-network is asked as at t = 1, its output still being read at t, as Song et al. (2021, score SDE) do. Knows no loss, no
-sampler, no guidance and no particular network.
+This is the only place where t becomes t - 1: published networks count noise levels from 0. Networks are not trained
+below t = 1. There the network gets the conditioning value of t = 1, and its output is still converted at t (Song et al.
+2021, score SDE). This module knows no loss, no sampler, no guidance and no particular network.
 """
 
 from collections.abc import Callable
@@ -10,33 +10,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.process.prediction import PREDICTIONS, parted, prediction_kind
+from diffusion.process.prediction import PREDICTIONS, prediction_kind, split_output
 from diffusion.process.schedule import Denoiser, Prediction, Schedule, like
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""network(x, told, labels) -> output: x (B, C, H, W), told float32 (B,), output (B, C or 2C, H, W)."""
+"""network(x, conditioning_value, labels) -> output: x (B, C, H, W), conditioning_value float32 (B,), output (B, C or
+2C, H, W)."""
 
 CONDITIONINGS: dict[str, Callable[[Schedule, float | Tensor], float | Tensor]] = {
     "time": lambda schedule, t: t - 1,
     "noise": lambda schedule, t: -schedule.log_ratio(t),
 }
-"""What a network is told of t >= 1, as its attribute `conditioning` says, "time" where it has none: the time index, or
-log(sigma_t / alpha_t), which under VE is log sigma_t."""
+"""The conditioning value at t >= 1, by the network's attribute `conditioning` (default "time"): the time index t - 1,
+or log(sigma_t / alpha_t), which is log sigma_t under VE."""
 
 
 class NetworkDenoiser:
-    """A network as a denoiser.
+    """The denoiser of a network.
 
-    The network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance for data of unit variance: x_t itself under VP.
-    With `prediction=edm` it sees x_t of unit variance for data of standard deviation 0.5. The second half of its
-    channels, where it has twice those of x_t, is the learned variance in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
-    Lower precision is the caller's autocast and ends at the network's output.
+    The network's input is x_t / sqrt(alpha^2 + sigma^2), which has unit variance for data of unit variance; under VP it
+    is x_t itself. With `prediction=edm` the input has unit variance for data of standard deviation 0.5. If the output
+    has twice the channels of x_t, its second half is the learned variance in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+    For lower precision the caller uses autocast; the output is cast back to the dtype of x_t.
 
     Args:
-        network: network(x, told, labels); it is told t - 1, real for real t and never below 0, or the noise level
-            (`CONDITIONINGS`).
+        network: network(x, conditioning_value, labels). The conditioning value is t - 1 (real for real t, never below
+            0) or the log of the noise level (`CONDITIONINGS`).
         schedule: the noise levels it was trained on.
-        prediction: what it outputs: epsilon, x0, v, score, scaled_score, mu or edm.
+        prediction: what the network outputs: epsilon, x0, v, score, scaled_score, mu or edm.
 
     Raises:
         ValueError: prediction is none of these.
@@ -48,27 +49,31 @@ class NetworkDenoiser:
         self._conditioning = CONDITIONINGS[getattr(network, "conditioning", "time")]
 
     def output(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's output as it is, in x_t's dtype. x_t (B, C, H, W), t a float or (B,), labels (B,) or None."""
+        """The unconverted output of the network, in the dtype of x_t.
+
+        Args:
+            x_t: (B, C, H, W). t: a float or (B,). labels: (B,) or None.
+        """
         if isinstance(t, Tensor):
-            told = self._conditioning(self.schedule, t.clamp(min=1)).to(x_t.device, torch.float32).expand(len(x_t))
+            value = self._conditioning(self.schedule, t.clamp(min=1)).to(x_t.device, torch.float32).expand(len(x_t))
         else:
-            value = float(self._conditioning(self.schedule, max(t, 1)))
-            told = torch.full((len(x_t),), value, dtype=torch.float32, device=x_t.device)
+            number = float(self._conditioning(self.schedule, max(t, 1)))
+            value = torch.full((len(x_t),), number, dtype=torch.float32, device=x_t.device)
         deviation = self.schedule.std(t) if self._kind.input_std is None else self._kind.input_std(self.schedule, t)
-        return self.network(x_t * like(1 / deviation, x_t), told, labels).to(x_t.dtype)
+        return self.network(x_t * like(1 / deviation, x_t), value, labels).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
-        output, variance = parted(self.output(x_t, t, labels), x_t)
+        output, variance = split_output(self.output(x_t, t, labels), x_t)
         return Prediction(*self._kind.to_pair(self.schedule, x_t, t, output), variance)
 
 
 class Clipped:
-    """A denoiser whose x0 is clipped to the range of images, and whose epsilon is derived again from that.
+    """Wraps a denoiser: clips its x0 to the range of images and computes epsilon again from the clipped x0.
 
     Args:
         denoiser: the denoiser to wrap.
-        schedule: its schedule.
-        low, high: the range of x0.
+        schedule: the schedule of that denoiser.
+        low, high: range of x0.
     """
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> None:

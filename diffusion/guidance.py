@@ -1,4 +1,4 @@
-"""Guidance: denoisers that wrap denoisers and pull towards a class. Knows no network, no schedule and no sampler."""
+"""Guidance: denoisers that wrap a denoiser and strengthen the class. Knows no network, no schedule and no sampler."""
 
 from typing import Annotated
 
@@ -13,18 +13,19 @@ Scale = Annotated[float, AtLeast(0, "; 1 means no guidance")]
 
 @settings("guidance")
 class ClassifierFree:
-    """uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
+    """Classifier-free guidance: uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
 
-    Both halves go through the denoiser as one batch, conditional first. x0 and epsilon are guided alike, so they stay a
-    pair of x_t; a learned variance is the conditional one.
+    Both predictions are computed in one batch of size 2B, conditional first. x0 and epsilon are guided with the same
+    formula, so that alpha_t x0 + sigma_t epsilon is still x_t. A learned variance is taken from the conditional
+    prediction.
 
     Args:
-        denoiser: takes labels, and null_label for none.
-        scale: 0 is unconditional, 1 conditional and unguided (half the work), above 1 sharper.
-        null_label: the label that means no label, usually the number of classes.
+        denoiser: the denoiser to wrap; it accepts labels and null_label.
+        scale: 0 is unconditional; 1 is conditional without guidance, at half the cost; above 1 is guided.
+        null_label: the label that means "no class", usually the number of classes.
 
     Raises:
-        ValueError: scale is negative or not finite; or, when called, there are no labels.
+        ValueError: scale is negative or not finite; or, when called, labels is None.
     """
 
     def __init__(self, denoiser: Denoiser, scale: Scale, null_label: int) -> None:
@@ -32,7 +33,7 @@ class ClassifierFree:
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         if labels is None:
-            raise ValueError(f"guidance.scale={self.scale} needs labels; without labels use guidance=none.")
+            raise ValueError(f"guidance.scale={self.scale} needs labels. To sample without labels, give guidance=none.")
         if self.scale == 1:
             return self.denoiser(x_t, t, labels)
         both_t = torch.cat([t.expand(len(x_t))] * 2) if isinstance(t, Tensor) else t

@@ -24,14 +24,14 @@ MINE = """
             super().__init__(image_size, channels, num_classes, out_channels)
             self.time = time_embedding_of("positional", width, 16.0)
             self.label = LabelEmbedding(num_classes, 4 * width) if num_classes else None
-            self.stem, self.told = nn.Conv2d(channels, width, 3, padding=1), nn.Linear(4 * width, width)
+            self.stem, self.project = nn.Conv2d(channels, width, 3, padding=1), nn.Linear(4 * width, width)
             self.head = nn.Conv2d(width, self.out_channels, 3, padding=1)
 
-        def forward(self, x, told, labels=None):
-            embedding = self.time(told)
+        def forward(self, x, conditioning_value, labels=None):
+            embedding = self.time(conditioning_value)
             if self.label is not None:
                 embedding = embedding + self.label(labels, len(x))
-            h = torch.relu(self.stem(x) + self.told(embedding)[:, :, None, None])
+            h = torch.relu(self.stem(x) + self.project(embedding)[:, :, None, None])
             return self.head(h)
 
 

@@ -206,10 +206,10 @@ def test_guidance_is_recorded_of_samples_alone(digits, tmp_path, call):
             ["model.attention_resolutions=[3]"],
             "model.attention_resolutions=[3]: 3 is not a resolution of this network.",
         ),
-        (["model.attention_resolutions=[4,16]"], "have 8, 4;"),
+        (["model.attention_resolutions=[4,16]"], "the resolutions are 8, 4."),
         (
             ["model.attention_resolutions=[4,4]"],
-            "model.attention_resolutions=[4,4]: a resolution is there more than once",
+            "model.attention_resolutions=[4,4]: a resolution occurs more than once",
         ),
         (["metrics=[fid,fid]"], "metrics=[fid,fid] has fid more than once"),
         (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] is not a list of 2 numbers"),
@@ -223,7 +223,7 @@ def test_members_that_match_nothing_or_repeat_are_refused(words, message):
 
 
 def test_the_network_itself_refuses_attention_at_a_size_that_does_not_occur():
-    with pytest.raises(ValueError, match=r"attention_resolutions=\[3\]: 3 is not .* have 8, 4"):
+    with pytest.raises(ValueError, match=r"attention_resolutions=\[3\]: 3 is not .* resolutions are 8, 4\."):
         UNet(8, width=32, multipliers=(1, 2), attention_resolutions=[3])
     with pytest.raises(ValueError, match="more than once"):
         UNet(8, width=32, multipliers=(1, 2), attention_resolutions=[4, 4])

@@ -1,4 +1,4 @@
-"""Networks of the score-based family: what they are told of the noise, their scaled output, networks for vectors."""
+"""Networks of the score-based family: their conditioning value, their scaled output, networks for vectors."""
 
 import math
 
@@ -31,12 +31,12 @@ def ordinary(network, seed=0):
     return network
 
 
-# ---- what a network is told ----
+# ---- the conditioning value of a network ----
 
 
 @on_all
 @pytest.mark.parametrize("make", [lambda **k: UNet(**SMALL, **k), lambda **k: MLP(1, 8, **k)], ids=["unet", "mlp"])
-def test_a_network_is_told_the_time_or_the_noise_as_its_embedding_needs(schedule, make):
+def test_the_conditioning_value_is_the_time_or_the_noise_as_the_embedding_needs(schedule, make):
     heard, x, top = [], torch.randn(3, 1, 8, 8), schedule.num_timesteps
     t = torch.tensor([0.5, 1.0, top])
     for kind in ("positional", "fourier"):
@@ -56,8 +56,8 @@ def test_a_network_is_told_the_time_or_the_noise_as_its_embedding_needs(schedule
 
 
 @on_all
-def test_told_the_noise_a_network_does_not_know_vp_from_ve(schedule):
-    """What it is fed and told is the same in both variables, so its prediction is too."""
+def test_a_network_conditioned_on_the_noise_cannot_distinguish_vp_from_ve(schedule):
+    """Its input and its conditioning value are the same in both variables, so its prediction is too."""
     network = ordinary(UNet(**SMALL, time_embedding="fourier", fourier_scale=1.0)).eval()
     twin, t = Exploding(schedule), 0.4 * schedule.num_timesteps
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -130,14 +130,14 @@ def test_the_scaled_score_is_the_score_times_sigma(schedule):
 
 def test_a_vector_is_an_image_of_one_pixel_to_the_mlp():
     network = ordinary(MLP(channels=3, width=32, num_classes=4))
-    x, told, labels = torch.randn(5, 3), torch.linspace(0, 999, 5), torch.arange(5)
-    flat = network(x, told, labels)
-    assert flat.shape == (5, 3) and torch.equal(network(x[..., None, None], told, labels)[..., 0, 0], flat)
-    assert torch.equal(network(x, told), network(x, told, torch.full((5,), 4))) and network.null_label == 4
-    assert not torch.allclose(network(x, told, labels), network(x, told, (labels + 1) % 4))
-    assert not torch.allclose(network(x, told, labels), network(x, told + 100, labels))
-    assert MLP(channels=3, width=32, out_channels=6)(x, told).shape == (5, 6)
-    assert MLP(channels=1, image_size=8, width=32)(torch.randn(2, 1, 8, 8), told[:2]).shape == (2, 1, 8, 8)
+    x, values, labels = torch.randn(5, 3), torch.linspace(0, 999, 5), torch.arange(5)
+    flat = network(x, values, labels)
+    assert flat.shape == (5, 3) and torch.equal(network(x[..., None, None], values, labels)[..., 0, 0], flat)
+    assert torch.equal(network(x, values), network(x, values, torch.full((5,), 4))) and network.null_label == 4
+    assert not torch.allclose(network(x, values, labels), network(x, values, (labels + 1) % 4))
+    assert not torch.allclose(network(x, values, labels), network(x, values + 100, labels))
+    assert MLP(channels=3, width=32, out_channels=6)(x, values).shape == (5, 6)
+    assert MLP(channels=1, image_size=8, width=32)(torch.randn(2, 1, 8, 8), values[:2]).shape == (2, 1, 8, 8)
 
 
 def test_an_untrained_mlp_answers_with_nearly_nothing():

@@ -46,7 +46,7 @@ class Net(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(0.3))
 
-    def forward(self, x, told, labels):
+    def forward(self, x, conditioning_value, labels):
         return self.scale * x + 0.01 * labels[:, None, None, None]
 
 

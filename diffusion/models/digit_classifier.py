@@ -1,7 +1,7 @@
-"""A small classifier of 8x8 digits: what Inception is to photographs, for the embedded default.
+"""A small classifier of 8x8 digits. It takes the place of Inception for the embedded digits.
 
-Its features and class probabilities give digits-FID and digits-IS, which are named so because they can be compared
-with nothing else. It knows images and labels; who trains it, and when, is not its business.
+Its features and class probabilities give digits-FID and digits-IS. These names say that the values are comparable only
+with each other. This module knows images and labels; the caller decides when the classifier is trained.
 """
 
 import torch
@@ -15,7 +15,7 @@ FEATURES, CLASSES = 64, 10
 
 
 class DigitClassifier(nn.Module):
-    """uint8 (B, 1, 8, 8) -> features (B, 64), logits (B, 10)."""
+    """Convolutional classifier: uint8 (B, 1, 8, 8) -> features (B, 64), logits (B, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,10 @@ class DigitClassifier(nn.Module):
 
 
 def train_digit_classifier(images: Tensor, labels: Tensor, epochs: int = 20, seed: int = 0) -> DigitClassifier:
-    """Adam on cross-entropy, one thread, fixed draws: the same weights on every start. About three seconds.
+    """Train the classifier with Adam on the cross-entropy. Takes about three seconds.
+
+    It runs on one thread with a fixed seed, so that every call returns the same weights. The number of threads and the
+    state of torch's random generator are restored afterwards.
 
     Args:
         images: uint8 (N, 1, 8, 8). labels: int64 (N,), 0 ... 9.

@@ -1,6 +1,7 @@
-"""How networks are told the noise level and the class: modules that any network may use, and the layers they are of.
+"""Embeddings of the noise level and of the class, and the initialised layers that they are built from.
 
-The sum of both goes through a swish and then into each block, in this package's networks.
+Any network may use them. In this package's networks the sum of both embeddings goes through a swish and then into each
+block.
 """
 
 import math
@@ -12,26 +13,32 @@ from torch import Tensor, nn
 
 
 def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
-    """Uniform of variance scale / mean(fan_in, fan_out); scale 1 is Xavier's, 1e-10 the paper's "zero"."""
+    """Fill `weight` in place from a uniform distribution of variance scale / mean(fan_in, fan_out).
+
+    scale=1 is Xavier initialisation; 1e-10 is what Ho et al. 2020 use as "zero".
+    """
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
     limit = math.sqrt(3 * scale / ((fan_in + fan_out) / 2))
     return nn.init.uniform_(weight, -limit, limit)
 
 
 def initialised(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """The layer with its weight initialised by `variance_scaling_` and its bias set to zero."""
     variance_scaling_(layer.weight, scale)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def linear(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Module:
+    """A linear layer, initialised."""
     return initialised(nn.Linear(channels_in, channels_out), scale)
 
 
 class TimeEmbedding(nn.Module):
-    """Sines, then cosines, of t at geometric frequencies 1 ... 1e-4 (both ends included), and two linear layers.
+    """Positional embedding of a time index, as in DDPM: (B,) -> (B, 4 width).
 
-    (B,) time index, 0 ... T-1, not scaled -> (B, 4 width).
+    Sines, then cosines, of the index at geometric frequencies 1 ... 1e-4 (both ends included), followed by two linear
+    layers. The index runs from 0 to T-1 and is not rescaled.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,10 +55,10 @@ class TimeEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """Sines, then cosines, of 2 pi w log sigma at `width` frequencies w ~ N(0, scale^2), and two linear layers: that of
-    NCSN++ (Song et al. 2021, score SDE, app. H). The frequencies are drawn once and not trained.
+    """Random Fourier embedding of the log of a noise level, as in NCSN++: (B,) -> (B, 4 width).
 
-    (B,) log of the noise level -> (B, 4 width).
+    Sines, then cosines, of 2 pi w log sigma at `width` frequencies w ~ N(0, scale^2), followed by two linear layers
+    (Song et al. 2021, score SDE, app. H). The frequencies are drawn once and are not trained.
     """
 
     def __init__(self, width: int, scale: float) -> None:
@@ -67,22 +74,29 @@ class FourierEmbedding(nn.Module):
 
 
 TimeEmbeddingKind = Literal["positional", "fourier"]
-CONDITIONING = {"positional": "time", "fourier": "noise"}  # what each embeds, in the words of diffusion/denoiser.py
+CONDITIONING = {"positional": "time", "fourier": "noise"}  # what each kind embeds: a key of `denoiser.CONDITIONINGS`
 
 
 def time_embedding_of(kind: str, width: int, scale: float) -> nn.Module:
-    """The embedding of this kind, (B,) -> (B, 4 width). scale: of the frequencies of a Fourier embedding."""
+    """The embedding module of this kind: (B,) -> (B, 4 width).
+
+    Args:
+        scale: standard deviation of the frequencies of a Fourier embedding.
+    """
     return TimeEmbedding(width) if kind == "positional" else FourierEmbedding(width, scale)
 
 
 class LabelEmbedding(nn.Embedding):
-    """A row for each class and a last one for "no class": labels int64 (B,), or None for no class -> (B, width)."""
+    """Embedding of class labels: int64 (B,), or None for "no class" -> (B, width).
+
+    One row per class, and a last row for "no class".
+    """
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes + 1, width)
 
     def forward(self, labels: Tensor | None, count: int) -> Tensor:
-        """count: the batch size B, which is needed if labels is None."""
+        """The rows of the labels. `count` is the batch size B, needed where labels is None."""
         if labels is None:
             labels = torch.full((count,), self.num_embeddings - 1, device=self.weight.device)
         return super().forward(labels)

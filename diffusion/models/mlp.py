@@ -1,7 +1,7 @@
-"""A small network for data that are vectors: what the U-Net is to images.
+"""A small network for data that are vectors.
 
-It knows numbers without neighbours, a time index (or a noise level) and a class; it knows no schedule and does not know
-what its output means.
+It takes numbers that have no neighbours, a time index (or a noise level) and a class. It knows no schedule and does not
+know what its output means.
 """
 
 from typing import Annotated
@@ -15,7 +15,7 @@ from diffusion.settings import Count, Multiple, Number, Positive, settings
 
 
 class Block(nn.Module):
-    """norm, swish, linear, + time, swish, linear ("zero"), + the input."""
+    """Residual block: norm, swish, linear, + embedding, swish, linear (initialised to "zero"), + input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,21 +31,25 @@ class Block(nn.Module):
 
 @settings("model")
 class MLP(Network):
-    """(x (B, C, ...), told (B,), labels (B,) or None) -> (B, out_channels, ...): a vector in, a vector out.
+    """Residual network for vectors.
 
-    A data point of C numbers is an image of one pixel with C channels to everybody else; larger images are flattened.
+    x (B, C, ...), conditioning_value (B,), labels (B,) or None -> (B, out_channels, ...), the dtype of the weights.
+
+    The rest of the package treats a vector of C numbers as an image of one pixel with C channels. Larger images are
+    flattened.
 
     Args:
-        channels: numbers in a data point, per pixel.
+        channels: numbers per pixel; the length of the vector if image_size is 1.
         image_size: height and width in pixels; 1 for vectors.
-        width: of the hidden layers and of the embedding; a multiple of 8, at least 16.
-        blocks: residual blocks of two layers each.
-        num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
-        out_channels: channels of the output, `channels` unless given.
-        time_embedding, fourier_scale: as `unet.UNet` has them.
+        width: width of the hidden layers and of the embedding; a multiple of 8, at least 16.
+        blocks: number of residual blocks, of two layers each.
+        num_classes: 0 for an unconditional network. Otherwise labels are 0 ... num_classes - 1, and `null_label` =
+            num_classes means "no class".
+        out_channels: channels of the output; the default is `channels`.
+        time_embedding, fourier_scale: as in `unet.UNet`.
 
     Raises:
-        ValueError: another width, fewer than one block, an embedding that there is not.
+        ValueError: width is not such a multiple, blocks is below 1, or time_embedding is unknown.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class MLP(Network):
         self.norm = nn.LayerNorm(width)
         self.head = linear(width, self.out_channels * pixels, scale=1e-10)
 
-    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedding = self.time(told)
+    def forward(self, x: Tensor, conditioning_value: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self.time(conditioning_value)
         if self.label is not None:
             embedding = embedding + self.label(labels, len(x))
         embedding = F.silu(embedding)

@@ -1,18 +1,19 @@
-"""What a network must offer to be trained, sampled and scored. It knows no schedule and no meaning of its output.
+"""The interface of a network: what it must offer to be trained, sampled and scored.
 
-A network of one's own is any `torch.nn.Module` with these attributes and this `forward`; `Network` as its base class
-sets the attributes. Its configuration is an option of the group `model`, as conf/model/unet.yaml.
+A network knows no schedule and does not know what its output means. Any `torch.nn.Module` with these attributes and
+this `forward` can be used; the base class `Network` sets the attributes. To configure your own network, add an option
+to the group `model`, like conf/model/unet.yaml.
 
-    image_size, channels    of the images it takes: x is (B, channels, image_size, image_size)
-    out_channels            of its answer: `channels`, or twice as many where it says how wide the reverse step is
-    num_classes             0 for an unconditional network
+    image_size, channels    the images it takes: x is (B, channels, image_size, image_size)
+    out_channels            channels of the output: `channels`, or 2 * `channels` if it learns the variance
+    num_classes             number of classes; 0 for an unconditional network
     null_label              the label that means "no class", usually num_classes; None for an unconditional network
-    conditioning            what it is told in `told`: "time" or "noise" (`diffusion.denoiser`); "time" if it is missing
+    conditioning            the meaning of `conditioning_value`: "time" (the default) or "noise" (`diffusion.denoiser`)
 
-    forward(x, told, labels=None)   x (B, C, H, W); told float32 (B,); labels int64 (B,), or None for no class;
-                                    (B, out_channels, H, W)
+    forward(x, conditioning_value, labels=None) -> (B, out_channels, H, W)
+        x (B, C, H, W); conditioning_value float32 (B,); labels int64 (B,), or None for no class
 
-Its arguments `image_size`, `channels`, `num_classes` and `out_channels` are given by the configuration.
+The configuration passes the arguments `image_size`, `channels`, `num_classes` and `out_channels`.
 """
 
 from torch import nn
@@ -24,10 +25,12 @@ class Network(nn.Module):
     """The base class of this package's networks.
 
     Args:
-        image_size: height and width in pixels. channels: of the images.
-        num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
-        out_channels: channels of the output, `channels` unless given.
-        conditioning: what `forward` is told, "time" or "noise".
+        image_size: height and width in pixels.
+        channels: channels of the images.
+        num_classes: 0 for an unconditional network. Otherwise labels are 0 ... num_classes - 1, and `null_label` =
+            num_classes means "no class".
+        out_channels: channels of the output; the default is `channels`.
+        conditioning: the meaning of `conditioning_value` in `forward`: "time" or "noise".
     """
 
     def __init__(
@@ -49,6 +52,6 @@ class Network(nn.Module):
 
 
 def lacking(network: object) -> list[str]:
-    """What a network must offer and this object does not; [] if it is one."""
+    """Names of the attributes that a network needs and this object does not have; [] if it is a network."""
     found = [name for name in REQUIRED if not hasattr(network, name)]
     return found if isinstance(network, nn.Module) else ["forward", *found]

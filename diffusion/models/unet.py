@@ -1,9 +1,9 @@
 """The U-Net of DDPM (Ho et al. 2020, app. B), layer for layer, with optional class labels.
 
-It knows images, a time index (or a noise level, which NCSN++ embeds in its place) and a class; it knows no schedule and
-does not know what its output means. Counted from the layer list: 35,746,307 parameters for CIFAR-10, 113,673,219 and
-255,677,955 for 256x256 at width 128 and 192, 78,700,803 for CelebA 64x64. Labels add one embedding row per class, and
-one for "no class".
+It takes images, a time index (or a noise level, as NCSN++ does) and a class. It knows no schedule and does not know
+what its output means. Number of parameters: 35,746,307 for CIFAR-10, 113,673,219 and 255,677,955 for 256x256 at width
+128 and 192, and 78,700,803 for CelebA 64x64. A conditional network has one more embedding row per class and one for
+"no class".
 """
 
 from collections.abc import Callable, Sequence
@@ -40,16 +40,19 @@ def conv1x1(channels_in: int, channels_out: int, scale: float = 1.0) -> nn.Modul
 
 
 def group_norm(channels: int) -> nn.Module:
-    """32 groups, as in the paper, but never fewer than four channels a group.
+    """Group normalisation with 32 groups, as in the paper, but with at least four channels per group.
 
-    A group of one channel takes away whatever is added to all of that channel: the time and the label. The paper's
-    networks, of 128 channels and more, are not concerned.
+    A group of one channel would remove whatever is added to that whole channel, which is the embedding of the time and
+    the label. The paper's networks have 128 channels or more, so that this limit does not change them.
     """
     return nn.GroupNorm(min(NORM_GROUPS, channels // 4), channels, eps=NORM_EPS)
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, + time, norm, swish, dropout, conv ("zero"), + shortcut (1x1 only where channels change)."""
+    """Residual block: norm, swish, conv, + embedding, norm, swish, dropout, conv (initialised to "zero"), + shortcut.
+
+    The shortcut is a 1x1 convolution where the number of channels changes, else the identity.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -69,16 +72,16 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions with a single head of all channels, added to its input.
+    """Self-attention over all positions with a single head of all channels, added to the input.
 
-    The paper's 1x1 convolutions, as linear maps of the positions; q, k and v are one matrix product.
+    The paper's 1x1 convolutions are linear layers here; q, k and v are computed in one matrix product.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
         self.qkv = linear(channels, 3 * channels)
-        for weight in self.qkv.weight.data.chunk(3):  # each is a layer of its own to the initialisation
+        for weight in self.qkv.weight.data.chunk(3):  # q, k and v are initialised as three separate layers
             variance_scaling_(weight)
         self.out = linear(channels, channels, scale=1e-10)
 
@@ -90,7 +93,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 conv padded at the right and the bottom only: TensorFlow's SAME for even sizes."""
+    """Convolution of stride 2, padded at the right and the bottom only (TensorFlow's SAME padding for even sizes)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -101,6 +104,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, followed by a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels)
@@ -110,7 +115,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, followed by attention at the resolutions that have it."""
+    """A residual block, followed by attention if `attend`."""
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float, attend: bool) -> None:
         super().__init__()
@@ -122,7 +127,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution and the way to the next: down or up by two, or nothing."""
+    """The blocks of one resolution, and the layer that leads to the next resolution (None for the last one)."""
 
     def __init__(self, blocks: list[Block], resample: nn.Module | None) -> None:
         super().__init__()
@@ -132,37 +137,45 @@ class Level(nn.Module):
 
 @settings("model")
 class UNet(Network):
-    """(x (B, C, H, W), told (B,), labels (B,) or None) -> (B, out_channels, H, W), same dtype as the weights.
+    """DDPM's U-Net: x (B, C, H, W), conditioning_value (B,), labels (B,) or None -> (B, out_channels, H, W).
 
-    What it is told is a time index or, as `conditioning` says, the log of a noise level.
+    The conditioning value is a time index, or the log of a noise level if `conditioning` is "noise". The output has the
+    dtype of the weights.
 
     Args:
         image_size: height and width in pixels; must be divisible by 2 ** (number of levels - 1).
-        channels: colours of the image.
-        width: channels at full resolution; a multiple of 32 (the norm's groups).
-        multipliers: width at each level, finest first.
-        attention_resolutions: sizes in pixels at which blocks attend, each one that occurs: image_size / 2 ** k. None:
-            16 where that occurs, as in the paper. The middle always attends.
-        blocks_per_level: residual blocks a level on the way down; one more on the way up.
-        dropout: probability, in every residual block.
-        num_classes: 0 for unconditional; else labels 0 ... num_classes - 1, and `null_label` = num_classes for none.
-        out_channels: channels of the output, `channels` unless given.
-        time_embedding: "positional", DDPM's, of the time index; "fourier", NCSN++'s, of the log of the noise level.
-        fourier_scale: standard deviation of the latter's frequencies, per unit of that logarithm.
-        activation_checkpointing: in training keep only what goes into each block, and compute the inside of a block a
-            second time when its gradient is due (Chen et al. 2016): less memory, one more forward pass, the same bits.
+        channels: channels of the images, 3 for RGB.
+        width: channels at full resolution; a multiple of 32, the number of groups of the norm.
+        multipliers: factor on `width` for each level, finest level first.
+        attention_resolutions: sizes in pixels at which blocks attend; each must occur in the network, as image_size /
+            2 ** k. None means 16 if that size occurs, as in the paper. The middle block always attends.
+        blocks_per_level: residual blocks per level on the way down; the way up has one more.
+        dropout: probability of dropout in every residual block.
+        num_classes: 0 for an unconditional network. Otherwise labels are 0 ... num_classes - 1, and `null_label` =
+            num_classes means "no class".
+        out_channels: channels of the output; the default is `channels`.
+        time_embedding: "positional" embeds the time index, as in DDPM; "fourier" embeds the log of the noise level, as
+            in NCSN++.
+        fourier_scale: standard deviation of the frequencies of the Fourier embedding, per unit of that logarithm.
+        activation_checkpointing: in training, store only the input of each block and recompute the block in the
+            backward pass (Chen et al. 2016). This saves memory, costs one more forward pass, and gives the same bits.
 
     Raises:
-        ValueError: a size that the levels do not divide, a width that 32 does not, attention at a size that does not
-            occur, no block on a level, dropout outside [0, 1), an embedding that there is not.
+        ValueError: image_size is not divisible as above, width is not a multiple of 32, an attention resolution does
+            not occur, blocks_per_level is below 1, dropout is outside [0, 1), or time_embedding is unknown.
     """
 
     def __init__(
         self,
         image_size: Count,
         channels: Count = 3,
-        width: Annotated[int, Multiple(NORM_GROUPS, ", the norm's groups")] = 128,
-        multipliers: Annotated[Sequence[Count], Filled("give one for each level, as [1,2,2,2]")] = (1, 2, 2, 2),
+        width: Annotated[int, Multiple(NORM_GROUPS, ", the number of groups of the norm")] = 128,
+        multipliers: Annotated[Sequence[Count], Filled("give one for each level, like [1,2,2,2]")] = (
+            1,
+            2,
+            2,
+            2,
+        ),
         attention_resolutions: Sequence[Count] | None = None,
         blocks_per_level: Count = 2,
         dropout: Annotated[float, Between(0, 1, ends="[)")] = 0.0,
@@ -174,8 +187,9 @@ class UNet(Network):
     ) -> None:
         if image_size % 2 ** (len(multipliers) - 1):
             raise ValueError(
-                f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, which "
-                f"model.multipliers={list(multipliers)} asks for: give fewer multipliers or another size."
+                f"model.image_size={image_size} cannot be halved {len(multipliers) - 1} times, as the "
+                f"{len(multipliers)} levels of model.multipliers={list(multipliers)} require. Give fewer multipliers "
+                "or another image size."
             )
         if attention_resolutions is None:
             attention_resolutions = {16}.intersection(resolutions(image_size, len(multipliers)))
@@ -216,13 +230,13 @@ class UNet(Network):
         self.head = conv3x3(h, self.out_channels, scale=1e-10)
 
     def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """part(*inputs), of which a checkpointing network keeps nothing but the inputs until the backward pass."""
+        """part(*inputs). With activation checkpointing only the inputs are kept until the backward pass."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False)  # dropout draws again what it drew
+            return checkpoint(part, *inputs, use_reentrant=False)  # dropout repeats its draws when recomputed
         return part(*inputs)
 
-    def forward(self, x: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedding = self.time(told)
+    def forward(self, x: Tensor, conditioning_value: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self.time(conditioning_value)
         if self.label is not None:
             embedding = embedding + self.label(labels, len(x))
         embedding = F.silu(embedding)
@@ -247,5 +261,5 @@ class UNet(Network):
 
 
 def joined(block: Block, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
-    """A block on the way up, of what comes from below and what was put aside on the way down."""
+    """A block on the way up, applied to the features from below and the skip connection, joined along the channels."""
     return block(torch.cat([h, skip], dim=1), embedding)
