@@ -1,14 +1,14 @@
-"""Everything random is a function of counters, not of a stream whose state would have to be restored.
+"""Counter-based random numbers: every draw is a function of a seed and counters, so there is no state to restore.
 
-    word = splitmix64(splitmix64(splitmix64(seed) + a) + b) ...        a key of a seed and some counters
+    word = splitmix64(splitmix64(splitmix64(seed) + a) + b) ...        the key of a seed and some counters
     u_i  = splitmix64(word + i golden)                              SplitMix64 (Steele et al. 2014), seeded by the key
 
-The draw for (seed, what, counters...) is the same on any device, in any batch, on any rank, before and after an
-interruption; a rank draws its own part and nothing else. On the device the work is a dozen integer operations per
-pair of normals, without a generator, hence without a host round trip. Integers agree between devices to the bit,
-normals to the rounding of log, sin and cos.
+The draw for (seed, stream, counters...) is the same on any device, in any batch, on any rank, before and after an
+interruption. A rank draws only its own part. On a GPU a pair of normals costs about twelve integer operations. There is
+no generator, so that the host never waits for the device. Between devices integers agree to the bit, and normals up to
+the rounding of log, sin and cos.
 
-This module knows what a counter is; it does not know what a step, a sampler or a data set is.
+This module knows counters. It does not know what a step, a sampler or a data set is.
 """
 
 import math
@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a draw is for. Each has its own numbers under one seed; the values are part of every run's identity."""
+    """The purpose of a draw. Streams of one seed are independent. Never change a value: that would change every run."""
 
     TIME = 1
     NOISE = 2
@@ -41,7 +41,7 @@ class Stream(IntEnum):
     HELD_OUT = 14
 
 
-# ---- on the host: keys, seeds, permutations (NumPy, the same in every version) ----
+# ---- on the host: keys, seeds, permutations (NumPy; the same in every version of it) ----
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
 
 
 def key(*counters: int | np.ndarray) -> np.ndarray:
-    """64-bit hash of integers or integer arrays, which broadcast: uint64, shape of the broadcast (() for integers)."""
+    """64-bit hash of integers or integer arrays. Arrays broadcast; returns uint64 of that shape (() for integers)."""
     with np.errstate(over="ignore"):
         word = np.uint64(0)
         for counter in counters:
@@ -62,16 +62,16 @@ def key(*counters: int | np.ndarray) -> np.ndarray:
 
 
 def seed63(*counters: int) -> int:
-    """A key as a seed for a generator that wants a non-negative int64."""
+    """The key of the counters as a non-negative int64, to seed other generators with."""
     return int(key(*counters) >> np.uint64(1))
 
 
 def permutation(n: int, *counters: int) -> np.ndarray:
-    """The permutation of range(n) that belongs to these counters: int64 (n,), argsort of hashes."""
+    """A random permutation of range(n), given by the counters: int64 (n,), the argsort of hashes."""
     return np.argsort(key(*counters, np.arange(n, dtype=np.uint64)), kind="stable")
 
 
-# ---- on the device: int64 tensors that wrap like uint64 ----
+# ---- on the device: int64 tensors that wrap around like uint64 ----
 
 
 def _signed(word: int) -> int:
@@ -79,7 +79,7 @@ def _signed(word: int) -> int:
 
 
 def _shift(x: Tensor, k: int) -> Tensor:
-    """Logical right shift: int64's own is arithmetic."""
+    """Logical right shift by k bits; the shift of int64 is arithmetic."""
     return (x >> k) & ((1 << (64 - k)) - 1)
 
 
@@ -91,36 +91,36 @@ def _splitmix_(x: Tensor) -> Tensor:
 
 
 def keys(positions: Tensor, *counters: int) -> Tensor:
-    """Keys (seed, stream, ..., position) for a vector of positions: int64 (B,), on the positions' device.
+    """Keys (seed, stream, ..., position) of a vector of positions: int64 (B,), on the device of the positions.
 
-    Bit for bit `key(*counters, position)` read as int64.
+    Each equals `key(*counters, position)` to the bit, reinterpreted as int64.
     """
     return _splitmix_(positions.to(torch.int64) + _signed(int(key(*counters))))
 
 
 def uniform_int(keys: Tensor, high: int) -> Tensor:
-    """One integer in [0, high) per key, high < 2^31: int64, shape of keys. The bias is below high / 2^32."""
+    """One integer in [0, high) per key: int64, in the shape of keys. high < 2^31; the bias is below high / 2^32."""
     return (_shift(keys, 32) * high) >> 32
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """One float32 in [0, 1) per key, of 24 bits."""
+    """One float32 in [0, 1) per key, with 24 random bits."""
     return _shift(keys, 40).to(torch.float32) * 2.0**-24
 
 
 def uniforms(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 in [0, 1) of 24 bits, (B, *shape), row b from keys[b] alone."""
+    """Uniform float32 in [0, 1), with 24 random bits: (B, *shape). Row b depends on keys[b] only."""
     return uniform(_words(keys, math.prod(shape))).reshape(len(keys), *shape)
 
 
 def _words(keys: Tensor, count: int) -> Tensor:
-    """(B, count): the outputs of a SplitMix64 for each key."""
+    """The first `count` outputs of SplitMix64 for each key: int64 (B, count)."""
     counter = torch.arange(count, device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
     return _splitmix_(keys[:, None] + counter)
 
 
 def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal (B, *shape), row b from keys[b] alone, by Box and Muller from 32-bit uniforms (|z| < 6.7)."""
+    """Standard normal (B, *shape), by Box-Muller from 32-bit uniforms (|z| < 6.7). Row b depends on keys[b] only."""
     size = math.prod(shape)
     words = _words(keys, (size + 1) // 2)
     radius = (_shift(words, 32).to(dtype).add_(1).mul_(2.0**-32)).log_().mul_(-2).sqrt_()
@@ -130,17 +130,17 @@ def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
 
 
 class ImageNoise:
-    """Noise of a sampling run: a function of (seed, image number, number of the draw), whatever the batch.
+    """Noise for sampling a batch of images: a function of (seed, image number, number of the draw).
 
-    `noise(x)` draws for the whole batch and moves on to the next draw, so a sampler that asks in the same order
-    gets the same numbers for image k in every batch, on every rank.
+    Each call draws for the whole batch and advances the number of the draw. A sampler that draws in the same order gets
+    the same numbers for image k in every batch and on every rank.
     """
 
     def __init__(self, seed: int, image_numbers: Tensor, stream: Stream = Stream.SAMPLES) -> None:
         self.seed, self.image_numbers, self.stream, self.draw = seed, image_numbers, stream, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standard normal like x, (B, ...); row b belongs to image_numbers[b]."""
+        """Standard normal noise like x, (B, ...); row b is the noise of image_numbers[b]."""
         drawn = normal(keys(self.image_numbers.to(x.device), self.seed, self.stream, self.draw), x.shape[1:], x.dtype)
         self.draw += 1
         return drawn

@@ -1,12 +1,12 @@
-"""Training objectives: from a network's output to one loss per image, a mean over its pixels, never over the batch.
+"""Training objectives: one loss per image, the mean over its pixels, from the output of a network.
 
     x_t = noised(schedule, x0, t, epsilon)
     loss = objective(denoiser.output(x_t, t, labels), x_t, x0, epsilon, t)
 
-What differs between objectives is the quantity whose squared error is taken, and its weight at each noise level; those
-of the variational bound may also learn how wide the reverse step is. As every kind of output is linear in (x_t,
-output), the error of x0 or epsilon is the error of the output carried through the hub with x_t = 0. Nothing here makes
-the host wait for the device. Knows no network and no sampler, nor how t is drawn.
+Objectives differ in the quantity whose squared error they compute, and in its weight at each noise level. Those of the
+variational bound can also learn the variance of the reverse step. Every kind of output is linear in (x_t, output). So
+the error of x0 or epsilon is the converted error of the output, with x_t = 0 (`process.prediction`). Nothing here makes
+the host wait for the device. This module knows no network, no sampler and not how t is drawn.
 """
 
 from abc import ABC, abstractmethod
@@ -18,23 +18,24 @@ from torch import Tensor
 
 from diffusion.process.bound import term
 from diffusion.process.kernels import Variance
-from diffusion.process.prediction import Predicted, parted, prediction_kind
+from diffusion.process.prediction import Predicted, prediction_kind, split_output
 from diffusion.process.schedule import Level, Schedule, like
 from diffusion.settings import Positive, Share, settings
 
 
 class Objective(ABC):
-    """Loss per image of a network that outputs `prediction`, and where `variance` is "learned" that as well.
+    """Base class of objectives: the loss per image of a network that outputs `prediction`.
 
-    `unstable` says what Ho et al. 2020 met with training by this objective where they found it unstable, else None.
+    If `variance` is "learned", the network also outputs the variance of the reverse step. `unstable` is a warning if Ho
+    et al. 2020 found training with this objective unstable, else None.
 
     Args:
         schedule: noise levels.
         prediction: what the network outputs, one of `process.prediction.PREDICTIONS`.
-        label_dropout: share of the images whose label is hidden in training, for classifier-free guidance.
+        label_dropout: share of images trained without their label, for classifier-free guidance; in [0, 1].
 
     Raises:
-        ValueError: prediction is none of these, or the share outside [0, 1].
+        ValueError: prediction is unknown, or label_dropout is outside [0, 1].
     """
 
     variance: str | None = None
@@ -45,21 +46,30 @@ class Objective(ABC):
         self._kind = prediction_kind(prediction)
 
     def __call__(self, output: Tensor, x_t: Tensor, x0: Tensor, epsilon: Tensor, t: float | Tensor) -> Tensor:
-        """Loss (B,) in the dtype of x_t. All images (B, C, ...) of one shape, the output of twice the channels where
-        the variance is learned; t a float or (B,), in (0, T]."""
-        output, share = parted(output, x_t)
+        """The loss per image, (B,), in the dtype of x_t.
+
+        Args:
+            output: of the network, (B, C, ...), or (B, 2C, ...) if the variance is learned.
+            x_t, x0, epsilon: (B, C, ...), of one shape.
+            t: a float or (B,), in (0, T].
+        """
+        output, share = split_output(output, x_t)
         assert (share is not None) == (self.variance == "learned"), f"variance {self.variance}, but output {share=}"
         error = output - self._kind.from_pair(self.schedule, x_t, t, x0, epsilon)
         return self._loss(error, x0, t, share).flatten(1).mean(1)
 
     def x0_weight(self, t: Tensor) -> Tensor | None:
-        """What the squared error of x0 weighs in the loss at times t (B,), float64 (B,); None: the loss has other parts
-        than a weighted squared error."""
+        """The weight of the squared error of x0 in the loss, at times t (B,): float64 (B,).
+
+        None: the loss is not a weighted squared error alone.
+        """
         return None
 
     def _output_weight(self, t: Tensor) -> Tensor:
-        """The squared error of the output where that of x0 is 1, float64 (B,). The error of epsilon is then -alpha /
-        sigma, as both are of one x_t."""
+        """The squared error of the output if the error of x0 is 1: float64 (B,).
+
+        The error of epsilon is then -alpha / sigma, because x_t is the same.
+        """
         alpha, sigma = self.schedule(t)
         ratio = (alpha / sigma)[:, None]
         one = torch.ones_like(ratio)
@@ -67,23 +77,27 @@ class Objective(ABC):
 
     @abstractmethod
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
-        """Loss per pixel, (B, ...), of an error of the output; share is the learned variance (`process.kernels`)."""
+        """The loss per pixel, (B, ...), from the error of the output.
+
+        share: the learned variance, as in `process.kernels.reverse_std`, or None.
+        """
 
     def _errors(self, error: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The errors of x0 and epsilon that belong to an error of the output."""
+        """The errors of x0 and epsilon, from the error of the output."""
         return self._kind.to_pair(self.schedule, torch.zeros_like(error), t, error)
 
 
 @settings("objective")
 class Simple(Objective):
-    """Mean squared error of the output itself: L_simple (Ho et al. 2020, eq. 14) if that is epsilon."""
+    """Mean squared error of the output. For epsilon this is L_simple (Ho et al. 2020, eq. 14)."""
 
     def __init__(self, schedule: Schedule, prediction: Predicted = "epsilon", label_dropout: Share = 0.0) -> None:
         super().__init__(schedule, prediction, label_dropout)
         if prediction == "mu":
             self.unstable = (
-                "objective=mu: Ho et al. 2020 (table 2) found the unweighted error of mu unstable to train, with poor "
-                "samples; weighted as in the bound, objective=bound objective.prediction=mu, it trains."
+                "objective=mu: Ho et al. 2020 (table 2) report that training on the unweighted error of mu is unstable "
+                "and gives poor samples. The weights of the variational bound are stable: objective=bound "
+                "objective.prediction=mu."
             )
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
@@ -95,25 +109,27 @@ class Simple(Objective):
 
 @settings("objective")
 class Bound(Objective):
-    """The terms of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5): L.
+    """The terms of the variational bound L, in bits per dimension (Ho et al. 2020, eq. 5).
 
         t > 1:  1/2 (post / var - 1 - log(post / var)) + (error of the mean)^2 / (2 var),    / log 2
-        t = 1:  -log2 of the mass that p(x_0 | x_1) has on the level of each pixel (eq. 13)
+        t = 1:  -log2 of the mass of p(x_0 | x_1) on the level of each pixel (eq. 13)
 
-    post is the posterior's variance, var that of p. For epsilon the second part is the paper's
+    post is the variance of the posterior, var that of p. For epsilon the second part is the paper's
     beta^2 / (2 var alpha (1 - alpha_bar)) (error of epsilon)^2, with its alpha = 1 - beta. The loss of an image is the
-    term of its own t, as in the code of Ho et al. 2020: times T it estimates the bound, without L_T, which is constant.
+    term of its own t, as in the code of Ho et al. 2020. Multiplied by T it estimates the bound without the constant
+    L_T.
 
-    A learned variance lies between the posterior's and the forward kernel's (Nichol & Dhariwal 2021, eq. 15); Ho et al.
-    left their diagonal free. Both parts of the output then have a gradient from it.
+    A learned variance lies between those of the posterior and of the forward kernel (Nichol & Dhariwal 2021, eq. 15);
+    Ho et al. learned an unconstrained diagonal. Both parts of the output then get a gradient from this loss.
 
     Args:
         schedule: noise levels, at least two.
         prediction: what the network outputs.
-        variance: of p: "small", the posterior's, "large", the forward kernel's (beta_t under VP), or "learned".
+        variance: variance of p: "small" (of the posterior), "large" (of the forward kernel, beta_t under VP) or
+            "learned".
 
     Raises:
-        ValueError: prediction or variance unknown, or schedule.num_timesteps < 2.
+        ValueError: prediction or variance is unknown, or schedule.num_timesteps < 2.
     """
 
     def __init__(
@@ -125,13 +141,16 @@ class Bound(Objective):
     ) -> None:
         super().__init__(schedule, prediction, label_dropout)
         if schedule.num_timesteps < 2:
-            raise ValueError(f"schedule.num_timesteps={schedule.num_timesteps}: the bound needs at least 2.")
+            raise ValueError(
+                f"schedule.num_timesteps={schedule.num_timesteps} must be at least 2 for objective=bound and "
+                "objective=hybrid."
+            )
         self.variance = variance
         if variance == "learned" and prediction == "epsilon":
             self.unstable = (
                 "objective=bound objective.prediction=epsilon objective.variance=learned: Ho et al. 2020 (table 2) "
-                "found a variance learned by the bound together with epsilon unstable to train, with poor samples; "
-                "objective=hybrid learns it without disturbing the mean."
+                "report that learning the variance together with epsilon by the bound is unstable and gives poor "
+                "samples. objective=hybrid learns the variance without a gradient to the mean."
             )
 
     def _loss(self, error: Tensor, x0: Tensor, t: float | Tensor, share: Tensor | None) -> Tensor:
@@ -141,20 +160,21 @@ class Bound(Objective):
 
 @settings("objective")
 class Hybrid(Bound):
-    """L_simple + vlb_weight L_vlb: the mean learned from the first, the variance from the second (Nichol & Dhariwal
-    2021, eq. 16).
+    """The hybrid objective L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
-    L_vlb is T times the term of the image's own t, in bits per dimension, an unbiased estimate of the bound: the
-    scaling of their code, which the weight of 0.001 belongs to. It sends no gradient to the mean.
+    The mean is learned from L_simple and the variance from L_vlb, which has no gradient to the mean. L_vlb is T times
+    the term of the image's own t, in bits per dimension, an unbiased estimate of the bound. This is the scaling of
+    their code, for which vlb_weight=0.001 was chosen.
 
     Args:
         schedule: noise levels, at least two.
-        prediction: what the first half of the output is; its plain squared error is the first part.
-        variance: "learned": a fixed one has nothing to learn from the second part.
+        prediction: what the first half of the output is; L_simple is its squared error.
+        variance: must be "learned".
         vlb_weight: the paper's lambda.
 
     Raises:
-        ValueError: prediction unknown, variance not "learned", vlb_weight not positive, schedule.num_timesteps < 2.
+        ValueError: prediction is unknown, variance is not "learned", vlb_weight is not positive, or
+            schedule.num_timesteps < 2.
     """
 
     def __init__(
@@ -168,8 +188,8 @@ class Hybrid(Bound):
         super().__init__(schedule, prediction, variance, label_dropout)
         if variance != "learned":
             raise ValueError(
-                f"objective.variance={variance}: objective=hybrid learns the variance; for a fixed one give "
-                f"objective={prediction}."
+                f"objective.variance={variance}: objective=hybrid needs objective.variance=learned. For a fixed "
+                f"variance give objective={prediction}."
             )
         self.vlb_weight, self.unstable = vlb_weight, None
 
@@ -179,12 +199,12 @@ class Hybrid(Bound):
 
 
 def sigma2(level: Level) -> Tensor:
-    """sigma^2: every noise level counts alike (Song & Ermon 2019, sec. 4.2); the loss is then L_simple of epsilon."""
+    """sigma^2: all noise levels have the same weight (Song & Ermon 2019, sec. 4.2). The loss is L_simple of epsilon."""
     return level.sigma**2
 
 
 def one(level: Level) -> Tensor:
-    """1: the plain squared error of the score, which the lowest noise levels dominate."""
+    """1: the unweighted squared error of the score, which is dominated by the lowest noise levels."""
     return torch.ones_like(level.sigma)
 
 
@@ -198,10 +218,10 @@ class DSM(Objective):
     Args:
         schedule: noise levels.
         prediction: what the network outputs.
-        weight: "sigma2", "one", or a function of the `Level` that answers with float64 of its shape.
+        weight: "sigma2", "one", or a function of a `Level` that returns float64 of its shape.
 
     Raises:
-        ValueError: prediction or weight unknown.
+        ValueError: prediction or weight is unknown.
     """
 
     def __init__(

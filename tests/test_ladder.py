@@ -108,7 +108,7 @@ def test_the_largest_distance_is_found_among_all_pairs():
 
 
 def test_what_no_ladder_can_have_is_refused():
-    with pytest.raises(ValueError, match="in 2 dimensions neighbouring levels always overlap by more"):
+    with pytest.raises(ValueError, match="with dim=2 every ratio gives a larger overlap"):
         ratio_of_overlap(2)
     with pytest.raises(ValueError, match=r"overlap=0.999 is outside \(0, 0.9973\)"):
         ratio_of_overlap(3072, 0.999)

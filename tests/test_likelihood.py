@@ -41,7 +41,7 @@ class Quantised:
         weight = np.outer(self.mass, norm.pdf(epsilon) * (epsilon[1] - epsilon[0])).ravel()
         x0 = torch.tensor(np.repeat(self.levels, nodes))
         noise = torch.tensor(np.tile(epsilon, len(self.levels)))
-        _, bits, epsilon_mse, x0_mse = bound.at(self.toy.denoiser(schedule), schedule, x0, noise, t, variance)
+        _, bits, epsilon_mse, x0_mse = bound.measure_at(self.toy.denoiser(schedule), schedule, x0, noise, t, variance)
         return tuple(float((torch.tensor(weight) * each).sum()) for each in (bits, x0_mse, epsilon_mse))
 
     def integrals(self, schedule, t, variance):
@@ -157,7 +157,7 @@ def test_the_learned_variance_changes_the_widths_alone():
     x0 = from_uint8(images).double()
     for t in (1, 2, 12):
         noise = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
-        said, bits, _, _ = bound.at(denoise, SHORT, x0, noise, t, "learned")
+        said, bits, _, _ = bound.measure_at(denoise, SHORT, x0, noise, t, "learned")
         small = posterior(SHORT, max(t, 2), max(t, 2) - 1).std
         large = transition(SHORT, t, t - 1).sigma
         std = (said.variance * large.log() + (1 - said.variance) * small.log()).exp()
@@ -181,7 +181,7 @@ def test_a_term_is_reckoned_where_its_images_are(variance):
     with FakeTensorMode(allow_non_fake_inputs=True):
         x0 = torch.empty(2, 3, 4, 4, device="cuda")
         for t in (1, 2, 12):
-            found = bound.at(Clipped(NetworkDenoiser(network, SHORT), SHORT), SHORT, x0, x0, t, variance)
+            found = bound.measure_at(Clipped(NetworkDenoiser(network, SHORT), SHORT), SHORT, x0, x0, t, variance)
             assert all(each.device.type == "cuda" and each.dtype == torch.float64 for each in found[1:])
 
 

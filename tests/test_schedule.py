@@ -190,11 +190,11 @@ def test_a_time_off_the_schedule_is_refused(t):
         (lambda: ve_geometric(10, 2.0, 1.0), "schedule.sigma_min=2.0"),
         (lambda: ve_geometric(10, 0.01, math.inf), "schedule.sigma_max=inf"),
         (lambda: ve_geometric(0), "schedule.num_timesteps=0"),
-        (lambda: vp_constant(1000, 0.999), "no signal left"),
+        (lambda: vp_constant(1000, 0.999), "keep some signal"),
         (lambda: vp_continuous(0), "schedule.num_timesteps=0"),
         (lambda: vp_continuous(10, 0.0), "schedule.beta_min=0.0"),
         (lambda: sub_vp(10, 2.0, 1.0), "schedule.beta_max=1.0"),
-        (lambda: sub_vp(10, 1.0, 4000.0), "smaller schedule.beta_max"),
+        (lambda: sub_vp(10, 1.0, 4000.0), "schedule.beta_max=4000.0: no signal"),
     ],
 )
 def test_a_bad_setting_is_refused_by_the_name_of_its_key(make, key):

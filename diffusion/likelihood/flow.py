@@ -1,20 +1,21 @@
-"""log p(x) of a denoiser by its probability flow: the instantaneous change of variables along an ODE.
+"""log p(x) of a denoiser by its probability flow, with the instantaneous change of variables along an ODE.
 
-Under any schedule y = x_t / alpha_t, r = sigma_t / alpha_t obey dy/dr = epsilon (Song et al. 2021, DDIM, eq. 14: the
-flow of Song et al. 2021, score SDE, eq. 13, in the variables of VE). Solved is, with u = asinh(r) and z = y / cosh(u),
+Under any schedule, y = x_t / alpha_t and r = sigma_t / alpha_t satisfy dy/dr = epsilon (Song et al. 2021, DDIM, eq.
+14). This is the flow of Song et al. 2021, score SDE, eq. 13, in the variables of VE. With u = asinh(r) and z = y /
+cosh(u), the equation that is solved is
 
     dz/du = epsilon(x_t, t) - tanh(u) z,    x_t = std_t z
 
-z is x_t scaled to unit variance for data of unit variance, which is what networks are fed, VP or VE; u runs like r near
-the data and like its logarithm, -lambda, near the noise. Nothing in the equation is large or divides by what is small,
-at either end: in t both happen. The density follows the divergence (Chen et al. 2018; sec. 4.3 and app. D.2 of the
-score SDE paper), of which the part of tanh(u) is known:
+z is x_t scaled to unit variance for data of unit variance, which is the input of networks under VP and VE. u behaves
+like r near the data and like its logarithm, -lambda, near the noise. In u no term is large or divided by a small
+number, at either end; in t both occur. The density follows from the divergence (Chen et al. 2018; sec. 4.3 and app. D.2
+of the score SDE paper), in which the part of tanh(u) is known:
 
     log p(z_start) = log N(z_T; 0, I) + integral of tr(d epsilon / d x) std_t du - D log(cosh u_T / cosh u_start)
 
-The trace is exact, or Hutchinson's estimate v^T J v (FFJORD, Grathwohl et al. 2019), unbiased, its probes kept for the
-whole way. Knows no network and no file. A batch takes its steps together, so that who else is in it changes an image's
-result within the tolerance.
+The trace is exact, or Hutchinson's unbiased estimate v^T J v with probes fixed along the path (FFJORD, Grathwohl et al.
+2019). The images of a batch share the steps of the solver. So the other images of the batch change the result of an
+image, within the tolerance. This module knows no network and no file.
 """
 
 import math
@@ -31,17 +32,17 @@ from diffusion.noise import Stream, keys, normal, uniforms
 from diffusion.process.schedule import Denoiser, Schedule
 from diffusion.settings import Between, settings
 
-START = 0.1  # time at which the flow begins: sigma 1e-3 under vp_linear, as in Song et al.'s code
-TOLERANCE = 1e-5  # of the solver, absolute and relative, as there
+START = 0.1  # time at which the flow starts; sigma is 1e-3 there under vp_linear, as in the code of Song et al.
+TOLERANCE = 1e-5  # absolute and relative tolerance of the solver, as in that code
 PROBES = ("rademacher", "gaussian")
 Tolerance = Annotated[float, Between(0, 1, ends="()")]
 
 
 class Flowed(NamedTuple):
-    """Where the flow has come to at time T, and what that says of where it began.
+    """The result of the flow from its start to time T.
 
-    log_density (B, K): log p(x) in nats by each of K probes, float64; K is 1 for the exact trace. z (B, ...): standard
-    normal if the model is right. nfe: evaluations of the denoiser.
+    log_density (B, K) is log p(x) in nats by each of K probes, float64; K is 1 for the exact trace. z (B, ...) is the
+    end of the flow, standard normal for an exact model. nfe is the number of evaluations of the denoiser.
     """
 
     log_density: Tensor
@@ -50,17 +51,23 @@ class Flowed(NamedTuple):
 
 
 class FlowTerms(NamedTuple):
-    """Of B images: NumPy arrays to be stored as they are. numbers (B,) int64; bits (B, K): bits per dimension by each
-    probe; nfe (B,) int64."""
+    """The results of B images, as NumPy arrays.
+
+    numbers (B,), int64, are the numbers of the images. bits (B, K) are bits per dimension by each probe. nfe (B,),
+    int64, are evaluations of the denoiser.
+    """
 
     numbers: NDArray[np.int64]
     bits: NDArray[np.float64]
     nfe: NDArray[np.int64]
 
 
-class FlowBound(NamedTuple):
-    """Bits per dimension over a set of images: a mean, its standard error over them (None of one image), the part of
-    that which comes from the probes (None of one probe), and evaluations of the denoiser per image."""
+class FlowSummary(NamedTuple):
+    """Bits per dimension over a set of images.
+
+    standard_error is over the images; None for one image. probe_error is the part of it that comes from the probes;
+    None for one probe. nfe is evaluations of the denoiser per image.
+    """
 
     num_images: int
     bits_per_dim: float
@@ -84,19 +91,18 @@ def log_likelihood(
     start: float = START,
     tolerance: Tolerance = TOLERANCE,
 ) -> Flowed:
-    """log p(x) by the flow from time `start` to T, for the x of that time.
+    """Compute log p(x) by the flow from time `start` to T, where x is at time `start`.
 
     Args:
-        denoise: with labels bound; not clipped, which has no derivative.
-        schedule: its noise levels.
-        x: (B, ...), in the denoiser's dtype and on its device.
-        probes: (K, B, ...), of mean 0 and covariance I; None for the exact trace, which takes a backward pass for each
-            dimension.
-        start: in (0, T): what is measured is the density of the data with sigma_start of noise.
-        tolerance: of Dormand and Prince's pair, absolute and relative, in z and in the integral of the trace.
+        denoise: the denoiser, with labels bound. It must not clip, because clipping is not differentiable.
+        schedule: noise levels of the denoiser.
+        x: (B, ...), in the dtype and on the device of the denoiser.
+        probes: (K, B, ...), of mean 0 and covariance I. None: the exact trace, at one backward pass per dimension.
+        start: in (0, T). The density is that of data with noise of standard deviation sigma_start.
+        tolerance: absolute and relative tolerance of the Dormand-Prince pair, for z and for the integral of the trace.
 
     Raises:
-        ValueError: start or tolerance out of its range.
+        ValueError: start or tolerance is out of its range, or the solver fails.
     """
     check_start(start, schedule)
     top = schedule.num_timesteps
@@ -116,7 +122,9 @@ def log_likelihood(
         slope, (low, high), begun.cpu().numpy(), method="RK45", t_eval=[high], rtol=tolerance, atol=tolerance
     )
     if not solved.success:
-        raise ValueError(f"likelihood.tolerance={tolerance}: the flow could not be solved ({solved.message})")
+        raise ValueError(
+            f"likelihood.tolerance={tolerance}: the solver failed ({solved.message}). Give a larger tolerance."
+        )
     end = torch.from_numpy(solved.y[:, -1])
     z, traced = end[: x.numel()].reshape(len(x), -1), end[x.numel() :].reshape(columns, len(x)).T
     log_prior = -0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
@@ -135,14 +143,14 @@ def flow_bits(
     start: float = START,
     tolerance: float = TOLERANCE,
 ) -> FlowTerms:
-    """Bits per dimension of uint8 images (B, C, H, W), spread uniformly over the bins of their levels.
+    """Bits per dimension of uint8 images (B, C, H, W), with uniform dequantisation.
 
-    In expectation an upper bound on -log2 of the probability of the levels, by Jensen (Theis et al. 2016): minus log2
-    of the density, plus log2 of the 127.5 levels in a unit of x. Probes and positions in the bins belong to (seed,
-    number).
+    The result is -log2 of the density, plus log2 of the 127.5 levels per unit of x. In expectation it is an upper bound
+    on -log2 of the probability of the levels, by Jensen's inequality (Theis et al. 2016). The probes and the
+    dequantisation noise are functions of (seed, number).
 
     Args:
-        num_probes: of Hutchinson's estimate, each a backward pass an evaluation; 0: the exact trace.
+        num_probes: probes of Hutchinson's estimate, each one backward pass per evaluation; 0 means the exact trace.
         probe: "rademacher" or "gaussian".
     """
     x = dequantised(images, numbers, seed)
@@ -153,16 +161,19 @@ def flow_bits(
 
 
 def dequantised(images: Tensor, numbers: Tensor, seed: int) -> Tensor:
-    """uint8 (B, ...) -> float32, each pixel anywhere in the bin of its level: all bins are [-1 - 1/255, 1 + 1/255]."""
+    """Convert uint8 (B, ...) to float32, each pixel uniform in the bin of its level.
+
+    All bins together are [-1 - 1/255, 1 + 1/255].
+    """
     place = uniforms(keys(numbers.to(images.device), seed, Stream.DEQUANTISE), images.shape[1:])
     return from_uint8(images) + (place - 0.5) / LEVELS_PER_UNIT
 
 
 def probes(numbers: Tensor, seed: int, count: int, kind: str, x: Tensor) -> Tensor:
-    """(count, B, ...) like x, a function of (seed, number of the image, number of the probe).
+    """Probes (count, B, ...) like x, a function of (seed, number of the image, number of the probe).
 
     Raises:
-        ValueError: count is below 1, or kind is none of PROBES.
+        ValueError: count is below 1, or kind is not in PROBES.
     """
     if count < 1:
         raise ValueError(f"likelihood.probes={count} must be at least 1.")
@@ -173,14 +184,14 @@ def probes(numbers: Tensor, seed: int, count: int, kind: str, x: Tensor) -> Tens
     return drawn if kind == "gaussian" else torch.where(drawn < 0, -1.0, 1.0).to(x)
 
 
-def summarise_flow(parts: list[FlowTerms]) -> FlowBound:
-    """One set of images from its parts, in any order and of any sizes; each image once."""
+def summarise_flow(parts: list[FlowTerms]) -> FlowSummary:
+    """Join the parts of a set of images into one summary. The parts may have any order and size; each image once."""
     numbers, bits, nfe = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.argsort(numbers, kind="stable")
     assert (np.diff(numbers[order]) > 0).all(), "an image is in two parts"
     by_image, (num, columns) = bits[order].mean(1), bits.shape
     of_probes = bits[order].var(axis=1, ddof=1).mean() / columns if columns > 1 else None
-    return FlowBound(
+    return FlowSummary(
         num_images=num,
         bits_per_dim=float(by_image.mean()),
         standard_error=float(by_image.std(ddof=1) / num**0.5) if num > 1 else None,
@@ -190,13 +201,13 @@ def summarise_flow(parts: list[FlowTerms]) -> FlowBound:
 
 
 def _asinh_ratio(schedule: Schedule, t: float) -> float:
-    """u of a time."""
+    """u = asinh(sigma / alpha) at time t."""
     alpha, sigma = schedule(t)
     return math.asinh(sigma / alpha)
 
 
 def _trace(denoise: Denoiser, x: Tensor, t: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """epsilon like x, and (K, B) float64: v^T (d epsilon / d x) v for each probe, or the trace itself in one row."""
+    """epsilon like x, and float64 (K, B): v^T (d epsilon / d x) v for each probe, or the exact trace in one row."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         epsilon = denoise(x, t).epsilon

@@ -1,10 +1,10 @@
-"""What a network may output, and how each kind becomes the pair (x0, epsilon) and back: a hub, not a table of pairs.
+"""The kinds of output of a network, and the conversion of each kind to the pair (x0, epsilon) and back.
 
     x_t = alpha_t x_0 + sigma_t epsilon
 
-Every kind is linear in (x_t, output): with x_t = 0 the same functions carry an error of the output to the errors of x0
-and epsilon. Levels are worked out in float64 and rounded to the dtype of x_t. Times lie in (0, T]: at t = 0 there is no
-noise to speak of. Knows no network and no loss.
+Every kind is linear in (x_t, output). So, with x_t = 0, the same functions convert an error of the output to the errors
+of x0 and epsilon. Levels are computed in float64 and rounded to the dtype of x_t. Times lie in (0, T]; at t = 0 there
+is no noise and the conversions divide by zero. This module knows no network and no loss.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from diffusion.process.schedule import Schedule, like
 Pair = tuple[Tensor, Tensor]
 
 
-def parted(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A network's output, (B, C or 2C, ...) for x_t (B, C, ...), as what it predicts and the variance it has learned.
+def split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Split a network's output, (B, C or 2C, ...) for x_t (B, C, ...), into its prediction and its learned variance.
 
-    The second half of the channels, where there are any, runs from -1 to 1 in the papers; it is answered as
-    `Prediction.variance`, v from 0 to 1 (Nichol & Dhariwal 2021, eq. 15), which nothing forces it to keep to.
+    The second half of the channels, if there is one, ranges from -1 to 1 in the papers. It is returned as
+    `Prediction.variance`, v from 0 to 1 (Nichol & Dhariwal 2021, eq. 15). It is not clipped. None: no second half.
     """
     if output.shape == x_t.shape:
         return output, None
@@ -34,11 +34,11 @@ def parted(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Kind(NamedTuple):
-    """The two functions of a kind of output; x_t, output, x0 and epsilon are (B, ...), t a float or (B,).
+    """The functions of a kind of output. x_t, output, x0 and epsilon are (B, ...); t is a float or (B,).
 
-    to_pair(schedule, x_t, t, output) -> (x0, epsilon), and from_pair(schedule, x_t, t, x0, epsilon) -> output.
-    input_std(schedule, t): what x_t is divided by before the network sees it; None: its own deviation, for data of unit
-    variance.
+    to_pair(schedule, x_t, t, output) -> (x0, epsilon)
+    from_pair(schedule, x_t, t, x0, epsilon) -> output
+    input_std(schedule, t) -> the number by which x_t is divided before it enters the network. None: `schedule.std(t)`.
     """
 
     to_pair: Callable[[Schedule, Tensor, float | Tensor, Tensor], Pair]
@@ -69,8 +69,8 @@ def x0_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor,
 def v_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, v: Tensor) -> Pair:
     """v = alpha epsilon - sigma x0 (Salimans & Ho 2022, app. D), solved together with x_t = alpha x0 + sigma epsilon.
 
-    The determinant of the two equations is alpha^2 + sigma^2: 1 under VP, where this is the papers' rotation, and at
-    least 1 under VE, so that the inverse is exact under any schedule.
+    The determinant of the two equations is alpha^2 + sigma^2. Under VP it is 1, and the solution is the rotation of the
+    paper. Under VE it is at least 1, so that the inverse is exact under any schedule.
     """
     alpha, sigma = schedule(t)
     norm = alpha**2 + sigma**2
@@ -93,8 +93,10 @@ def score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tens
 
 
 def scaled_score_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, output: Tensor) -> Pair:
-    """score = output / sigma: how NCSNv2 and NCSN++ scale their output (Song & Ermon 2020, technique 3), so that it is
-    of order 1 at every level. It is epsilon but for its sign."""
+    """score = output / sigma, the output scaling of NCSNv2 and NCSN++ (Song & Ermon 2020, technique 3).
+
+    The output is -epsilon, which is of order 1 at every level.
+    """
     return epsilon_to_pair(schedule, x_t, t, -output)
 
 
@@ -102,16 +104,16 @@ def scaled_score_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x
     return -epsilon
 
 
-DATA_STD = 0.5  # of images in [-1, 1], as EDM has it
+DATA_STD = 0.5  # standard deviation of images in [-1, 1], as in EDM
 
 
 def edm_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, output: Tensor) -> Pair:
-    """x0 = c_skip x_t / alpha + c_out output (Karras et al. 2022, eq. 7 and table 1), where r = sigma / alpha is their
-    sigma:
+    """x0 = c_skip x_t / alpha + c_out output (Karras et al. 2022, eq. 7 and table 1).
 
         c_skip = s^2 / (r^2 + s^2),    c_out = r s / sqrt(r^2 + s^2),    s = DATA_STD
 
-    The network sees c_in x_t / alpha, c_in = 1 / sqrt(r^2 + s^2) (`edm_input_std`).
+    r = sigma / alpha is the paper's sigma. The input of the network is c_in x_t / alpha, c_in = 1 / sqrt(r^2 + s^2)
+    (`edm_input_std`).
     """
     skip, out = _edm(schedule, t)
     return x0_to_pair(schedule, x_t, t, like(skip, x_t) * x_t + like(out, x_t) * output)
@@ -123,7 +125,7 @@ def edm_from_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, x0: Tensor
 
 
 def edm_input_std(schedule: Schedule, t: float | Tensor) -> Tensor:
-    """alpha sqrt(r^2 + s^2): the deviation of x_t for data of deviation s."""
+    """alpha sqrt(r^2 + s^2): the standard deviation of x_t for data of standard deviation s = DATA_STD."""
     alpha, sigma = schedule(t)
     return (sigma**2 + (alpha * DATA_STD) ** 2).sqrt()
 
@@ -137,10 +139,10 @@ def _edm(schedule: Schedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mu_to_pair(schedule: Schedule, x_t: Tensor, t: float | Tensor, mu: Tensor) -> Pair:
-    """mu, the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), solved for x0; at t <= 1 mu is x0 itself.
+    """Solve mu, the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), for x0. At t <= 1 mu is x0 itself.
 
-    The coefficient of x0 is about 1e-4 at the top of the papers' schedule: in float32 x0 then has three digits there,
-    epsilon all of them.
+    The coefficient of x0 is about 1e-4 at t = T of the paper's schedule. There, in float32, x0 has about three correct
+    digits and epsilon has all of them.
     """
     kernel = posterior(schedule, t, _one_below(t))
     return x0_to_pair(schedule, x_t, t, (mu - like(kernel.x_t, x_t) * x_t) * like(1 / kernel.x0, x_t))
@@ -171,7 +173,7 @@ def prediction_kind(name: str) -> Kind:
     """The kind of this name.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: the name is not in PREDICTIONS.
     """
     if name not in PREDICTIONS:
         raise ValueError(f"objective.prediction={name} must be one of {', '.join(PREDICTIONS)}.")

@@ -1,18 +1,18 @@
-"""Noise schedules: how much signal and how much noise there is in x_t; and the nouns all other modules speak in.
+"""Noise schedules: the amplitudes of signal and noise in x_t. Also the types that all other modules use.
 
     x_t = alpha_t x_0 + sigma_t epsilon,    epsilon ~ N(0, I)
 
-A schedule answers `schedule(t) -> Level(alpha, sigma)` for real t in [0, T]: 0 is clean data, the integers 1..T are the
-noise levels of the papers. It knows no network, no loss and no sampler.
+A schedule is a function `schedule(t) -> Level(alpha, sigma)` of real t in [0, T]: 0 is clean data, the integers 1..T
+are the noise levels of the papers. It knows no network, no loss and no sampler.
 
-Each runs along a curve in the plane of alpha and sigma, and the curve is all that its family is:
+Each family of schedules lies on a curve in the plane of alpha and sigma:
 
     alpha^2 + sigma^2 = 1    variance preserving (VP, Ho et al. 2020)
     alpha = 1                variance exploding (VE, Song & Ermon 2019)
     alpha^2 + sigma = 1      sub-VP (Song et al. 2021, score SDE)
 
-How far along it has come at time t is said by a table of levels (`Table`), or by a formula (`Continuous`). Which curve
-it is, is known in this file only.
+The position on the curve at time t is given by a table of levels (`Table`) or by a formula (`Continuous`). No other
+file depends on which curve it is.
 """
 
 import math
@@ -26,22 +26,23 @@ from torch import Tensor
 from diffusion.settings import Between, Count, Positive, settings
 
 RandomNormal = Callable[[Tensor], Tensor]
-"""Standard normal noise like its argument: `randn(x)` has the shape, dtype and device of x (`torch.randn_like`)."""
+"""`randn(x)` is standard normal noise of the shape, dtype and device of x, as `torch.randn_like`."""
 
 
 class Level(NamedTuple):
-    """Amplitudes of signal and noise at a time: two float64 tensors of the time's shape."""
+    """Amplitudes of signal and noise at a time: two float64 tensors of the shape of the time."""
 
     alpha: Tensor
     sigma: Tensor
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t, (B, ...), in x_t's dtype: alpha_t x0 + sigma_t epsilon = x_t.
+    """The output of a denoiser at x_t: x0 and epsilon, (B, ...), in the dtype of x_t.
 
-    `variance`, where a network learned one, is v in [0, 1]: the place of the reverse kernel's log variance between
-    that of the posterior (0) and that of the forward kernel (1) (Nichol & Dhariwal 2021, eq. 15). Only the width of
-    the reverse kernel depends on it (`kernels.reverse_std`).
+    They satisfy alpha_t x0 + sigma_t epsilon = x_t.
+    `variance` is v in [0, 1], or None if the network learned no variance. It interpolates the log variance of the
+    reverse kernel between that of the posterior (0) and that of the forward kernel (1) (Nichol & Dhariwal 2021, eq.
+    15). Only `kernels.reverse_std` uses it.
     """
 
     x0: Tensor
@@ -50,16 +51,19 @@ class Prediction(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """(x_t, t) -> Prediction. x_t is (B, ...); t a float or a (B,) tensor, in (0, T]; labels (B,) int64 or None."""
+    """A function (x_t, t, labels) -> Prediction.
+
+    x_t is (B, ...), t a float or a (B,) tensor in (0, T], labels (B,) int64 or None.
+    """
 
     def __call__(self, x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction: ...
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:
-    """A number per image as a factor of the images: (B,) -> (B, 1, ..., 1) in x's dtype. A single number stays one, and
-    what has the shape of x keeps it.
+    """Reshape one number per image so that it broadcasts against x, and cast it to the dtype of x.
 
-    Coefficients are worked out in float64 and rounded here, once.
+    (B,) -> (B, 1, ..., 1). A tensor of the shape of x keeps its shape. A 0-dim tensor is returned unchanged.
+    Coefficients are computed in float64; this is the only place where they are rounded.
     """
     if value.ndim == 0:
         return value
@@ -78,16 +82,16 @@ class Schedule(ABC):
 
     @abstractmethod
     def _level(self, t: Tensor) -> Level:
-        """At times in [0, T], float64, on any device."""
+        """The level at float64 times in [0, T], on any device."""
 
     @abstractmethod
     def _time(self, log_ratio: Tensor) -> Tensor:
-        """The inverse, of lambdas in [lambda_T, infinity], float64."""
+        """The inverse: the times of float64 lambdas in [lambda_T, infinity]."""
 
     def __call__(self, t: float | Tensor) -> Level:
-        """Signal and noise at time t, float64, of t's shape and on t's device.
+        """Amplitudes of signal and noise at time t: float64, in the shape and on the device of t.
 
-        A tensor on an accelerator is not checked, as looking at it would make the host wait.
+        The range of a tensor on an accelerator is not checked, because reading it would make the host wait.
 
         Raises:
             ValueError: t is outside [0, T].
@@ -95,7 +99,7 @@ class Schedule(ABC):
         if not isinstance(t, Tensor):
             t = torch.tensor(t, dtype=torch.float64)
         if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_timesteps)).all():
-            raise ValueError(f"time {t.tolist()} is outside [0, {self.num_timesteps}].")
+            raise ValueError(f"time {t.tolist()} is outside [0, {self.num_timesteps}] (schedule.num_timesteps).")
         return self._level(t.to(torch.float64))
 
     def std(self, t: float | Tensor) -> Tensor:
@@ -105,25 +109,25 @@ class Schedule(ABC):
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of x_T ~ N(0, prior_std^2), matched to data of unit variance.
+        """Standard deviation of x_T for data of unit variance: sampling starts from N(0, prior_std^2).
 
-        A walk that starts below T starts from N(0, std(t)^2).
+        A sampler that starts at t < T starts from N(0, std(t)^2).
         """
         return float(self.std(self.num_timesteps))
 
     def log_ratio(self, t: float | Tensor) -> Tensor:
-        """lambda_t = log(alpha_t / sigma_t), half the log signal-to-noise ratio: float64, of t's shape."""
+        """lambda_t = log(alpha_t / sigma_t), half the log signal-to-noise ratio: float64, in the shape of t."""
         alpha, sigma = self(t)
         return alpha.log() - sigma.log()
 
     def time_of(self, log_ratio: float | Tensor) -> float | Tensor:
-        """The time at which lambda_t = log(alpha_t / sigma_t) has this value: the inverse; infinity is t = 0.
+        """The time at which lambda_t = log(alpha_t / sigma_t) has this value: the inverse of `log_ratio`.
 
         Args:
-            log_ratio: lambda, a float, or a tensor of any shape; the answer is of the same kind.
+            log_ratio: lambda, a float or a tensor of any shape. The result is of the same kind; infinity gives t = 0.
 
         Raises:
-            ValueError: lambda is below lambda_T (by more than rounding).
+            ValueError: lambda is below lambda_T, by more than rounding.
         """
         if not isinstance(log_ratio, Tensor):
             return float(self.time_of(torch.tensor(log_ratio, dtype=torch.float64)))
@@ -134,10 +138,10 @@ class Schedule(ABC):
 
 
 class Table(Schedule):
-    """alpha and sigma at the integers 1..T, and by interpolation at every real time in [0, T].
+    """A schedule given by tables of alpha and sigma at the integers 1..T, interpolated at real times in [0, T].
 
-    Between integers lambda is interpolated linearly; below t = 1, where lambda grows without bound, sigma is. Either
-    way the schedule stays on its curve, alpha^2 + c sigma^2 = 1.
+    Between integers lambda is interpolated linearly. Below t = 1, where lambda is unbounded, sigma is interpolated
+    linearly. In both cases the schedule stays on its curve, alpha^2 + c sigma^2 = 1.
 
     Args:
         alpha: signal amplitudes at t = 1..T, (T,).
@@ -145,11 +149,11 @@ class Table(Schedule):
         preserving: the c of the curve: 1 for VP, 0 for VE.
 
     Raises:
-        ValueError: in float64 a level is not noisier than the one before it, or has no signal left.
+        ValueError: in float64, a level is not noisier than the one before it, or has no signal.
     """
 
     def __init__(self, alpha: Tensor, sigma: Tensor, preserving: float) -> None:
-        assert alpha.shape == sigma.shape and alpha.ndim == 1, f"expected two (T,) tables, met {alpha.shape}"
+        assert alpha.shape == sigma.shape and alpha.ndim == 1, f"expected two (T,) tables, got {alpha.shape}"
         super().__init__(len(alpha))
         clean = torch.ones(1, dtype=torch.float64)
         self._preserving = preserving
@@ -157,7 +161,10 @@ class Table(Schedule):
         sigmas = torch.cat([0 * clean, sigma.to("cpu", torch.float64)])
         lambdas = alphas.log() - sigmas.log()
         if not (lambdas.diff() < 0).all() or not lambdas[1:].isfinite().all():
-            raise ValueError("schedule: some noise level is not noisier than the one before, or has no signal left.")
+            raise ValueError(
+                "schedule: every noise level must be noisier than the one before it and must keep some signal, in "
+                "float64. Give a smaller beta or a smaller schedule.num_timesteps."
+            )
         self._host = alphas.device
         self._tables = {self._host: (alphas, sigmas, lambdas)}
 
@@ -191,18 +198,19 @@ class Table(Schedule):
 
 
 class Continuous(Schedule):
-    """By a formula at every time: the process dx = -beta x dt / 2 + ..., beta linear in u = t / T (Song et al. 2021,
-    score SDE, app. B and C; their time is u).
+    """A schedule given by a formula: the process dx = -beta x du / 2 + ..., with beta linear in u = t / T.
+
+    Song et al. 2021, score SDE, app. B and C; u is their time.
 
         alpha = exp(-B / 2),    B = integral of beta = beta_min u + (beta_max - beta_min) u^2 / 2
 
-    sigma follows from B by the curve. In their code u begins at 1e-3: with T = 1000 that is the level t = 1, as here.
+    The curve gives sigma as a function of B. In their code u starts at 1e-3; with T = 1000 that is t = 1, as here.
 
     Args:
-        num_timesteps: T, which says no more than how finely u is counted and how many levels are trained on.
-        beta_min, beta_max: rates at u = 0 and 1.
-        sigma: of B, for the curve.
-        integral: B, of the noise-to-signal ratio sigma / alpha: the inverse.
+        num_timesteps: T. It only sets the unit of t and the number of levels in training.
+        beta_min, beta_max: the rate beta at u = 0 and at u = 1.
+        sigma: sigma as a function of B.
+        integral: B as a function of the noise-to-signal ratio sigma / alpha, the inverse.
 
     Raises:
         ValueError: num_timesteps < 1, not 0 < beta_min <= beta_max, or in float64 no signal is left at T.
@@ -219,12 +227,15 @@ class Continuous(Schedule):
         super().__init__(num_timesteps)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(
-                f"schedule.beta_min={beta_min}, schedule.beta_max={beta_max}: 0 < beta_min <= beta_max is needed."
+                f"schedule.beta_min={beta_min}, schedule.beta_max={beta_max}: beta_min must be above 0 and not above "
+                "beta_max."
             )
         self._start, self._rise = beta_min, beta_max - beta_min
         self._sigma, self._integral = sigma, integral
         if not self.log_ratio(num_timesteps).isfinite():
-            raise ValueError("schedule: no signal is left at the end; give a smaller schedule.beta_max.")
+            raise ValueError(
+                f"schedule.beta_max={beta_max}: no signal is left at the last noise level. Give a smaller value."
+            )
 
     def _level(self, t: Tensor) -> Level:
         u = t / self.num_timesteps
@@ -242,7 +253,7 @@ Beta = Annotated[float, Between(0, 1, ends="()")]
 
 @settings("schedule")
 def vp_linear(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
-    """Variance preserving, beta linear in t (Ho et al. 2020, sec. 4).
+    """Variance-preserving schedule with beta linear in t (Ho et al. 2020, sec. 4).
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
@@ -253,7 +264,7 @@ def vp_linear(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end: Be
 
 @settings("schedule")
 def vp_quadratic(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end: Beta = 0.02) -> Schedule:
-    """Variance preserving, sqrt(beta) linear in t ("quad" in the code of Ho et al. 2020).
+    """Variance-preserving schedule with sqrt(beta) linear in t ("quad" in the code of Ho et al. 2020).
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
@@ -264,7 +275,7 @@ def vp_quadratic(num_timesteps: Count = 1000, beta_start: Beta = 1e-4, beta_end:
 
 @settings("schedule")
 def vp_constant(num_timesteps: Count = 1000, beta: Beta = 0.01) -> Schedule:
-    """Variance preserving, the same beta at every step ("const" in the code of Ho et al. 2020).
+    """Variance-preserving schedule with the same beta at every step ("const" in the code of Ho et al. 2020).
 
     Raises:
         ValueError: num_timesteps < 1, or beta outside (0, 1).
@@ -274,12 +285,12 @@ def vp_constant(num_timesteps: Count = 1000, beta: Beta = 0.01) -> Schedule:
 
 @settings("schedule")
 def vp_cosine(num_timesteps: Count = 1000, offset: Positive = 0.008, beta_max: Beta = 0.999) -> Schedule:
-    """Variance preserving, alpha_bar a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+    """Variance-preserving schedule whose alpha_bar is a squared cosine (Nichol & Dhariwal 2021, eq. 17).
 
     Args:
         num_timesteps: T.
-        offset: the papers' s, which keeps the first betas from vanishing.
-        beta_max: the cap on beta near T.
+        offset: the paper's s, which prevents the first betas from being close to 0.
+        beta_max: upper limit of beta, reached near T.
 
     Raises:
         ValueError: num_timesteps < 1, offset <= 0, or beta_max outside (0, 1).
@@ -291,17 +302,18 @@ def vp_cosine(num_timesteps: Count = 1000, offset: Positive = 0.008, beta_max: B
 
 @settings("schedule")
 def ve_geometric(num_timesteps: Count = 1000, sigma_min: Positive = 0.01, sigma_max: Positive = 50.0) -> Schedule:
-    """Variance exploding, sigma_1..sigma_T a geometric ladder (Song & Ermon 2019, sec. 4.2; 2020, sec. 3).
+    """Variance-exploding schedule whose sigma_1..sigma_T are a geometric sequence.
 
-    Being geometric between the levels too, it is also the continuous-time VE of Song et al. 2021 (score SDE, app. C),
-    whose time in [0, 1] is (t - 1) / (T - 1). One level is sigma_min alone: score matching at a single noise.
+    Song & Ermon 2019, sec. 4.2, and 2020, sec. 3. sigma is geometric between the levels too. So this is also the
+    continuous-time VE process of Song et al. 2021 (score SDE, app. C), whose time in [0, 1] is (t - 1) / (T - 1). With
+    num_timesteps=1 the only level is sigma_min.
 
     Raises:
         ValueError: num_timesteps < 1, or not 0 < sigma_min < sigma_max.
     """
     if not sigma_min < sigma_max:
         raise ValueError(
-            f"schedule.sigma_min={sigma_min}, schedule.sigma_max={sigma_max}: 0 < sigma_min < sigma_max is needed."
+            f"schedule.sigma_min={sigma_min}, schedule.sigma_max={sigma_max}: sigma_min must be below sigma_max."
         )
     sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), num_timesteps, dtype=torch.float64).exp()
     return Table(torch.ones_like(sigma), sigma, preserving=0.0)
@@ -309,9 +321,9 @@ def ve_geometric(num_timesteps: Count = 1000, sigma_min: Positive = 0.01, sigma_
 
 @settings("schedule")
 def vp_continuous(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_max: Positive = 20.0) -> Schedule:
-    """Variance preserving in continuous time (Song et al. 2021, score SDE, eq. 11): sigma^2 = 1 - exp(-B).
+    """Variance-preserving schedule in continuous time: sigma^2 = 1 - exp(-B) (Song et al. 2021, score SDE, eq. 11).
 
-    With T = 1000 alpha and sigma are within 5 % of those of vp_linear, whose beta_t is about beta / T.
+    With T = 1000, alpha and sigma differ by less than 5 % from those of vp_linear, whose beta_t is about beta / T.
 
     Raises:
         ValueError: as `Continuous`.
@@ -327,7 +339,7 @@ def vp_continuous(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_ma
 
 @settings("schedule")
 def sub_vp(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_max: Positive = 20.0) -> Schedule:
-    """Sub-VP (Song et al. 2021, score SDE, eq. 13): alpha of VP, and its sigma squared: sigma = 1 - exp(-B).
+    """Sub-VP schedule: the alpha of VP, and sigma = 1 - exp(-B), the square of VP's (Song et al. 2021, SDE, eq. 13).
 
     Raises:
         ValueError: as `Continuous`.
@@ -342,7 +354,7 @@ def sub_vp(num_timesteps: Count = 1000, beta_min: Positive = 0.1, beta_max: Posi
 
 
 def _from_betas(beta: Tensor) -> Schedule:
-    """alpha_bar_t = prod (1 - beta), as a sum of logarithms: 1 - alpha_bar keeps its digits where beta is small."""
+    """The VP schedule of these betas. alpha_bar_t = prod (1 - beta), as a sum of logarithms, precise for small beta."""
     log_alpha_bar = torch.log1p(-beta).cumsum(0)
     return Table((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt(), preserving=1.0)
 
@@ -350,5 +362,5 @@ def _from_betas(beta: Tensor) -> Schedule:
 def _check_betas(beta_start: float, beta_end: float) -> None:
     if beta_start > beta_end:
         raise ValueError(
-            f"schedule.beta_start={beta_start}, schedule.beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed."
+            f"schedule.beta_start={beta_start}, schedule.beta_end={beta_end}: beta_start must not be above beta_end."
         )

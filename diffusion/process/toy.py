@@ -1,4 +1,4 @@
-"""Distributions whose noised score is known exactly: denoisers without a network, on which every claim is tested.
+"""Distributions whose noised score is known exactly. They are denoisers without a network, and are used in tests.
 
 Data of a Gaussian mixture, sum_k w_k N(m_k, S_k), noised to x = alpha x_0 + sigma epsilon, is the mixture of
 N(alpha m_k, C_k), C_k = alpha^2 S_k + sigma^2 I. With r_k(x) the responsibility of component k,
@@ -6,8 +6,8 @@ N(alpha m_k, C_k), C_k = alpha^2 S_k + sigma^2 I. With r_k(x) the responsibility
     score = sum_k r_k C_k^-1 (alpha m_k - x)
     x0 = E[x_0 | x] = sum_k r_k (m_k + alpha S_k C_k^-1 (x - alpha m_k)),    epsilon = -sigma score
 
-Everything is worked out in float64 on the CPU and answered like x. Sets in the plane, known to everybody as pictures,
-are mixtures too (`SETS`). Knows schedules; knows no network and no sampler.
+Everything is computed in float64 on the CPU; results have the dtype and device of x. The two-dimensional toy data sets
+(`SETS`) are mixtures too. This module knows schedules; it knows no network and no sampler.
 """
 
 import math
@@ -22,21 +22,22 @@ Numbers = float | Sequence | Tensor
 
 
 class Mixture:
-    """A mixture of Gaussians, of numbers or of vectors, with a class label on every component.
+    """A mixture of Gaussians over numbers or vectors; each component has a class label.
 
-    Points are x (...) if the means are numbers, x (..., d) if they are vectors; labels are int64 of the shape of the
-    first axis (or axes) of x, None meaning the whole mixture. Label `num_classes` is the null label: it too means the
-    whole mixture, as networks with label dropout have it.
+    Points are x (...) if the means are numbers, and x (..., d) if they are vectors. Labels are int64 in the shape of
+    the first axis (or axes) of x. None means the whole mixture. So does the label `num_classes`, the null label, as in
+    networks with label dropout.
 
     Args:
         weights: (K,), positive; they are normalised.
         means: (K,) for numbers, (K, d) for vectors.
         covariances: (K, d, d), or None.
-        stds: (K,), the same in all directions, or None. One of the two is given; 0 is allowed (point masses).
-        classes: label of each component, (K,), every one of 0..max used; by default component k has label k.
+        stds: (K,), isotropic standard deviations, or None; 0 is allowed (point masses). Give either covariances or
+            stds.
+        classes: label of each component, (K,); every label of 0..max must occur. By default component k has label k.
 
     Raises:
-        ValueError: shapes do not fit, weights are not positive, or a covariance is not positive semidefinite.
+        ValueError: shapes do not match, weights are not positive, or a covariance is not positive semidefinite.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Mixture:
     ) -> None:
         weights, means = _float64(weights), _float64(means)
         if (covariances is None) == (stds is None):
-            raise ValueError("covariances, stds: exactly one of the two is needed.")
+            raise ValueError("Give either covariances or stds, not both and not neither.")
         if weights.ndim != 1 or means.ndim not in (1, 2) or len(means) != len(weights) or not (weights > 0).all():
             raise ValueError(f"weights {weights.tolist()} must be positive, one per mean (means {tuple(means.shape)}).")
         self.of_vectors = means.ndim == 2
@@ -75,14 +76,14 @@ class Mixture:
         self.classes = torch.arange(num) if classes is None else torch.as_tensor(classes, dtype=torch.int64)
         self.num_classes = int(self.classes.max()) + 1
         if self.classes.shape != (num,) or set(self.classes.tolist()) != set(range(self.num_classes)):
-            raise ValueError(f"classes {self.classes.tolist()} must be {num} labels that use every one of 0..max.")
+            raise ValueError(f"classes {self.classes.tolist()} must be {num} labels in which each of 0..max occurs.")
         member = self.classes == torch.arange(self.num_classes)[:, None]
         member = torch.cat([member, torch.ones(1, num, dtype=torch.bool)])  # the last row is the null label
         share = torch.where(member, self.weights, 0.0)
         self._log_weights = (share / share.sum(1, keepdim=True)).log()  # (classes + 1, K)
 
     def sample(self, num: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
-        """num points of the data, (num,) or (num, d), float64; of these classes if labels (num,) are given."""
+        """Draw num points of the data: (num,) or (num, d), float64. With labels (num,), draw from these classes."""
         rows = self._log_weights[self._rows(labels)].expand(num, -1).exp()
         component = torch.multinomial(rows, 1, generator=generator)[:, 0]
         z = torch.randn(num, self._means.shape[1], dtype=torch.float64, generator=generator)
@@ -91,21 +92,20 @@ class Mixture:
         return x if self.of_vectors else x[:, 0]
 
     def log_density(self, x: Tensor, level: Level, labels: Tensor | None = None) -> Tensor:
-        """log q(x) of the noised data at this level, without the axis of the vectors; float64."""
+        """log q(x) of the noised data at this level: float64, in the shape of x without the axis of the vectors."""
         return self._joint(self._points(x), level, labels)[0].logsumexp(-1)
 
     def score(self, x: Tensor, level: Level, labels: Tensor | None = None) -> Tensor:
-        """Gradient of log q(x) at this level, given the labels if there are any; shape and dtype of x."""
+        """Gradient of log q(x) at this level, given the labels if any: shape and dtype of x."""
         return self._like(x, -self._whitened(self._points(x), level, labels)[1])
 
     def spread(self, level: Level) -> Tensor:
-        """Standard deviation of each coordinate of the noised data, () or (d,), float64."""
+        """Standard deviation of each coordinate of the noised data: () or (d,), float64."""
         std = self.moments(level)[1].diagonal().sqrt()
         return std if self.of_vectors else std[0]
 
     def components(self, level: Level) -> tuple[Tensor, Tensor, Tensor]:
-        """The noised data as a mixture: weights (K,), means (K, d), covariances (K, d, d), float64; of numbers, d = "
-        "1."""
+        """Weights (K,), means (K, d) and covariances (K, d, d) of the noised data, float64; d = 1 for numbers."""
         alpha, sigma = level
         variances = alpha**2 * self._variances + sigma**2
         covariances = torch.einsum("kij,kj,klj->kil", self._axes, variances, self._axes)
@@ -121,13 +121,13 @@ class Mixture:
         )
 
     def responsibilities(self, x: Tensor, level: Level) -> Tensor:
-        """Probability of each class given the noised point, (..., classes), float64."""
+        """Probability of each class given the noised point: (..., classes), float64."""
         joint = self._joint(self._points(x), level, None)[0].softmax(-1)
         member = (self.classes[:, None] == torch.arange(self.num_classes)).to(joint)
         return joint @ member
 
     def denoiser(self, schedule: Schedule) -> Denoiser:
-        """The exact denoiser: E[x_0 | x_t] and E[epsilon | x_t], given the labels if there are any."""
+        """The exact denoiser: E[x_0 | x_t] and E[epsilon | x_t], given the labels if any."""
 
         def denoise(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
             points, level = self._points(x_t), schedule(t)
@@ -145,16 +145,16 @@ class Mixture:
         labels: Tensor | None = None,
         tolerance: float = 1e-10,
     ) -> Tensor:
-        """Where the probability flow takes x from time t to time s, up or down; shape and dtype of x.
+        """Solve the probability flow from x at time t to time s, above or below t; shape and dtype of x.
 
-        With y = x / alpha and r = sigma / alpha the flow is dy/dr = epsilon (Song et al. 2021, DDIM, eq. 14): the VE
-        flow, whatever the schedule. Solved by Dormand and Prince's 5(4) pair in asinh(r).
+        With y = x / alpha and r = sigma / alpha the flow is dy/dr = epsilon (Song et al. 2021, DDIM, eq. 14), the VE
+        flow for any schedule. It is solved in asinh(r) with the Dormand-Prince 5(4) pair.
 
         Args:
             tolerance: error allowed per step, relative to 1 + |y|.
 
         Raises:
-            ValueError: tolerance is too fine for float64.
+            ValueError: tolerance is too small for float64.
         """
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         one = torch.ones((), dtype=torch.float64)
@@ -177,7 +177,7 @@ class Mixture:
         return torch.tensor(self.num_classes) if labels is None else labels.cpu()
 
     def _joint(self, x: Tensor, level: Level, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per component: log of weight times density (..., K); x - alpha m_k and C_k in the axes of S_k (..., K, d)."""
+        """Log of weight times density (..., K), and x - alpha m_k and C_k in the axes of S_k (..., K, d); alpha."""
         alpha, sigma = (_per_point(value, x)[..., None] for value in level)
         offset = x[..., None, :] - alpha * self._means
         if self._turned:
@@ -189,7 +189,7 @@ class Mixture:
         return log_weights + log_density, offset, variance, alpha
 
     def _whitened(self, x: Tensor, level: Level, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """E[x_0 | x] and sum_k r_k C_k^-1 (x - alpha m_k), both (..., d). Neither divides by alpha or sigma."""
+        """E[x_0 | x] and sum_k r_k C_k^-1 (x - alpha m_k), both (..., d), without dividing by alpha or sigma."""
         joint, offset, variance, alpha = self._joint(x, level, labels)
         responsibility = joint.softmax(-1)
         whitened = offset / variance
@@ -201,12 +201,12 @@ class Mixture:
 
 
 class Gaussian(Mixture):
-    """N(mean, std^2) of numbers, or N(mean, covariance) of vectors: a mixture of one, whose flow has a closed form.
+    """N(mean, std^2) over numbers or N(mean, covariance) over vectors: one component, with a flow in closed form.
 
     Args:
         mean: a number, or (d,).
-        std: a number, the same in all directions, or None.
-        covariance: (d, d), or None. One of the two is given.
+        std: a number, the isotropic standard deviation, or None.
+        covariance: (d, d), or None. Give either std or covariance.
     """
 
     def __init__(self, mean: Numbers, std: float | None = None, covariance: Numbers | None = None) -> None:
@@ -226,7 +226,7 @@ class Gaussian(Mixture):
         labels: Tensor | None = None,
         tolerance: float = 0.0,
     ) -> Tensor:
-        """As `Mixture.flow`, exactly: along each axis of the covariance x keeps its place in standard deviations."""
+        """The exact `Mixture.flow`: along each axis of the covariance, (x - mean) / std does not change."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         axes, variances, mean = self._axes[0], self._variances[0], self._means[0]
         stretch = ((alpha_s**2 * variances + sigma_s**2) / (alpha_t**2 * variances + sigma_t**2)).sqrt()
@@ -234,32 +234,36 @@ class Gaussian(Mixture):
         return self._like(x, alpha_s * mean + moved)
 
 
-# ---- sets in the plane, within [-1, 1] but for tails of five deviations ----
+# ---- two-dimensional data sets, within [-1, 1] up to tails of five standard deviations ----
 
-BLUR = 0.6  # deviation of neighbouring components over their distance: their sum is flat to 0.2 %
+BLUR = 0.6  # standard deviation of components divided by their distance; their sum is then constant within 0.2 %
 
 
 def modes(weights: Sequence[float] = (1, 2, 3, 4, 5, 6, 7, 8), radius: float = 0.7, std: float = 0.06) -> Mixture:
-    """Round modes on a circle, far apart, one class each: what a sampler makes of their weights is easily counted."""
+    """Isotropic modes on a circle, far apart, one class each, to count how a sampler reproduces their weights."""
     turn = 2 * math.pi * torch.arange(len(weights), dtype=torch.float64) / len(weights)
     return Mixture(weights, radius * _direction(turn), stds=[std] * len(weights))
 
 
 def rings(radii: Sequence[float] = (0.4, 0.8), width: float = 0.03) -> Mixture:
-    """Concentric rings, as much of each as it is long; a class each. width: standard deviation across."""
+    """Concentric rings, weighted by their length, one class each. width: standard deviation across the ring."""
     parts = [_arc((0.0, 0.0), radius, 0.0, 2 * math.pi, round(60 * radius), width) for radius in radii]
     return _joined(parts)
 
 
 def moons(width: float = 0.04) -> Mixture:
-    """Two half circles, each with an end inside the other; a class each. width: standard deviation across."""
+    """Two interleaved half circles, one class each. width: standard deviation across the arc."""
     upper = _arc((-0.25, -0.1), 0.5, 0.0, math.pi, 16, width)
     lower = _arc((0.25, 0.1), 0.5, math.pi, 2 * math.pi, 16, width)
     return _joined([upper, lower])
 
 
 def checkerboard(squares: int = 4) -> Mixture:
-    """The black squares of a board, uniform but for blurred edges; a class each. squares: a side, over [-0.8, 0.8]."""
+    """The black squares of a board on [-0.8, 0.8]^2, uniform with blurred edges, one class each.
+
+    Args:
+        squares: number of squares per side.
+    """
     side, per_side = 1.6 / squares, 6
     inside = (torch.arange(per_side, dtype=torch.float64) + 0.5) / per_side
     grid = torch.cartesian_prod(inside, inside)
@@ -280,7 +284,7 @@ def _direction(turn: Tensor) -> Tensor:
 def _arc(
     centre: tuple[float, float], radius: float, start: float, stop: float, num: int, width: float
 ) -> tuple[Tensor, Tensor]:
-    """Means (num, 2) and covariances (num, 2, 2) of components that lie along an arc, narrow across it."""
+    """Means (num, 2) and covariances (num, 2, 2) of `num` components along an arc, with deviation `width` across it."""
     step = (stop - start) / num
     turn = start + step * (torch.arange(num, dtype=torch.float64) + 0.5)
     outward, along = _direction(turn), _direction(turn + math.pi / 2)
@@ -300,12 +304,12 @@ def _float64(value: Numbers) -> Tensor:
 
 
 def _per_point(value: Tensor, x: Tensor) -> Tensor:
-    """() or (B,) -> broadcasts against x (B, ..., d)."""
+    """Reshape () or (B,) so that it broadcasts against x (B, ..., d)."""
     value = value.cpu()
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
 
-# Dormand & Prince 1980: nodes, stages, and the difference between the fifth- and the fourth-order result.
+# Dormand & Prince 1980: nodes, stages, and the difference between the fifth-order and the fourth-order result.
 _NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 _STAGES = (
     (),
@@ -320,7 +324,7 @@ _ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 /
 
 
 def _integrate(slope, y: Tensor, u: float, stop: float, tolerance: float) -> Tensor:
-    """y at `stop` of dy/du = slope(u, y), by steps whose length follows the estimated error."""
+    """Solve dy/du = slope(u, y) from u to `stop` with adaptive step size; returns y at `stop`."""
     h = (stop - u) / 100
     while u != stop:
         h = stop - u if abs(h) >= abs(stop - u) else h
@@ -334,6 +338,6 @@ def _integrate(slope, y: Tensor, u: float, stop: float, tolerance: float) -> Ten
         if size <= 1:
             y, u = moved, stop if h == stop - u else u + h
         elif abs(h) < 1e-13:
-            raise ValueError(f"tolerance={tolerance} is finer than float64 arithmetic allows.")
+            raise ValueError(f"tolerance={tolerance} is too small for float64 arithmetic. Give a larger tolerance.")
         h *= min(5.0, max(0.2, 0.9 * max(size, 1e-9) ** -0.2))
     return y

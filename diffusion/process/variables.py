@@ -1,10 +1,10 @@
-"""The change of variables between schedules that share lambda: the same noised data, seen at another scale.
+"""Change of variables between schedules of the same lambda_t: the same noised data at another scale.
 
     x_t = alpha_t x_0 + sigma_t epsilon,    y_t = x_t / alpha_t = x_0 + r_t epsilon,    r_t = sigma_t / alpha_t
 
-y is x in the variables of VE, whatever the schedule of x; x0 and epsilon are the same in both. So a denoiser of one is
-a denoiser of the other, and a sampler that is a function of x0, epsilon and lambda takes the same steps in both. Knows
-no network and no sampler.
+y is x in the variables of VE, for any schedule of x. x0 and epsilon are the same in both. So a denoiser of one is also
+a denoiser of the other, and a sampler that is a function of x0, epsilon and lambda takes the same steps in both. This
+module knows no network and no sampler.
 """
 
 import torch
@@ -14,10 +14,10 @@ from diffusion.process.schedule import Denoiser, Level, Prediction, Schedule, li
 
 
 class Exploding(Schedule):
-    """The VE schedule with the noise-to-signal ratios of another at all times: alpha = 1, sigma = r_t.
+    """The VE schedule with the noise-to-signal ratio r_t of another schedule at all times: alpha = 1, sigma = r_t.
 
     Args:
-        schedule: the other.
+        schedule: the other schedule.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -33,12 +33,15 @@ class Exploding(Schedule):
 
 
 def carried(x: Tensor, t: float | Tensor, of: Schedule, to: Schedule) -> Tensor:
-    """x_t under `of` -> the same noised data under `to`, (B, ...): x alpha_to / alpha_of. The two share lambda."""
+    """Convert x_t, (B, ...), from the schedule `of` to the schedule `to`: x alpha_to / alpha_of.
+
+    Both schedules must have the same lambda_t.
+    """
     return like(to(t).alpha / of(t).alpha, x) * x
 
 
 def carried_denoiser(denoise: Denoiser, of: Schedule, to: Schedule) -> Denoiser:
-    """A denoiser under `of` as one under `to`. The two share lambda."""
+    """Convert a denoiser of the schedule `of` to one of the schedule `to`. Both must have the same lambda_t."""
 
     def denoise_there(x_t: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Prediction:
         return denoise(carried(x_t, t, to, of), t, labels)

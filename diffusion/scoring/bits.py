@@ -23,7 +23,7 @@ from diffusion.data.module import ImageShardsDataModule
 from diffusion.denoiser import Clipped
 from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
-from diffusion.likelihood.bound import Bound, Terms, bound_terms, predicted_at, summarise
+from diffusion.likelihood.bound import BoundSummary, Terms, bound_terms, predicted_at, summarise
 from diffusion.likelihood.flow import START, TOLERANCE, FlowTerms, Tolerance, check_start, flow_bits, summarise_flow
 from diffusion.metrics.extractors import full_precision
 from diffusion.noise import Stream, permutation
@@ -153,7 +153,7 @@ class Bits:
 
     # ---- the whole ----
 
-    def bound(self, parts: Sequence[Arrays]) -> Bound:
+    def bound(self, parts: Sequence[Arrays]) -> BoundSummary:
         return summarise([Terms(**part) for part in parts])
 
     def rows(self, parts: Sequence[Arrays]) -> list[dict[str, Any]]:

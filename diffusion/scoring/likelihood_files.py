@@ -10,20 +10,20 @@ from torch import Tensor
 
 from diffusion.files import csv_text, write_atomically
 from diffusion.images import to_uint8
-from diffusion.likelihood.bound import COLUMNS, Bound
+from diffusion.likelihood.bound import COLUMNS, BoundSummary
 from diffusion.scoring.pictures import grid, save_png
 
 INK, MUTED, BLUE, ORANGE = "#222222", "#777777", "#2a6fb5", "#c4622d"
 NEGLIGIBLE = 1e-4  # of the whole rate: what is above it is where the curve begins
 
 
-def write_terms(bound: Bound, path: Path) -> None:
+def write_terms(bound: BoundSummary, path: Path) -> None:
     """A line for each t from 1 up: t, bits of its term, mean squared errors, rate so far and RMSE on 0..255."""
     columns = zip(*(bound.curve[name].tolist() for name in COLUMNS), strict=True)
     write_atomically(path, csv_text([dict(zip(COLUMNS, row, strict=True)) for row in columns]))
 
 
-def plot_terms(bound: Bound, title: str, path: Path) -> None:
+def plot_terms(bound: BoundSummary, title: str, path: Path) -> None:
     """Left the terms over t, right how good a picture a rate buys (Ho et al. 2020, sec. 4.3, fig. 5)."""
     curve = bound.curve
     with matplotlib.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": INK}):
