@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, their digests, locks, and the room that a disk has for them.
+"""Atomic writing of files, digests, locks, and the free space of disks.
 
-Needs the standard library only. It knows folders and the settings that name them; it knows nothing of what is written.
+It needs the standard library only. It knows folders and the settings that name them, but not what the files contain.
 """
 
 import contextlib
@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 STEP = re.compile("[0-9]{1,18}")  # a step in a table
-MOST_TEXT = 1 << 30  # bytes of a table or a log that is read whole
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes nothing more
-LEFTOVER = ".*.tmp"  # pattern of what a killed writer leaves beside its goal
+MOST_TEXT = 1 << 30  # largest table or log, in bytes, that is read
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a full or read-only disk
+LEFTOVER = ".*.tmp"  # pattern of the temporary files that a killed writer leaves
 
 
 class Unwritable(ValueError):
-    """A folder cannot take what is to be written; the message names its setting, the reason and the room needed."""
+    """A folder cannot be written to. The message names its setting, the reason and the space needed."""
 
 
 class Room(NamedTuple):
-    """What is going to be written to a folder: the setting that names it, about how many bytes, and what they are for.
+    """The disk space that is needed in a folder.
 
-    needs: 0 where it is little, or not known. what: as "1,000 images".
+    key: the setting that names the folder.
+    folder: the folder.
+    needs: approximate number of bytes; 0 if it is small or unknown.
+    what: what they are needed for, like "1,000 images".
     """
 
     key: str
@@ -44,17 +47,17 @@ class Room(NamedTuple):
 
     @property
     def free(self) -> int:
-        """Bytes that the disk of the folder has left for this user."""
+        """Free bytes for this user on the disk of the folder."""
         return shutil.disk_usage(nearest_folder(self.folder)).free
 
     @property
     def lack(self) -> str | None:
-        """What is missing, as a sentence; None where the disk has enough."""
-        size = shutil.disk_usage(nearest_folder(self.folder)).total  # 0 where a file system does not tell
+        """A message if the disk has too little space, else None."""
+        size = shutil.disk_usage(nearest_folder(self.folder)).total  # 0 if the file system does not report it
         return None if self.needs <= self.free or not size else f"{self}."
 
     def check(self) -> None:
-        """Unwritable if the disk has less than is needed."""
+        """Raise Unwritable if the disk has too little space."""
         if self.lack:
             raise Unwritable(self.lack)
 
@@ -65,43 +68,43 @@ class Room(NamedTuple):
 
 @contextmanager
 def writing(*rooms: Room) -> Iterator[None]:
-    """A disk that becomes full, or that is read-only, ends what is done inside with Unwritable: one message with the
-    setting, the folder and the room needed. Any other error goes through.
+    """Context that turns the error of a full or read-only disk into Unwritable, whose message names setting and folder.
+
+    Other errors are not changed.
 
     Args:
-        rooms: where something is written inside; an error without a file name is taken for one of the first.
+        rooms: the folders that are written to. An error without a file name is attributed to the first one.
     """
     try:
         yield
     except OSError as error:
-        said = told_by_disk(error, *rooms)
-        if said is None:
+        message = describe_disk_error(error, *rooms)
+        if message is None:
             raise
-        raise Unwritable(said) from error
+        raise Unwritable(message) from error
 
 
-def told_by_disk(error: BaseException | None, *rooms: Room) -> str | None:
-    """What to say of an error that a full or read-only disk has caused; None of any other error, and of a file that
-    lies in none of the folders."""
+def describe_disk_error(error: BaseException | None, *rooms: Room) -> str | None:
+    """The message for an error of a full or read-only disk; None for other errors and for files in other folders."""
     while not isinstance(error, OSError) or error.errno not in UNWRITABLE:
         if (error := error.__cause__ or error.__context__) is None:
             return None
     path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else None
     for room in rooms:
         if path is None or path == room.folder.absolute() or room.folder.absolute() in path.parents:
-            said = f"{room.key}={room.folder}: {error.strerror}"
+            message = f"{room.key}={room.folder}: {error.strerror}"
             if error.errno == errno.EROFS:
-                return f"{said}. Give a folder that can be written to."
+                return f"{message}. Give a folder that can be written to."
             if error.errno == errno.EFBIG:
-                return f"{said}. What is finished stays: raise the limit (ulimit -f) and give the same command."
+                return f"{message}. Finished files are kept. Raise the limit (ulimit -f) and run the same command."
             needed = f"{size_of(room.needs)} are needed for {room.what}, " if room.needs else ""
-            said += f": {needed}{size_of(room.free)} are free"
-            return f"{said}. What is finished stays: make room and give the same command."
+            message += f": {needed}{size_of(room.free)} are free"
+            return f"{message}. Finished files are kept. Free some space and run the same command."
     return None
 
 
 def size_of(number: float) -> str:
-    """Bytes as 12.3 MB."""
+    """A number of bytes as text, like 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -115,24 +118,24 @@ def nearest_folder(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: $XDG_CACHE_HOME/diffusion or ~/.cache/diffusion."""
+    """The cache folder, for files that can be recreated: $XDG_CACHE_HOME/diffusion or ~/.cache/diffusion."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base if base and os.path.isabs(base) else Path.home() / ".cache") / "diffusion"
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole and on disk; after an error nothing is left, and
-    none of the folders made for it.
+    """Context that writes a file atomically: it yields a temporary file, which replaces `path` at the end.
 
-    A temporary file in the same folder, fsync, rename, fsync of the folder. Its name is `file.name`. A kill can leave
-    the temporary file behind, see `remove_leftovers`.
+    The temporary file is in the same folder; its name is `file.name`. It is synced and renamed, and the folder is
+    synced. After an error neither the file nor new folders are left. A kill can leave the temporary file, see
+    `remove_leftovers`.
     """
     path, temporary = Path(path), None
     made = [folder for folder in path.absolute().parents if not folder.exists()]
@@ -152,19 +155,19 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 os.unlink(temporary)
         remove_empty(made)
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say whose
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not name the file
         raise
     sync_folder(path.parent)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
-    """`replacing` for content that is at hand."""
+    """Write a file atomically, see `replacing`."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def append(path: str | os.PathLike, text: str) -> None:
-    """Add to a file; after an error, which names it, it is as it was. A link is not followed."""
+    """Append text to a file. Links are not followed. On an error, which names the file, the file is not changed."""
     descriptor = _opened(path, os.O_WRONLY | os.O_APPEND)
     try:
         size, rest = os.fstat(descriptor).st_size, memoryview(text.encode())
@@ -179,8 +182,12 @@ def append(path: str | os.PathLike, text: str) -> None:
 
 
 def _opened(path: str | os.PathLike, flags: int) -> int:
-    """The descriptor of a regular file, made if need be. OSError, and nothing is touched, for a link, a pipe and the
-    like: whoever has put it there must not choose which file is written."""
+    """Open a regular file, and create it if it is missing. Returns the descriptor.
+
+    Raises:
+        OSError: it is a link, a pipe or another special file. Following it could write to a file that someone else
+            chose.
+    """
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -194,16 +201,16 @@ def _opened(path: str | os.PathLike, flags: int) -> int:
 
 
 def lock(file: int | IO, wait: bool = True, byte: int | None = None, of_opening: bool = False) -> None:
-    """Lock an open file, or one byte of it, against all others that lock it so. The system releases the lock when the
-    file is closed, and when the process ends.
+    """Lock an open file, or one byte of it. The system releases the lock when the file is closed or the process ends.
 
     Args:
-        wait: until it is free. byte: None: the whole file.
-        of_opening: against every other opening of the file, as by threads of this process, and not against other
-            processes alone. A forked process that keeps the file open then keeps the lock.
+        wait: whether to wait until the lock is free.
+        byte: the byte to lock; None means the whole file.
+        of_opening: the lock also excludes other openings of the file in this process, such as those of threads. A
+            forked process that keeps the file open then keeps the lock.
 
     Raises:
-        OSError: it is locked and not to be waited for (EACCES, EAGAIN), or its file system has no locks.
+        OSError: it is locked and `wait` is False (EACCES, EAGAIN), or the file system does not support locks.
     """
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     if of_opening:
@@ -219,19 +226,21 @@ def unlock(file: int | IO, byte: int) -> None:
 
 @contextmanager
 def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait: bool = False) -> Iterator[None]:
-    """Hold a lock file for this process. At the end the file is removed, and with it the folders made for it, if they
-    are empty.
+    """Context that holds a lock file for this process.
 
-    A POSIX record lock belongs to the process: forked workers do not keep it when the process is killed. Who holds it
-    is written in the file.
+    The file contains the process that holds it. At the end the file is removed, and the folders created for it if they
+    are empty. A POSIX record lock belongs to the process, so that forked workers do not keep it when the process is
+    killed.
 
     Args:
-        path: of the lock file. named: what is locked, as "run_dir=runs/a". cure: what to do if it is in use.
-        wait: until another process releases it.
+        path: path of the lock file.
+        named: what is locked, like "run_dir=runs/a"; for messages.
+        cure: what to do if it is in use; for messages.
+        wait: whether to wait until another process releases it.
 
     Raises:
-        ValueError: another process holds it, its file system has no locks, or the path is not a regular file.
-        OSError: the file cannot be made.
+        ValueError: another process holds it, the file system does not support locks, or the path is not a regular file.
+        OSError: the file cannot be created.
     """
     path = Path(path)
     made = [folder for folder in path.absolute().parents if not folder.exists()]
@@ -239,7 +248,7 @@ def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path, named, cure, wait)
         try:
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without it
+            with contextlib.suppress(OSError):  # on a full disk the lock works without this text
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
             yield
@@ -252,20 +261,22 @@ def locked(path: str | os.PathLike, named: str, cure: str = "Wait for it.", wait
 
 
 def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
-    """The descriptor of a lock file, locked."""
+    """Open and lock a lock file; returns its descriptor."""
     while True:
         there = path.exists()
         try:
             descriptor = _opened(path, os.O_RDWR)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EISDIR):
-                raise ValueError(f"{named}: {path} is not a regular file, and cannot be a lock: remove it.") from error
+                raise ValueError(
+                    f"{named}: {path} is not a regular file, so it cannot be used as a lock. Remove it."
+                ) from error
             raise
         try:
             lock(descriptor, wait)
             if is_file_of(descriptor, path):
                 return descriptor
-            os.close(descriptor)  # of one that its holder has removed meanwhile
+            os.close(descriptor)  # its holder has removed it meanwhile
         except OSError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
@@ -274,13 +285,13 @@ def _locked(path: Path, named: str, cure: str, wait: bool) -> int:
             if not there:
                 path.unlink(missing_ok=True)
             raise ValueError(
-                f"{named}: its file system has no locks ({error.strerror}), without which two processes could work "
-                f"in one folder: mount it with them (Lustre: -o flock), or give another folder."
+                f"{named}: its file system does not support locks ({error.strerror}), which prevent two processes "
+                f"from using one folder. Mount it with locks (Lustre: -o flock), or give another folder."
             ) from error
 
 
 def is_file_of(descriptor: int, path: Path) -> bool:
-    """Whether an open file still is the one of that name."""
+    """Whether the open file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
@@ -288,15 +299,18 @@ def is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of the folders that are empty; the innermost are to come first."""
+    """Remove the folders that are empty. List the innermost folders first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def reason(error: BaseException) -> str:
-    """An error in a sentence, which is never empty: what the process has run out of; of the system's errors the file
-    and what it says; of one without a text its type."""
+    """The message of an error as a sentence, never empty.
+
+    For a lack of resources it is the message of `shortage`; for an OSError, the file and the text of the system; for an
+    error without a text, its type.
+    """
     if words := shortage(error):
         return words
     if isinstance(error, OSError) and error.strerror:
@@ -305,39 +319,39 @@ def reason(error: BaseException) -> str:
 
 
 def shortage(error: BaseException) -> str | None:
-    """What the process, or the machine, has run out of, if that is behind an error: the limit, and the cure. Not of a
-    full disk, which names its file."""
+    """A message if an error was caused by a lack of resources: the limit, and how to raise it. None otherwise.
+
+    Full disks are not covered, see `describe_disk_error`.
+    """
     seen: BaseException | None = error
     while seen is not None:
         number, text = getattr(seen, "errno", None), str(seen)
         if number == errno.EMFILE or "Too many open files" in text or "items of ancillary data" in text:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return (
-                f"Too many open files: a process may have {limit} here (ulimit -n). Raise the limit, as by `ulimit -n "
-                f"{max(4096, 2 * limit)}`, or give fewer data.num_workers."
+                f"Too many open files: the limit is {limit} per process (ulimit -n). Raise the limit, for example by "
+                f"`ulimit -n {max(4096, 2 * limit)}`, or give a smaller data.num_workers."
             )
         if number == errno.ENFILE:
             return "Too many open files on this machine (fs.file-max). Close other programs, or raise the limit."
-        forking = isinstance(seen, BlockingIOError) and seen is error  # else of a lock, of which its holder speaks
+        forking = isinstance(seen, BlockingIOError) and seen is error  # otherwise it is from a lock
         if forking or "can't start new thread" in text:
             limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-            known = "no limit" if limit == resource.RLIM_INFINITY else str(limit)
+            known = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
             return (
-                f"No further process or thread can be started: {known} for this user here (ulimit -u), or less in a "
-                "container. Raise the limit, or give fewer data.num_workers and trainer.threads."
+                f"No further process or thread can be started. The limit for this user is {known} (ulimit -u); a "
+                "container may have a lower one. Raise it, or give a smaller data.num_workers and trainer.threads."
             )
         if number == errno.ENOMEM or isinstance(seen, MemoryError):
-            return (
-                "There is not enough memory. Give a smaller data.batch_size, fewer data.num_workers or data.cache=none."
-            )
+            return "Out of memory. Give a smaller data.batch_size, a smaller data.num_workers, or data.cache=none."
         if "shared memory" in text and ("No space left" in text or "Bus error" in text or "unable to" in text):
-            return "/dev/shm, the memory that processes share, is full. Enlarge it, or give fewer data.num_workers."
+            return "/dev/shm, the shared memory of processes, is full. Enlarge it, or give a smaller data.num_workers."
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> str:
-    """Rows as the text of a CSV file with a line of names: these first, then all others in the order they come up."""
+    """Rows as the text of a CSV file with a header: the columns `names` first, then the others as they occur."""
     columns = dict.fromkeys([*names, *(name for row in rows for name in row)])
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
@@ -347,7 +361,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = ()) -> st
 
 
 def obstacle(folder: Path) -> str | None:
-    """What keeps a folder from being made and written to, in words; None if nothing does."""
+    """Why a folder cannot be created or written to, as a clause; None if it can."""
     there = nearest_folder(folder)
     if not there.is_dir():
         return f"{there} is a file"
@@ -355,7 +369,7 @@ def obstacle(folder: Path) -> str | None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Sync a folder, so that renames in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -364,14 +378,17 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder that nobody writes to now."""
+    """Remove the temporary files of killed writers from a folder that no process writes to."""
     for path in folder.glob(LEFTOVER):
         path.unlink(missing_ok=True)
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:
-    """The content of a regular file. OSError for what is none, as a pipe, which would be waited for, and for one that
-    is larger than `most` bytes: who reads files of other people takes neither."""
+    """Read a regular file that may come from an untrusted source.
+
+    Raises:
+        OSError: it is not a regular file (a pipe would block), or is larger than `most` bytes.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
@@ -383,9 +400,11 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
 
 
 def read_csv(path: str | os.PathLike) -> tuple[list[dict[str, str]], int]:
-    """The rows of a CSV file with a line of names, and the number of lines that are no rows: with more or fewer values
-    than there are names, or with bytes that are not UTF-8. A last line that a kill has cut off does not count. Rows are
-    lines: no value holds a line break."""
+    """Read a CSV file with a header: its rows, and the number of damaged lines.
+
+    A line is damaged if its number of values differs from the header, or if it is not UTF-8. A last line that a kill
+    has truncated is not counted. A value cannot contain a line break.
+    """
     names, *lines = read_regular(path, MOST_TEXT).split(b"\n")
     found, unread, columns = [], 0, _csv_values(names)
     for number, line in enumerate(lines, 1):
@@ -398,15 +417,17 @@ def read_csv(path: str | os.PathLike) -> tuple[list[dict[str, str]], int]:
 
 
 def keep_damaged(path: Path) -> None:
-    """Copy a file that will be written again without its damaged lines to `NAME.damaged`, or `NAME.damaged.2` and so on
-    where that is another one."""
+    """Copy a file to `NAME.damaged`, or to `NAME.damaged.2` and so on if that exists with other content.
+
+    Call it before the file is rewritten without its damaged lines.
+    """
     content, number = read_regular(path, MOST_TEXT), 1
     while (copy := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'.{number}'}")).exists():
         if read_regular(copy, MOST_TEXT) == content:
             return
         number += 1
     write_atomically(copy, content)
-    print(f"warning: {path} has damaged lines. They are left out; the file as it was is {copy}.", file=sys.stderr)
+    print(f"warning: {path} has damaged lines, which are removed. The original file is {copy}.", file=sys.stderr)
 
 
 def _csv_values(line: bytes) -> list[str] | None:

@@ -1,14 +1,19 @@
-"""How far a piece of work is, on stderr: a bar at a terminal, else a line now and then; and durations in words."""
+"""Progress of a task on stderr: a bar at a terminal, else a line every 15 seconds. Durations and counts as text."""
 
 import sys
 import time
 from typing import Any, Self
 
-SECONDS = 15.0  # between two lines where there is no terminal
+SECONDS = 15.0  # between two lines, without a terminal
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with the singular or the plural of its noun: "1 image", "12,000 images"."""
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def duration(seconds: float) -> str:
-    """0 s, 82 ms, 1.25 s, 12 s, 3 min 5 s, 2 h 10 min."""
+    """A duration in words, like 0 s, 82 ms, 1.25 s, 12 s, 3 min 5 s, 2 h 10 min."""
     if 0 < seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     if 0 < seconds < 10:
@@ -21,14 +26,16 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Progress of work that is counted. A context: its end says how long the work took, unless it failed.
+    """A context manager that shows the progress of a task, and at its end how long the task took, unless it failed.
 
     Args:
-        title: of the work, as "sampling". unit: what is counted, as "images".
-        total: number of all units. begun: units done before; None: as many as the first `to` says.
-        ranks: processes with equal shares, of which this is one: its count stands for all.
-        shown: False: say nothing, as on all ranks but the first.
-        summary: whether the end is said, where there is no terminal.
+        title: name of the task, like "sampling".
+        total: number of units of the whole task.
+        unit: what is counted, like "images".
+        begun: units done before this start; None means the number in the first call of `to`.
+        ranks: number of processes with equal shares. The count of this one is multiplied by it.
+        shown: False prints nothing, as on all ranks except 0.
+        summary: whether to print the summary at the end, without a terminal.
     """
 
     def __init__(
@@ -56,15 +63,15 @@ class Progress:
         return self
 
     def add(self, number: int = 1, figures: str | None = None) -> None:
-        """So many more units are done.
+        """Report `number` more units as done.
 
         Args:
-            figures: shown in place of the rate.
+            figures: text shown instead of the rate.
         """
         self.to(self.begun + self.done + number, figures)
 
     def to(self, done: int, figures: str | None = None) -> None:
-        """So many units are done in all, those before this start included. Arguments as `add`."""
+        """Report `done` units as done in total, including those before this start. `figures` is as in `add`."""
         now = time.monotonic()
         if self.begun is None:
             self.begun, self._began = done, now
@@ -77,16 +84,16 @@ class Progress:
             self.line(figures)
 
     def line(self, figures: str | None = None) -> None:
-        """Print where the work is, where there is no bar."""
+        """Print a line with the progress, if there is no bar."""
         if not self.shown or self._bar is not None:
             return
         done, spent = self._of_all(), time.monotonic() - self._began
         left = (self.total - done) * spent / max(done - self.begun, 1)
-        counted = f"{self.title} {done:,}/{self.total:,} {self.unit}".rstrip()
-        print(f"{counted}  {figures or self.rate()}  {duration(left)} left", file=sys.stderr, flush=True)
+        state = f"{self.title} {done:,}/{self.total:,} {self.unit}".rstrip()
+        print(f"{state}  {figures or self.rate()}  {duration(left)} left", file=sys.stderr, flush=True)
 
     def rate(self) -> str:
-        """Units of all ranks per second, as "30.8 images/s"."""
+        """Units per second of all ranks, like "30.8 images/s"."""
         each = self.done * self.ranks / max(time.monotonic() - self._began, 1e-9)
         return f"{each:,.1f} {self.unit}/s"
 
@@ -99,6 +106,6 @@ class Progress:
         elif self.shown and self.summary and error is None:
             spent = time.monotonic() - self._began
             there = max(self.total - self.done, 0) if self.ranks == 1 else 0
-            known = f", {there} of them were there" if there else ""
+            known = f", {there} of them existed" if there else ""
             rate = f" ({self.rate()})" if self.done else ""
             print(f"{self.title}: {self.total} {self.unit} in {spent:.1f} s{rate}{known}", file=sys.stderr)

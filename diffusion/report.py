@@ -31,7 +31,7 @@ from diffusion.command import command, refusing
 from diffusion.config.check import check, refuse_blocked
 from diffusion.config.effect import typed
 from diffusion.errors import Refusal
-from diffusion.files import Room, csv_text, replacing, told_by_disk
+from diffusion.files import Room, csv_text, describe_disk_error, replacing
 from diffusion.metrics.published import aligned
 from diffusion.page import difference, higher_is_better, not_comparable, shown, write_report, write_table
 from diffusion.runs.folder import RunFolder, flatten
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             found = compared(cfg.run_dir, cfg.other)
             settings = differing_settings(RunFolder(cfg.run_dir), RunFolder(cfg.other))
             print(parting(found, settings))
-            sys.exit(1 if found.partings else 0)
+            sys.exit(1 if found.differences else 0)
         if cfg.run_dir is not None:
             folder = one_run("run_dir", cfg.run_dir)
             refuse_blocked("run_dir", folder.path, ["report.html"], [])
@@ -76,7 +76,7 @@ def naming(key: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        said = told_by_disk(e, Room(key, folder))
+        said = describe_disk_error(e, Room(key, folder))
         raise Refusal(said or f"{key}={folder} cannot be written to: {e.strerror}.") from e
 
 
@@ -167,14 +167,14 @@ def compared(run_dir: str, other: str) -> Comparison:
 
 def parting(found: Comparison, settings: list[str]) -> str:
     """Where two runs part, as text for a terminal. `settings`: in what they differ."""
-    steps, partings = found.steps, found.partings
+    steps, differences = found.steps, found.differences
     logged = f"{len(steps):,} steps from {steps[0]} to {steps[-1]} that both have logged"
-    if not partings:
+    if not differences:
         return f"The same to the bit, {', '.join(PARTS)}, at all {logged}."
-    first = partings[0].step
+    first = differences[0].step
     before = max((step for step in steps if step < first), default=0)
     lines = [f"They part at step {first}" + (f"; at step {before} they are the same." if before else ", the first.")]
-    if any(p.step == first and p.part == "batch" for p in partings):
+    if any(p.step == first and p.part == "batch" for p in differences):
         lines.append("Its batch is another one: the data, their order or the seed differ.")
     else:
         unseen = f", or a batch after step {before}" if first - before > 1 else ""
@@ -182,8 +182,8 @@ def parting(found: Comparison, settings: list[str]) -> str:
     lines.append("Settings that differ:" + ("" if settings else " none"))
     lines += [f"  {setting}" for setting in settings]
     lines.append(f"First step of each difference, of {logged}:")
-    where = {(p.rank, p.part): str(p.step) for p in partings}
-    ranks = sorted({p.rank for p in partings}, key=lambda rank: -1 if rank is None else rank)
+    where = {(p.rank, p.part): str(p.step) for p in differences}
+    ranks = sorted({p.rank for p in differences}, key=lambda rank: -1 if rank is None else rank)
     rows = [("all" if r is None else str(r), *(where.get((r, part), "same") for part in PARTS)) for r in ranks]
     return "\n".join([*lines, *aligned([("rank", *PARTS), *rows])])
 

@@ -1,7 +1,7 @@
-"""A training run from its first line to its report.
+"""A training run: training, sample grids, scores and report.
 
-`Run(parts)` is made when every part is built and sound; `go` takes the run folder, trains from the newest sound
-checkpoint, and makes what is missing of pictures, scores and report.
+`Run(parts)` is constructed after all parts are built and checked. `go` locks the run folder, trains from the newest
+valid checkpoint, and then creates the missing sample grids, scores and report.
 """
 
 import os
@@ -21,13 +21,14 @@ from diffusion.build.trusted import foreign
 from diffusion.data.shards.changes import BadSample
 from diffusion.data.shards.remote import Unreachable
 from diffusion.distributed.processes import together
-from diffusion.distributed.ranks import Abandoned, Ranks, got_on
+from diffusion.distributed.ranks import Abandoned, Ranks, mark_progress
 from diffusion.distributed.signals import BATCH, Signals
-from diffusion.files import Room, reason, size_of, told_by_disk, writing
+from diffusion.files import Room, describe_disk_error, reason, size_of, writing
 from diffusion.metrics.metric import Metric
 from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
 from diffusion.page import told, write_report
+from diffusion.progress import counted
 from diffusion.runs.folder import OF_ANOTHER_RUN
 from diffusion.scoring.gallery import Gallery
 from diffusion.scoring.grids import film_path, grid_path, save_film, save_grid
@@ -44,9 +45,9 @@ from diffusion.training.held_out import COLUMNS, HeldOutLoss, held_out_loss
 from diffusion.training.meter import count_parameters
 from diffusion.training.nonfinite import NotFinite
 
-FAILURES = (BadSample, Unreachable, OSError, NotFinite, ValueError)  # what can end a run without a bug of ours
+FAILURES = (BadSample, Unreachable, OSError, NotFinite, ValueError)  # errors that are not bugs of this program
 
-warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is the user's to choose
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chooses data.num_workers
 warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning)\..*")
 
 
@@ -60,7 +61,9 @@ class Run:
     """A run, ready to start.
 
     Args:
-        parts: of it. signals: of this process; None where nobody handles any. say: tells the user something.
+        parts: the parts of the run.
+        signals: signals of this process; None if none are handled.
+        say: prints a message for the user.
     """
 
     def __init__(
@@ -70,19 +73,23 @@ class Run:
         self.folder, self.training, self.place = parts.training.folder, parts.training, parts.place
         self.extractor, self._reference = parts.ready, None
         self.ranks = Ranks()
-        self.failure = 0  # exit status of what has ended the run
+        self.failure = 0  # exit status of the failure that ended the run; 0: no failure
 
     # ---- the whole ----
 
     def go(self) -> int:
-        """Train and finish; the exit status: 0, or 128 + the signal that stopped it.
+        """Run everything.
+
+        Returns:
+            The exit status: 0, 128 + the number of the signal that stopped the run, or that of a failure.
 
         Raises:
-            ValueError: the folder is another run's, in use, or has no room. Nothing has been written then.
+            ValueError: the folder belongs to another run, is in use, or its disk has too little space. Nothing has been
+                written then.
         """
         if not self.parts.compute.main:
             status = self.work()
-            self.part()
+            self.leave()
             return status
         room = self.room()
         with writing(room):
@@ -92,13 +99,13 @@ class Run:
                 print(f"warning: {room.lack}", file=sys.stderr, flush=True)
             lock = self.folder.locked()
             lock.__enter__()
-        status = 1  # a failure, unless what follows says otherwise
+        status = 1  # kept if an exception is raised
         try:
             with writing(room):
                 self.begin()
             status = self.work()
             return status
-        except SystemExit as end:  # by a signal outside of training
+        except SystemExit as end:  # a signal outside of training
             status = end.code
             raise
         finally:
@@ -106,26 +113,26 @@ class Run:
                 for logger in self.training.loggers:
                     logger.close(status)
             lock.__exit__(None, None, None)
-            self.part()
+            self.leave()
 
     def begin(self) -> None:
-        """Write what the run is recorded as, and start the loggers; the folder is locked."""
+        """Write config.yaml and start the loggers. The folder must be locked."""
         data, module = self.training.data, self.training.module
-        self.folder.refuse_other(module.record)  # again, now that nobody else can write here
+        self.folder.refuse_other(module.record)  # check again, now that the folder is locked
         module.record = module.record.replaced("data", lanes=data.lanes, digest=data.index.digest)
         self.folder.write_config(module.record)
         for logger in self.training.loggers:
             logger.start(self.say, module.record)
 
     def work(self) -> int:
-        """What all ranks do: train, then look for a last time; the exit status. Signals are held: each part asks."""
+        """The work of all ranks: train, then sample and score. Returns the exit status. Signals are held."""
         with self.signals.held():
             parts = self.parts
             self.ranks, self.place = together(parts.compute, self.place, self.signals, self._write_to_the_end)
             return self.train() or self.finish()
 
     def train(self) -> int:
-        """From the newest sound checkpoint to max_steps; the exit status."""
+        """Train from the newest valid checkpoint to max_steps. Returns the exit status."""
         fit = None
         try:
             step, path = self._newest_sound()
@@ -135,9 +142,11 @@ class Run:
         except Exception as error:
             return self.failed(error, "Training ended before its first step")
         if fit is None:
-            return 0  # also after a signal: the report alone may be missing, and sampling stops by itself
+            return 0  # even after a signal: only the report may be missing, and sampling stops by itself
         if number:
-            self.say(f"Stopped by signal {number} before the first step; the same command goes on from step {step}.")
+            self.say(
+                f"Stopped by signal {number} before the first step. Run the same command to continue from step {step}."
+            )
             return 128 + number
         try:
             return fit.go(path, self.say)
@@ -145,7 +154,7 @@ class Run:
             return self.failed(error, f"Training ended at step {fit.trainer.global_step}")
 
     def _newest_sound(self) -> tuple[int, Path | None]:
-        """The newest sound checkpoint, its step and file, and the folder without what came after it."""
+        """Step and path of the newest valid checkpoint. Removes from the folder what is later than this step."""
         folder = self.folder
         aside = distrust_noted(folder) if self.ranks.main else []
         step, path, complaints = self.ranks.from_main(self._newest() if self.ranks.main else None)
@@ -153,8 +162,8 @@ class Run:
             self.say(complaint)
         if step == 0 and (others := [c for c in complaints if OF_ANOTHER_RUN in c]):
             raise NotOfThisRun(
-                f"run_dir={folder.path}: no checkpoint is of this configuration, and nothing is changed. "
-                f"{others[0]} Start the run as it was, or give another run_dir."
+                f"run_dir={folder.path}: no checkpoint has this configuration. Nothing was changed. {others[0]} Use "
+                f"the original settings, or give another run_dir."
             )
         if self.ranks.main:
             for damaged in [s for s in folder.steps() if s > step]:
@@ -169,36 +178,37 @@ class Run:
         return step, path
 
     def _newest(self) -> tuple[int, Path | None, list[str]]:
-        """The newest checkpoint that is sound and of this run, with weights of this network."""
+        """The newest checkpoint that is valid, belongs to this run and fits this network."""
         network = self.parts.denoiser.network
         shapes = {f"network.{name}": tuple(t.shape) for name, t in network.state_dict().items()}
         return self.folder.latest_valid(self.training.module.record, shapes)
 
     def introduction(self, step: int) -> str:
-        """What is about to happen, in a few lines."""
+        """A summary of the run in a few lines of text."""
         parts, data, length = self.parts, self.training.data, self.training.length
         network, size = parts.denoiser.network, self.training.data.image_size
         epochs = length.max_steps * data.batch_size / data.num_images
-        classes = f", {data.num_classes} classes" if data.num_classes else ""
+        classes = f", {counted(data.num_classes, 'class', 'classes')}" if data.num_classes else ""
         lines = [
-            f"Training {parts.name} in {self.folder.path}" + (f", going on from step {step}" if step else ""),
-            f"  data    {parts.described.name}: {data.num_images:,} images of {size}x{size}, {data.channels} channel(s)"
-            + classes,
+            f"Training {parts.name} in {self.folder.path}" + (f", continuing from step {step}" if step else ""),
+            f"  data    {parts.described.name}: {counted(data.num_images, 'image', 'images')} of {size}x{size}, "
+            f"{counted(data.channels, 'channel', 'channels')}{classes}",
             f"  model   {count_parameters(network):,} parameters, predicts {parts.denoiser.prediction}",
             f"  steps   {length.max_steps:,} of {data.batch_size} images ({epochs:,.1f} epochs), "
             f"on {self.place.device.type} in {'float32' if self.place.precision == '32' else 'bf16'}",
         ]
         if (held_out := self.held_out) is not None:
-            number, every = f"{len(held_out.numbers):,}", f"every {parts.held_out.every_steps:,} steps"
-            lines.append(f"  loss    also of {number} images of split {held_out.split}, not trained on, {every}")
+            number = counted(len(held_out.numbers), "held-out image", "held-out images")
+            every = f"every {counted(parts.held_out.every_steps, 'step', 'steps')}"
+            lines.append(f"  loss    also on {number} of split {held_out.split}, {every}")
         if modules := foreign(parts.record):
-            lines.append(f"  own     to load this model, sample, evaluate and lab need trust=[{','.join(modules)}]")
+            lines.append(f"  own     sample, evaluate and lab need trust=[{','.join(modules)}] to load this model")
         return "\n".join(lines)
 
-    # ---- pictures and scores ----
+    # ---- sample grids and scores ----
 
     def looks(self) -> list[Look]:
-        """The callbacks that look at the run while it trains."""
+        """The callbacks that evaluate the run while it trains."""
         looks, found, ema = self.parts.looks, [], self.training.ema
         if looks.enabled and looks.grid.every_steps:
             missing = lambda step: not grid_path(self.folder, step).is_file()  # noqa: E731
@@ -213,11 +223,11 @@ class Run:
 
     @cached_property
     def held_out(self) -> HeldOutLoss | None:
-        """The loss on images that are not trained on, if it is measured; asked for when the ranks are together."""
+        """The held-out loss, if it is measured. Access it only after the ranks are connected."""
         return held_out_loss(self.parts.held_out, self.training.module, self.training.data, self.place, self.ranks)
 
     def measure_held_out(self, step: int) -> None:
-        """A row held_out/... in metrics.csv and the loggers."""
+        """Measure the held-out loss and write it to metrics.csv and the loggers."""
         with self.signals.held(finishing=BATCH):
             row = self.held_out.measure()
         if self.ranks.main:
@@ -229,17 +239,17 @@ class Run:
         return not any(row["step"] == str(step) and row.get(COLUMNS[0]) for row in rows)
 
     def sampling(self, recipe: Recipe, batch_size: int) -> Sampling:
-        """How the run's images are made, by all ranks."""
+        """The sampling of images with the network of the run, on all ranks."""
         data = self.training.data
         shape = data.channels, data.image_size, data.image_size
         return recipe.batched(batch_size).sampling(self.parts.denoiser, self.place, shape, self.ranks.attend)
 
     def gallery(self, name: str, sampling: Sampling, number: int, step: int) -> Gallery:
-        """The images of a look at a step, made by all ranks; kept until they have been looked at."""
+        """The images of a look at a step, sampled by all ranks. They are kept on disk until the look is complete."""
         return Gallery(self.folder.evaluations / name, sampling, number, {"step": step, "weights": "ema"}, self.ranks)
 
     def look(self, step: int) -> None:
-        """A grid of samples, on disk and in the loggers."""
+        """Sample a grid, save it and log it."""
         grid = self.parts.looks.grid
         sampling = self.sampling(self.parts.recipe, grid.batch_size)
         with self.gallery(f"grid_{step:08d}", sampling, grid.num_images, step) as gallery:
@@ -247,16 +257,19 @@ class Run:
                 gallery.make()
             if self.ranks.main:
                 path = save_grid(self.folder, step, gallery)
-                got_on()
+                mark_progress()
                 for logger in self.training.loggers:
                     logger.log_picture(path, step)
 
     def score(
         self, step: int, metrics: Mapping[str, Metric] | None = None, final: bool = False
     ) -> list[dict[str, Any]]:
-        """Sample, score, and add to results.jsonl and to the loggers; the rows, on rank 0.
+        """Sample and score, and add the rows to results.jsonl and to the loggers.
 
-        While the run trains, by the settings of callbacks.score.during; at its end by its own sampler.
+        During training the settings of callbacks.score.during apply; at the end (`final`) those of the run's sampler.
+
+        Returns:
+            The rows, on rank 0; [] on the others.
         """
         parts, scored = self.parts, self.parts.looks.score
         recipe, number = parts.recipe, scored.num_images
@@ -288,7 +301,7 @@ class Run:
                 working=self.ranks.working,
             )
             self.folder.add_results(rows)
-            got_on()
+            mark_progress()
             gallery.remove()
         prefix = "final" if final and scored.every_steps and scored.otherwise else "eval"
         for logger in self.training.loggers:
@@ -296,11 +309,11 @@ class Run:
         return rows
 
     def reference(self) -> Reference | None:
-        """What the run is scored against, on rank 0; extractor and reference are made when first asked for."""
+        """The reference of the scores, on rank 0. Extractor and reference are created on the first call."""
         if self.extractor is None:
             if self.ranks.main:
                 self.extractor = self.parts.extractor()
-            self.ranks.largest()  # which may have trained it
+            self.ranks.largest()  # wait for rank 0, which may have to train the extractor
             self.extractor = self.extractor or self.parts.extractor()
         self.extractor.network.to(self.place.device)
         if not self.ranks.from_main(self._reference is not None):
@@ -308,13 +321,16 @@ class Run:
         return self._reference
 
     def finish(self) -> int:
-        """What is missing of the final grid and scores, from the last checkpoint's averaged weights; the report. The
-        exit status: 0, 128 + the signal that stopped it, or that of `failed`."""
+        """Create the missing final grid and scores, from the averaged weights of the last checkpoint, and the report.
+
+        Returns:
+            The exit status: 0, 128 + the number of the signal that stopped it, or that of `failed`.
+        """
         try:
             self._look_finally()
         except Abandoned:
             number = self.ranks.signal()
-            self.say(f"Stopped by signal {number} after training; the same command goes on with what is missing.")
+            self.say(f"Stopped by signal {number} after training. Run the same command to create what is missing.")
             return 128 + number
         except Exception as error:
             return self.failed(error, "Sampling and scoring after training ended")
@@ -323,8 +339,8 @@ class Run:
     def _look_finally(self) -> None:
         parts, main, folder = self.parts, self.ranks.main, self.folder
         step, path, _ = self.ranks.from_main(self._newest() if main else None)
-        if step < self.training.length.max_steps:  # and training has gone on, as save.on_error=warn says
-            raise WriteFailed(f"The weights of step {self.training.length.max_steps} are not on disk.")
+        if step < self.training.length.max_steps:  # the last save failed, with save.on_error=warn
+            raise WriteFailed(f"The checkpoint of step {self.training.length.max_steps} could not be written.")
         network, checkpoint = parts.denoiser.network.to(self.place.device).eval().requires_grad_(False), load(path)
         if self.held_out is not None and self.ranks.from_main(main and self._held_out_missing(step)):
             network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint.state_dict.items()})
@@ -354,13 +370,16 @@ class Run:
             if self.ranks.main and not film_path(folder, step).is_file():
                 save_film(folder, step, self.sampling(recipe, recipe.batch_size))
 
-    # ---- how it ends ----
+    # ---- the end of a run ----
 
-    def part(self) -> None:
-        """The ranks of a run end together; one of a run that has failed ends here, as the end of its process would wait
-        for the collectives it is in, and these for other ranks that do the same."""
+    def leave(self) -> None:
+        """Leave the group of ranks, together with the other ranks.
+
+        After a failure this process ends here, if there are several ranks. Otherwise its exit would wait for pending
+        collectives, which wait for the other ranks.
+        """
         if not self.failure:
-            self.ranks.part()
+            self.ranks.leave_together()
             return
         self.ranks.leave()
         if self.ranks.size > 1:
@@ -369,8 +388,11 @@ class Run:
             os._exit(self.failure)
 
     def failed(self, error: Exception, where: str) -> int:
-        """Say what ended the run; the exit status: 1, or 2 if the same command cannot go on before the user has done
-        something. Of a bug of ours the whole story, on its own rank."""
+        """Print the error that ended the run; for a bug of this program also the traceback, on its own rank.
+
+        Returns:
+            The exit status: 1, or 2 if the same command would fail again until the user changes something.
+        """
         self.failure = 1
         cause, self.failure = self.ranks.failed(error)
         self._write_to_the_end()
@@ -380,29 +402,31 @@ class Run:
             traceback.print_exception(error)
         if self.ranks.size > 1:
             where = where.replace(" ", f" of rank {self.ranks.rank} ", 1)
-        saved, disk = self.folder.steps(), told_by_disk(error, self.room()) if own else None
-        last = f"{where}; the same command goes on from step {saved[0] if saved else 0}."
+        saved, disk = self.folder.steps(), describe_disk_error(error, self.room()) if own else None
+        last = f"{where}. Run the same command to continue from step {saved[0] if saved else 0}."
         said = [f"error: {reason(error) if own else cause}", *([disk] if disk else []), *aside, last]
         print(*said, sep="\n", file=sys.stderr, flush=True)
         return self.failure
 
     def _distrusted(self, error: Exception) -> list[str]:
-        """What rank 0 has set aside after a change of the data; the others leave a note of it for the next start."""
+        """Set aside checkpoints after a change of the data, on rank 0 only. Returns a line of text for each."""
         try:
             return distrust(self.folder, error, aside=self.ranks.main)
         except OSError as problem:
             return [f"warning: {reason(problem)}"]
 
     def _write_to_the_end(self) -> None:
-        """Let the checkpoint that is being written be written."""
+        """Wait until the current checkpoint is written."""
         try:
             self.training.writer.wait()
         except Exception as error:
             print(f"warning: {reason(error)}", file=sys.stderr, flush=True)
 
     def room(self) -> Room:
-        """What the run folder has yet to take: checkpoints, of which a new one is written before an old one goes, and
-        the images that are scored."""
+        """The disk space that the run still needs: for checkpoints and for the images to score.
+
+        A new checkpoint is written before an old one is removed.
+        """
         parts, there, saving = self.parts, self.folder.steps(), self.training.saving
         last, data, looks = self.training.length.max_steps, self.training.data, parts.looks
         left, every = last - (there[0] if there else 0), saving.every_steps
@@ -410,11 +434,11 @@ class Run:
         saves = -(-left // every) if every else kept if saving.every_minutes else 1
         number = max(min(kept, len(there) + saves) - len(there), 1) if left > 0 else 0
         one = parts.checkpoint_bytes
-        what = [f"{number} checkpoint{'s' if number > 1 else ''} of {size_of(one)}"] if number else []
+        what = [f"{counted(number, 'checkpoint', 'checkpoints')} of {size_of(one)}"] if number else []
         wanted = looks.enabled and parts.metrics.keys() - self.folder.own_scores(last)
         scored = looks.score.num_images if wanted else 0
         images = scored * data.channels * data.image_size**2
         made = self.folder.evaluations / f"score_{last:08d}_final"
         images -= sum(path.stat().st_size for path in made.glob("images_*.npz")) if scored else 0
-        what += [f"{scored:,} images to score"] if images > 0 else []
+        what += [f"{counted(scored, 'image', 'images')} to score"] if images > 0 else []
         return Room("run_dir", self.folder.path, number * one + max(images, 0), " and ".join(what))

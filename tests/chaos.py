@@ -274,7 +274,7 @@ def differences(run: Path, whole: Path, steps: int) -> list[str]:
         found.append(f"fingerprints: {len(fingerprints.steps)} steps in both logs")
     left, right = files(run), files(whole)
     found += [f"file {name}" for name in left.keys() | right.keys() if left.get(name) != right.get(name)]
-    return found + [f"{p.part} at step {p.step}" for p in fingerprints.partings]
+    return found + [f"{p.part} at step {p.step}" for p in fingerprints.differences]
 
 
 def chaos(folder: Path, number: int, steps: int = STEPS, seed: int = 0, words: Sequence[str] = ()) -> list[Kill]:

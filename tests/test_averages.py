@@ -81,4 +81,4 @@ def test_the_room_of_a_checkpoint_counts_every_average(digits, tmp_path):
 
 def test_the_sampled_decay_is_not_given_twice(runs, capfd):
     assert inside("train", [*WORDS, "ema.decay=0.9", "ema.decays=[0.9]", "run_dir=x"], runs) == 2
-    assert "has ema.decay=0.9, which is averaged anyway" in capfd.readouterr().err
+    assert "contains ema.decay=0.9, which is always averaged" in capfd.readouterr().err

@@ -108,7 +108,7 @@ def test_training_goes_on_counts_and_says_so(digits, command_inside, tmp_path):
         assert {int(row["step"]): int(row["train/stand_ins"]) for row in rows} == {
             step: met[: 64 * step].sum() for step in (2, 4, 5, 6, 8, 10) if step <= steps
         }
-        assert f"Bad samples: {met[: 64 * steps].sum()} times so far another image stood in" in done.stdout
+        assert f"Bad samples: {met[: 64 * steps].sum()} damaged images were replaced" in done.stdout
         assert len(re.findall("^skipped: ", done.stderr, re.M)) >= met[320 * (steps > 5) : 64 * steps].sum() > 2
 
 
@@ -121,6 +121,6 @@ def test_a_bad_sample_ends_training_with_its_name_and_no_traceback(digits, comma
     done = command_inside("train", *words, check=2)
     message = rf"error: data\.root=.*: shard train-\d+\.tar has changed: sample \d+ \('{order[200]:09}\.png'\) does not"
     assert re.search(message, done.stderr) and "Traceback" not in done.stderr
-    assert "Training ended at step 2; the same command goes on from step 2." in done.stderr  # fetched a step ahead
+    assert "Training ended at step 2. Run the same command to continue from step 2." in done.stderr  # fetched ahead
     done = command_inside("train", *words, "data.on_bad_sample=skip", check=0)  # the cure
-    assert "going on from step 2" in done.stdout
+    assert "continuing from step 2" in done.stdout

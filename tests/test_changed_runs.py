@@ -87,13 +87,13 @@ def test_a_run_ends_saves_nothing_more_and_goes_on_exactly(
     )
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     step = run.steps()[0]
-    assert f"; the same command goes on from step {step}." in done.stderr
+    assert f". Run the same command to continue from step {step}." in done.stderr
     assert step in (12, 18)  # the change came when the first was in place, perhaps during the steps to the second
     assert not list(run.checkpoints.glob("*.other_data"))  # nothing of it was used
     if change is not overwrite_a_sample:  # which the steps that are left may not need
         assert command_inside("train", *words).returncode == 2  # not before it is restored
     restored(digits, data, kind)
-    assert f"going on from step {step}" in command_inside("train", *words, check=0).stdout
+    assert f"continuing from step {step}" in command_inside("train", *words, check=0).stdout
     assert_same(whole, run.path)
 
 
@@ -137,14 +137,14 @@ def test_checkpoints_that_may_come_from_other_data_are_set_aside(
     aside = sorted(path.name for path in run.checkpoints.glob("*.ckpt.other_data"))
     assert aside[:2] == ["step_00000012.ckpt.other_data", "step_00000018.ckpt.other_data"]
     for name in aside:
-        assert f"Set aside, as it may come from other data: run/checkpoints/{name}\n" in done.stderr
-    assert done.stderr.strip().endswith("the same command goes on from step 6.")
+        assert f"Set aside, because it may come from changed data: run/checkpoints/{name}\n" in done.stderr
+    assert done.stderr.strip().endswith("Run the same command to continue from step 6.")
     assert run.steps() == [6] and os.readlink(run.last) == "step_00000006.ckpt"
     for suffix in (".ckpt", ".sha256"):  # what another rank was writing then
         shutil.copy(run.checkpoint_path(6).with_suffix(suffix), run.checkpoint_path(24).with_suffix(suffix))
     restored(digits, data, "without")
     done = command_inside("train", *words, check=0)
-    assert "going on from step 6" in done.stdout and "step_00000024.ckpt.other_data" in done.stdout
+    assert "continuing from step 6" in done.stdout and "step_00000024.ckpt.other_data" in done.stdout
     assert not (run.path / "changed_data.json").exists()
     assert_same(whole, run.path)
 
@@ -163,4 +163,4 @@ def test_all_ranks_end_with_status_2(digits, tmp_path):
     step = run.steps()[0]
     restored(digits, data, "with")
     output, _ = start([*words, f"trainer.max_steps={step + 2}", "trainer.devices=1"], tmp_path).communicate(timeout=120)
-    assert f"going on from step {step}" in output, output
+    assert f"continuing from step {step}" in output, output

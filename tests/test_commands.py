@@ -76,7 +76,7 @@ def test_longer_training_goes_on(run, call, tmp_path):
     status, output = call(
         "train", *[w for w in run[1] if not w.startswith("callbacks.")], "trainer.max_steps=8", "callbacks=none"
     )
-    assert status == 0 and "going on from step 6" in output
+    assert status == 0 and "continuing from step 6" in output
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
 
 

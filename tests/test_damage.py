@@ -187,7 +187,7 @@ def test_the_checkpoint_of_another_run_is_not_used(place, runs, capfd):
     assert inside("train", COMMANDS["train"], place) == 0
     out = capfd.readouterr().out
     assert f"{NEWEST}.ckpt is not used: it belongs to another run (optimizer.lr: was 1.0, is 0.002)" in out
-    assert "going on from step 2" in out and same_weights(run, runs / "whole")
+    assert "continuing from step 2" in out and same_weights(run, runs / "whole")
 
 
 def test_a_checkpoint_with_another_network_is_not_used(place, runs, capfd):
@@ -195,7 +195,7 @@ def test_a_checkpoint_with_another_network_is_not_used(place, runs, capfd):
     changed(run, state_dict=lambda state: state | {"network.head.bias": torch.zeros(7)})
     assert inside("train", COMMANDS["train"], place) == 0
     out = capfd.readouterr().out
-    assert "it holds another network (network.head.bias is (7,), here (1,))" in out
+    assert "it holds another network: network.head.bias has shape (7,), expected (1,)" in out
     assert same_weights(run, runs / "whole")
 
 
@@ -204,10 +204,10 @@ def test_a_stray_checkpoint_is_no_end_of_the_run(place, runs, capfd):
     for suffix in (".ckpt", ".sha256"):
         shutil.copy(run / "checkpoints" / f"{NEWEST}{suffix}", run / "checkpoints" / f"step_99999999{suffix}")
     assert inside("sample", COMMANDS["sample"], place) == 0
-    assert "step_99999999.ckpt is not used: it is of step 3, not of step 99999999." in capfd.readouterr().out
+    assert "step_99999999.ckpt is not used: it holds step 3, not step 99999999." in capfd.readouterr().out
     assert inside("train", COMMANDS["train"], place) == 0
     out = capfd.readouterr().out
-    assert "99999999 steps" not in out and "going on from step 3" in out and same_weights(run, runs / "whole")
+    assert "99999999 steps" not in out and "continuing from step 3" in out and same_weights(run, runs / "whole")
     assert inside("train", COMMANDS["train"], place) == 0
     assert f"is finished: {STEPS} steps" in capfd.readouterr().out
 
@@ -247,7 +247,10 @@ def test_lines_that_are_no_results_are_named_once_left_and_not_used(place, capfd
     path.write_text("\n".join(odd) + "\n" + path.read_text())
     assert inside("report", ["runs=.", "out=tables"], place) == 0
     out, err = capfd.readouterr()
-    assert "run/results.jsonl: 8 lines, 1 first, are not a result and not used." in err and out.count("digits-FID") == 1
+    assert (
+        "run/results.jsonl: 8 lines, the first of them line 1, are not valid results and are ignored." in err
+        and out.count("digits-FID") == 1
+    )
     assert inside("train", COMMANDS["train"], place) == 0
     capfd.readouterr()
     assert path.read_text().splitlines()[:8] == odd and '"step": 4' in path.read_text()
@@ -276,7 +279,7 @@ def test_nothing_is_set_aside_because_another_configuration_is_given(place, capf
     }
     other = [word.replace("seed=3", "seed=4") for word in COMMANDS["train"]]
     assert inside("train", other, place) == 2
-    assert "no checkpoint is of this configuration" in capfd.readouterr().err
+    assert "no checkpoint has this configuration" in capfd.readouterr().err
     for name, content in before.items():
         path = run / "checkpoints" / name if "step" in name or "ckpt" in name else run / name
         assert path.read_bytes() == content
@@ -288,7 +291,8 @@ def test_a_config_that_is_cut_at_the_end_of_a_line_is_damaged(lines, place, runs
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
     assert inside("sample", COMMANDS["sample"], place) == 0
     assert inside("train", COMMANDS["train"], place) == 0
-    assert "config.yaml is damaged (it lacks" in capfd.readouterr().err and same_weights(place / "run", runs / "whole")
+    assert "is missing, which the newest checkpoint has)" in capfd.readouterr().err
+    assert same_weights(place / "run", runs / "whole")
 
 
 def test_what_was_damaged_twice_is_kept_twice(place, capfd):

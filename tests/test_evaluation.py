@@ -96,11 +96,11 @@ def test_one_that_was_stopped_goes_on_and_ends_the_same(run, which, call, tmp_pa
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     status, output = ended(process)
-    assert status == 143 and "Stopped by signal 15; the same command goes on" in output
+    assert status == 143 and "Stopped by signal 15. Run the same command to continue" in output
     made = list(batches.glob("images_*.npz"))
     assert 2 <= len(made) < 6 and not (tmp_path / "s" / "samples.npz").exists()
     status, output = call(which, *words, f"{kept}=s")
-    assert status == 0 and f"{10 * len(made)} of them were there" in output, output
+    assert status == 0 and f"{10 * len(made)} of them existed" in output, output
     assert not batches.exists()
     assert call(which, *words, f"{kept}=t")[0] == 0
     assert (tmp_path / "s" / "samples.npz").read_bytes() == (tmp_path / "t" / "samples.npz").read_bytes()
@@ -242,7 +242,7 @@ def test_an_end_before_the_ranks_have_met_is_the_end_of_all(run, whom, number, t
     os.kill([process.pid, *started][whom], number)
     status, output = ended(process, 40)
     assert status == (1 if whom else 143), output
-    assert not whom or "before the ranks had met there ended rank 1 with signal 9" in output
+    assert not whom or "before the ranks were connected, rank 1 ended with signal 9" in output
     assert not Path(f"/proc/{started[0]}/exe").exists()
 
 
@@ -285,7 +285,7 @@ def test_samples_stay_until_the_results_are_kept(run, wanted, call, tmp_path, mo
     assert not (tmp_path / "r.jsonl").exists()
     assert (tmp_path / "s" / ".batches" / "about.json").exists() == bool(wanted)  # by which the command may go on
     status, output = call("evaluate", *words)
-    assert status == 0 and "20 of them were there" in output
+    assert status == 0 and "20 of them existed" in output
     assert not list((tmp_path / "run").glob("evaluations/samples_*")) and not (tmp_path / "s" / ".batches").exists()
     assert (tmp_path / "s" / "samples.npz").exists() == bool(wanted)
 

@@ -64,7 +64,7 @@ def goes_on(folder: Path, words: list[str], cwd: Path) -> None:
     step, path, complaints = RunFolder(folder).latest_valid()
     assert path is not None and not complaints
     words = [*words, "trainer.devices=1", f"trainer.max_steps={step + 2}"]
-    assert f"going on from step {step}" in finish(start(words, cwd))
+    assert f"continuing from step {step}" in finish(start(words, cwd))
 
 
 @pytest.mark.slow
@@ -89,10 +89,10 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_of_them(victim, number, digits,
                 os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode in ((1,) if victim else (-9,))
-    cause = rf"error: rank {victim} \(last at step \d+\) has "
-    cause += "ended with signal 9" if number == signal.SIGKILL else "given no sign of life for 20 s"
+    cause = rf"error: rank {victim} \(last at step \d+\) "
+    cause += "ended with signal 9" if number == signal.SIGKILL else "sent no heartbeat for 20 s"
     if victim == 0:
-        cause = "error: the store of the run does not answer: rank 0, or its machine, is gone"
+        cause = "error: the store of the run does not answer: rank 0 or its machine has failed"
     assert re.search(cause, output), output
     goes_on(tmp_path / "run", words, tmp_path)
 
@@ -167,7 +167,7 @@ def test_a_rank_that_dies_is_named_by_the_others(three):
     results = three("works", "works", "dies")
     assert [status for status, _ in results] == [1, 1, -9]
     for _, output in results[:2]:
-        assert re.search(r"error: rank 2 \(last at step \d+\) has given no sign of life for 4 s", output)
+        assert re.search(r"error: rank 2 \(last at step \d+\) sent no heartbeat for 4 s", output)
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_a_run_that_gets_no_further_ends_and_the_rank_that_is_behind_is_named(th
     results = three("hangs", "waits", "hangs")
     assert [status for status, _ in results] == [1, 1, 1]
     for _, output in results:
-        assert "no rank has got on for trainer.timeout=6 s; furthest behind: rank 1 (rank 0 at step 5, " in output
+        assert "no rank made progress for trainer.timeout=6 s; furthest behind: rank 1 (rank 0 at step 5, " in output
 
 
 def test_ranks_that_end_at_different_times_are_no_failure(three):
@@ -207,8 +207,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_draws_are_kept(digits, 
     broken_at(monkeypatch, 5)
     words = [*ALONE, f"data.root={digits}", "trainer.max_steps=8", "run_dir=run"]
     done = command_inside("train", *words, check=1)
-    assert "error: the gradient of step 5 has the norm nan: its images, t and losses are in" in done.stderr
-    assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
+    assert "error: the gradient of step 5 has the norm nan. Its images, t and losses are in" in done.stderr
+    assert "Run the same command to continue from step 4." in done.stderr and "Traceback" not in done.stderr
     record = json.loads((tmp_path / "run" / "nonfinite" / "step_00000005_rank_0000.json").read_text())
     assert record["step"] == 5 and record["position"] == list(range(64, 80))
     assert len(record["t"]) == len(record["loss"]) == 16 and all(1 <= t <= 1000 for t in record["t"])
@@ -223,7 +223,7 @@ def test_skipping_a_step_leaves_all_as_it_was_and_goes_on(digits, command_inside
     words = [*ALONE, f"data.root={digits}", f"trainer.accumulate={accumulate}", "on_nonfinite=skip"]
     words += ["save.every_steps=1", "save.keep=10", "ema.warmup=false", "ema.decay=0.5"]
     done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=run", check=0)
-    assert "Not finite: 2 steps so far were skipped" in done.stdout
+    assert "Not finite: 2 steps were skipped so far" in done.stdout
     at = [contents(tmp_path / "run" / "checkpoints" / f"step_{step:08d}.ckpt") for step in range(1, 9)]
     for before, after, skipped in ((4, 5, True), (5, 6, False), (6, 7, True), (7, 8, False)):
         old, new = at[before - 1], at[after - 1]
@@ -235,7 +235,7 @@ def test_skipping_a_step_leaves_all_as_it_was_and_goes_on(digits, command_inside
     losses = [line.split(",")[1] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
     assert len(losses) == 4 and all(math.isfinite(float(loss)) for loss in losses)
     done = command_inside("train", *words, "trainer.max_steps=8", "run_dir=other", "max_nonfinite=1", check=1)
-    message = "2 steps had a gradient that is not finite, more than max_nonfinite=1 allows: the last is step 7"
+    message = "2 steps had a gradient that is not finite, more than max_nonfinite=1 allows. The last one is step 7"
     assert message in done.stderr
 
 
@@ -264,10 +264,10 @@ def test_a_full_disk_ends_the_run_or_not_and_leaves_the_checkpoints(digits, comm
     with monkeypatch.context() as patched:
         patched.setattr(Room, "check", lambda room: None)  # there was room a moment ago
         done = command_inside("train", *words, "trainer.max_steps=12", check=1)
-    assert re.search(r"error: .*step_0+6\.ckpt cannot be written: No space left on device\. The", done.stderr)
+    assert re.search(r"error: .*step_0+6\.ckpt cannot be written: No space left on device\. Earlier", done.stderr)
     message = rf"run_dir={run}: No space left on device: [\d.]+ MB are needed for \d checkpoints of [\d.]+ MB, "
     assert re.search(message, done.stderr)
-    assert "the same command goes on from step 4." in done.stderr and "Traceback" not in done.stderr
+    assert "Run the same command to continue from step 4." in done.stderr and "Traceback" not in done.stderr
     assert RunFolder(run).latest_valid()[0] == 4
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.endswith(".tmp")]
     done = command_inside("train", *words, "trainer.max_steps=9", "save.on_error=warn", check=1)
@@ -299,7 +299,7 @@ def test_a_row_that_has_no_room_is_not_there_in_part(small_disk, capsys):
     assert kept.endswith("\n") and 100 < len(kept.splitlines()) < 1000
     rows["warn"].log_metrics({"loss": 1.0}, 1000)
     said = capsys.readouterr().err
-    assert said == f"warning: {path}: No space left on device. Training goes on, as save.on_error=warn says.\n"
+    assert said == f"warning: {path}: No space left on device. Training continues (save.on_error=warn).\n"
     assert path.read_text() == kept
 
 
@@ -336,8 +336,10 @@ def test_too_few_open_files_are_named_with_the_limit_and_the_cure_or_are_enough(
     status, output = limited(words, tmp_path, f"ulimit -n {files}")
     assert "Traceback" not in output and "error: \n" not in output
     if status:
-        message = f"error: Too many open files: a process may have {files} here (ulimit -n). Raise the limit, as by "
-        assert status in (1, 2) and message in output and "fewer data.num_workers" in output and "sample" not in output
+        message = f"error: Too many open files: the limit is {files} per process (ulimit -n). Raise the limit, "
+        assert (
+            status in (1, 2) and message in output and "a smaller data.num_workers" in output and "sample" not in output
+        )
     else:
         assert RunFolder(tmp_path / "run").steps()[0] == 4
 
@@ -349,11 +351,14 @@ def test_too_few_open_files_are_named_with_the_limit_and_the_cure_or_are_enough(
         (OSError(), "OSError, without a message."),
         (AssertionError(" "), "AssertionError, without a message."),
         (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device."),
-        (OSError(errno.EMFILE, "Too many open files"), "Too many open files: a process may have "),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files: the limit is "),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "No further process or thread can be "),
-        (RuntimeError("can't start new thread"), "No further process or thread can be started: "),
-        (RuntimeError("unable to write to shared memory: No space left on device (28)"), "/dev/shm, the memory that "),
-        (MemoryError(), "There is not enough memory."),
+        (RuntimeError("can't start new thread"), "No further process or thread can be started. "),
+        (
+            RuntimeError("unable to write to shared memory: No space left on device (28)"),
+            "/dev/shm, the shared memory of processes, ",
+        ),
+        (MemoryError(), "Out of memory."),
     ],
 )
 def test_a_reason_is_never_empty_and_names_what_has_run_out(error, said):
@@ -394,7 +399,7 @@ def test_ranks_that_do_not_meet_end_after_the_timeout(digits, tmp_path):
     process = start([*words, "trainer.timeout=3"], tmp_path, **place)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "error: the ranks have not met within trainer.timeout=3 s; rank 0 on" in output
+    assert "error: the ranks did not connect within trainer.timeout=3 s. Rank 0 on" in output
     assert f"at 127.0.0.1:{port}, waits for the others." in output
 
 

@@ -12,7 +12,7 @@ from diffusion.distributed.place import Place
 from diffusion.files import sha256_of
 from diffusion.noise import key
 from diffusion.training.fingerprint import digest, digest_of_batch
-from diffusion.training.fingerprint_log import HEADER, PARTS, Parting, compare, cut_after, line, log_path, logs, read
+from diffusion.training.fingerprint_log import HEADER, PARTS, Difference, compare, cut_after, line, log_path, logs, read
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -129,7 +129,7 @@ def test_runs_part_by_rank_and_part_at_the_first_differing_step(tmp_path):
     write(b, {rank: [(s, 2, [s, s, s, s + rank]) for s in (10, 20, 30, 40, 50)] for rank in (0, 1)})
     assert compare(a, b) == ([10, 20, 30, 40], [])
     write(b, {1: [(10, 2, [10, 10, 10, 11]), (20, 2, [20, 20, 20, 0]), (30, 2, [0, 30, 30, 0]), (40, 2, [40] * 4)]})
-    assert compare(a, b).partings == [Parting(20, 1, "batch"), Parting(30, 1, "weights")]
+    assert compare(a, b).differences == [Difference(20, 1, "batch"), Difference(30, 1, "weights")]
 
 
 def test_runs_of_different_ranks_are_compared_by_what_they_have_together(tmp_path):
@@ -137,7 +137,7 @@ def test_runs_of_different_ranks_are_compared_by_what_they_have_together(tmp_pat
     write(a, {0: [(10, 1, [1, 2, 3, 9]), (20, 1, [1, 2, 3, 9]), (30, 1, [1, 2, 3, 8])]})
     half = [(10, 2, [1, 2, 3, 2**64 - 1]), (20, 2, [1, 2, 4, 2**64 - 1]), (30, 2, [1, 2, 3, 2**64 - 1])]
     write(b, {0: half, 1: [(step, 2, [1, 2, 3, 10]) for step in (10, 20, 30)]})
-    assert compare(a, b) == ([10, 20, 30], [Parting(20, None, "optimizer"), Parting(30, None, "batch")])
+    assert compare(a, b) == ([10, 20, 30], [Difference(20, None, "optimizer"), Difference(30, None, "batch")])
 
 
 def test_a_step_that_not_all_ranks_have_logged_is_left_out(tmp_path):
@@ -190,7 +190,7 @@ def test_a_run_is_the_same_with_or_without_a_log_and_its_micro_batches_have_the_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     halves = train([*words, "fingerprint_every=4", "trainer.accumulate=2"], tmp_path, "halves")
     found = compare(folder / "whole", halves)
-    assert found.steps == [4, 8] and "batch" not in {p.part for p in found.partings}
+    assert found.steps == [4, 8] and "batch" not in {p.part for p in found.differences}
 
 
 def rewrite(run, step: int, content: dict) -> None:
@@ -224,8 +224,8 @@ def test_one_flipped_bit_is_found_at_the_step_after_it_in_what_it_has_reached(tr
     train(words, tmp_path, "run")
     found = compare(folder / "whole", run)
     assert found.steps == list(range(1, STEPS + 1))
-    assert {(p.step, p.rank) for p in found.partings} == {(6, 0)}
-    assert {p.part for p in found.partings} == apart
+    assert {(p.step, p.rank) for p in found.differences} == {(6, 0)}
+    assert {p.part for p in found.differences} == apart
 
 
 def test_a_run_made_before_there_was_activation_checkpointing_goes_on_with_it_to_the_same_bits(trained, tmp_path):
@@ -254,8 +254,8 @@ def test_every_rank_has_a_log_and_they_agree_but_in_their_batches(trained, comma
         one, two = rows[0][step], rows[1][step]
         assert one.ranks == two.ranks == 2
         assert one.digests[:3] == two.digests[:3] and one.digests[3] != two.digests[3]
-    partings = compare(folder / "whole", tmp_path / "two").partings
-    assert {p.rank for p in partings} == {None} and "batch" not in {p.part for p in partings}
+    differences = compare(folder / "whole", tmp_path / "two").differences
+    assert {p.rank for p in differences} == {None} and "batch" not in {p.part for p in differences}
 
 
 # ---- the command ----

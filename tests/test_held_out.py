@@ -121,7 +121,7 @@ def recomputed(run, root, seed: int = 0, stream: int = 14) -> list[float]:
 
 def test_it_is_the_loss_of_the_raw_weights_on_images_of_another_split(root, command_inside, tmp_path):
     done = command_inside("train", *WORDS, f"data.root={root}", "run_dir=run", "trainer.max_steps=10", check=0)
-    assert "366 images of split test, not trained on, every 10 steps" in done.stdout
+    assert "366 held-out images of split test, every 10 steps" in done.stdout
     found = measured(tmp_path / "run", 10)
     assert found == pytest.approx(recomputed(tmp_path / "run", root), rel=1e-5)
 
@@ -163,7 +163,7 @@ def test_one_that_a_signal_has_ended_is_made_when_the_run_goes_on(root, tmp_path
     process.send_signal(signal.SIGTERM)  # inside the measurement of step 10, which takes seconds
     assert "Stopped by signal 15 at step 10" in finish(process, 128 + 15)
     assert (stopped / "checkpoints/step_00000010.ckpt").exists() and not table(stopped)[10].get("held_out/loss")
-    assert "going on from step 10" in finish(start([*words, "run_dir=stopped"], tmp_path))
+    assert "continuing from step 10" in finish(start([*words, "run_dir=stopped"], tmp_path))
     assert table(stopped) == table(tmp_path / "whole")
 
 

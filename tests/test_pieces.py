@@ -135,7 +135,7 @@ def test_another_batch_size_goes_on_with_the_batches_that_are_there(run, call, s
     stopped(0, *words, "batch_size=16", "out=s")
     assert {path: path.read_bytes() for path in (tmp_path / "s" / ".batches").glob("images_*")} == kept
     status, output = call(*words, "batch_size=16", "out=s")
-    assert status == 0 and "30 of them were there" in output, output
+    assert status == 0 and "30 of them existed" in output, output
     assert "Batch sizes 10 and 16 were mixed, which changes rounding at most." in output
     assert call(*words, "batch_size=16", "out=t")[0] == 0
     a, b = samples(tmp_path / "s").astype(int), samples(tmp_path / "t").astype(int)
@@ -148,7 +148,7 @@ def test_another_number_of_images_uses_what_is_there(run, call, stopped, tmp_pat
     words = ["sample", f"checkpoint={run}", *QUICK, "batch_size=10", "out=s"]
     stopped(20, *words, f"num_images={first}")
     status, output = call(*words, f"num_images={then}")
-    assert status == 0 and "20 of them were there" in output and "mixed" not in output, output
+    assert status == 0 and "20 of them existed" in output and "mixed" not in output, output
     assert call(*words[:-1], f"num_images={then}", "out=t")[0] == 0
     assert (tmp_path / "s" / "samples.npz").read_bytes() == (tmp_path / "t" / "samples.npz").read_bytes()
 
@@ -217,7 +217,7 @@ def test_batches_of_the_former_program_are_used(run, call, stopped, tmp_path):
             arrays = {name: old[name] for name in ("images", "work")}
         np.savez(path, **arrays)
     status, output = call(*words, "batch_size=20")
-    assert status == 0 and "20 of them were there" in output and "Batch sizes 10 and 20 were mixed" in output, output
+    assert status == 0 and "20 of them existed" in output and "Batch sizes 10 and 20 were mixed" in output, output
 
 
 def test_of_a_sampler_that_looks_at_the_batch_the_batch_size_decides(run, call, stopped):
@@ -244,7 +244,7 @@ def test_an_evaluation_goes_on_in_other_batches_and_the_record_says_so(run, call
     words = ["evaluate", "checkpoint=run", *QUICK, "num_images=40", "metrics=[fid]", "neighbours=0", "out=a.jsonl"]
     stopped(30, *words, "batch_size=10")
     status, output = call(*words, "batch_size=16")
-    assert status == 0 and "30 of them were there" in output and "Batch sizes 10 and 16 were mixed" in output, output
+    assert status == 0 and "30 of them existed" in output and "Batch sizes 10 and 16 were mixed" in output, output
     assert call(*words[:-1], "batch_size=16", "out=b.jsonl")[0] == 0
     a, b = (rows(tmp_path / f"{name}.jsonl")["fid"] for name in "ab")
     assert a["batch_size"] == b["batch_size"] == 16
@@ -293,7 +293,7 @@ def test_features_of_another_extractor_are_worked_out_from_the_same_images(run, 
     for path in (tmp_path / "s" / ".batches").glob("features_00000010_*"):
         path.unlink()
     status, output = call(*words, "batch_size=30", "samples=s")
-    assert status == 0 and "20 of them were there" in output and "features: 30 images" in output, output
+    assert status == 0 and "20 of them existed" in output and "features: 30 images" in output, output
     assert call(*words[:-1], "batch_size=10", "out=b.jsonl")[0] == 0
     a, b = (rows(tmp_path / f"{name}.jsonl")["fid"] for name in "ab")
     assert a["value"] == pytest.approx(b["value"], rel=1e-3)
@@ -316,7 +316,7 @@ def test_a_likelihood_goes_on_in_other_batches(run, call, tmp_path, monkeypatch)
         assert call(*words, "likelihood.batch_size=2")[0] == 2
     status, output = call(*words, "likelihood.batch_size=3")
     assert status == 0 and "likelihood: batch sizes 2 and 3 were mixed" in output, output
-    assert "4 of them were there" in output
+    assert "4 of them existed" in output
     assert call(*words[:-1], "likelihood.batch_size=3", "out=b.jsonl")[0] == 0
     a, b = (rows(tmp_path / f"{name}.jsonl")["bits_per_dim"] for name in "ab")
     assert a["value"] == pytest.approx(b["value"], rel=0.02) and a["num_images"] == 7

@@ -287,7 +287,7 @@ def filling(monkeypatch):
 def full(key: str, folder: Path, what: str) -> str:
     """What is said of a disk that has filled up."""
     needed = rf"[\d.]+ k?M?B are needed for {what}, " if what else ""
-    cure = r"What is finished stays: make room and give the same command\."
+    cure = r"Finished files are kept\. Free some space and run the same command\."
     return rf"{key}={re.escape(str(folder))}: No space left on device: {needed}[\d.]+ k?B are free\. {cure}"
 
 
@@ -308,7 +308,7 @@ def test_a_disk_that_fills_up_while_sampling_is_named_and_the_images_stay(made, 
     (small / "filler").unlink()
     monkeypatch.undo()
     status, output = call(*words)
-    assert status == 0 and "20 of them were there" in output, output
+    assert status == 0 and "20 of them existed" in output, output
 
 
 @mounts
@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_while_training_is_named_and_the_run_goes_on_later(
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "_write", filling)
         status, output = call(*words)
-    assert status == 1 and "the same command goes on from step 2." in refused(output)
+    assert status == 1 and "Run the same command to continue from step 2." in refused(output)
     assert re.search(full("run_dir", small / "run", r"1 checkpoint of [\d.]+ MB"), output), output
     assert RunFolder(small / "run").latest_valid()[0] == 2 and not list((small / "run").rglob("*.tmp"))
     (small / "filler").unlink()

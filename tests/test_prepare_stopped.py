@@ -123,7 +123,7 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, capfd):
     child = multiprocessing.get_context("fork").Process(target=run, args=(tmp_path,))
     child.start()
     child.join()
-    assert child.exitcode == 2 and "out=data/x: File too large. What is finished stays" in capfd.readouterr().err
+    assert child.exitcode == 2 and "out=data/x: File too large. Finished files are kept" in capfd.readouterr().err
     assert not list((tmp_path / "data").rglob("*.tmp")) and not list((tmp_path / "data").rglob("index.json"))
     assert inside("prepare", words, tmp_path) == 0
 

@@ -86,7 +86,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(words, steps, digit
         process.communicate()
         time.sleep(0.1)  # 100 ms later the lock must be free
     output = finish(start([*words, "run_dir=killed"], tmp_path))
-    assert "going on from step" in output
+    assert "continuing from step" in output
     assert_same(tmp_path / "whole", killed)
     rows = [(p / "metrics.csv").read_text().splitlines() for p in (tmp_path / "whole", killed)]
     speed = rows[0][0].split(",").index("train/images_per_second")
@@ -175,7 +175,7 @@ def test_a_look_that_a_signal_has_ended_is_made_when_the_run_goes_on(digits, tmp
     wait_for(tmp_path / "run" / "evaluations" / "score_00000004" / "about.json", process)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 128 + signal.SIGTERM)
-    assert "Stopped by signal 15 at step 4; the same command goes on from there." in output
+    assert "Stopped by signal 15 at step 4. Run the same command to continue." in output
     whole([*words, "callbacks.score.during.num_images=30"], tmp_path, "run")
     found = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert [(r["step"], r["num_images"]) for r in found if r["name"] == "fid"] == [(4, 30), (6, 20)]

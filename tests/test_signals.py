@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from diffusion.distributed.signals import SIGNALS, Signals, descendants, handled
 
-FIRST = "Ctrl-C: the training step under way is finished and saved first. Press Ctrl-C again to stop at once.\n"
+FIRST = "Ctrl-C: finishing and saving the current training step. Press Ctrl-C again to stop at once.\n"
 TINY = ["callbacks=none", "trainer.threads=1", "data.batch_size=8", "trainer.max_steps=3", "run_dir=run"]
 # A step that stays in C for a minute, which no signal ends sooner, without holding the interpreter, as torch does.
 OBJECTIVE = """
@@ -117,7 +117,7 @@ def test_ctrl_c_in_a_step_in_c_is_answered_at_once_and_a_second_one_ends_it(slow
     time.sleep(0.5)  # else it is the first once more
     started.press()
     assert started.ended(10) == 130
-    assert started.text().endswith(FIRST + "Stopped at once; the same command goes on from what is on disk.\n")
+    assert started.text().endswith(FIRST + "Stopped at once. Run the same command to continue from what is on disk.\n")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_ctrl_c_in_a_step_in_c_is_answered_at_once_and_a_second_one_ends_it(slow
 def test_one_signal_in_a_step_in_c_lets_it_end_and_the_run_goes_on_from_there(slowly, number, command_inside, tmp_path):
     started = slowly(3)
     started.process.send_signal(number)
-    started.wait_for(lambda: "the training step under way is finished and saved first" in started.text(), seconds=2.5)
+    started.wait_for(lambda: "finishing and saving the current training step" in started.text(), seconds=2.5)
     assert started.ended(60) == 128 + number
-    assert f"Stopped by signal {int(number)} at step 2; the same command goes on" in started.text()
+    assert f"Stopped by signal {int(number)} at step 2. Run the same command to continue" in started.text()
     assert (tmp_path / "run" / "checkpoints" / "step_00000002.ckpt").is_file()
 
 

@@ -73,7 +73,9 @@ def test_a_signal_in_training_and_one_at_the_start_requeue_a_job_of_four_tasks(c
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "2"
     assert text(output).count(f"Job {job} is requeued") == 2
-    assert re.findall(r"going on from step (\d+)", text(output)) == re.findall(r"signal 10 at step (\d+)", text(output))
+    assert re.findall(r"continuing from step (\d+)", text(output)) == re.findall(
+        r"signal 10 at step (\d+)", text(output)
+    )
     assert_same(run, whole[0])
     logged = Files(run)  # rank 0 ends them, while the others have ended with 138 and --kill-on-bad-exit sees it
     assert [[r.exit.exit_code for r in found if r.HasField("exit")] for found in logged.records] == [[138], [0]]
@@ -89,7 +91,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(cluster, who
     cluster.kill_node("node1")  # that of the job's shell and of rank 0
     cluster.finish(job, output)
     assert cluster.info(job, "Restarts") == "1"
-    assert "going on from step" in text(output)
+    assert "continuing from step" in text(output)
     assert_same(run, whole[0])
 
 
@@ -105,7 +107,7 @@ def test_the_warning_before_the_time_limit_saves_and_requeues_and_a_cancelled_jo
     cluster.until(lambda: "is requeued" in text(output), job, output)
     (stopped,) = re.findall(r"Stopped by signal 10 at step (\d+)", text(output))
     assert newest(run) == int(stopped)
-    cluster.until(lambda: f"going on from step {stopped}" in text(output), job, output)
+    cluster.until(lambda: f"continuing from step {stopped}" in text(output), job, output)
     rows = len(text(run / "metrics.csv").splitlines())
     cluster.until(lambda: len(text(run / "metrics.csv").splitlines()) > rows, job, output)
     cluster.run("scancel", job)
@@ -491,7 +493,7 @@ def test_a_sweep_is_an_array_of_runs_and_one_that_is_warned_goes_on_in_its_folde
         assert {(r["name"], r["step"]) for r in rows} == {("fid", STEPS), ("is", STEPS)}
         assert (folder / "report.html").is_file()
     stops = re.findall(r"signal 10 at step (\d+)", text(runs[1][2]))
-    assert len(stops) == 1 and re.findall(r"going on from step (\d+)", text(runs[1][2])) == stops
+    assert len(stops) == 1 and re.findall(r"continuing from step (\d+)", text(runs[1][2])) == stops
     assert inside("train", [*common, f"data.root={digits}", "seed=1", "run_dir=whole"], tmp_path) == 0
     assert_same(runs[1][1], tmp_path / "whole")
     assert {r.run.run_group for _, folder, _ in runs for r in Files(folder).all("run")} == {f"array-{array}"}
@@ -533,8 +535,8 @@ def test_the_flags_of_a_sweep_are_worth_more_than_the_variables_of_sbatch_and_th
     "words, message",
     [
         (["optimizer.lr=1e-3,-1"], "error: optimizer.lr=-1 must be above 0."),
-        (["seed=0,1", "--partition=none"], "error: sbatch has refused the sweep, for the reason above"),
-        (["seed=0,1", "launcher.max_num_timeout=3"], "error: launcher.max_num_timeout is not heeded here"),
+        (["seed=0,1", "--partition=none"], "error: sbatch has rejected the sweep, for the reason above"),
+        (["seed=0,1", "launcher.max_num_timeout=3"], "error: launcher.max_num_timeout has no effect here"),
     ],
 )
 def test_a_sweep_that_cannot_be_submitted_is_refused_as_a_whole(words, message, cluster, tmp_path):

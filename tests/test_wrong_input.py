@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, com
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     done = command_inside("train", *words, "run_dir=run", check=0)
-    assert "step_00000002.ckpt is not used: its sha256" in done.stdout and "going on from step 1" in done.stdout
+    assert "step_00000002.ckpt is not used: its sha256" in done.stdout and "continuing from step 1" in done.stdout
     assert path.with_suffix(".ckpt.damaged").is_file()
     again = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(whole[k], again[k]) for k in whole)

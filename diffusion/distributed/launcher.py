@@ -1,6 +1,6 @@
-"""Which process of a run this is, and who started it: nobody else, torchrun, SLURM, or this program itself.
+"""The number of processes of a command, and the launcher that started this one: torchrun, srun, this program, or none.
 
-Read from the environment, before torch is imported.
+It is read from the environment, before torch is imported.
 """
 
 import os
@@ -9,23 +9,26 @@ from typing import Annotated, Literal
 
 from diffusion.distributed.signals import speaks
 from diffusion.errors import Refusal
+from diffusion.progress import counted
 from diffusion.settings import AtLeast, Between, settings
 
-Processes = Literal["auto"] | Annotated[int, AtLeast(1, " (or auto, where nothing is trained)")]
+Processes = Literal["auto"] | Annotated[int, AtLeast(1, " (or auto, except for training)")]
 
 
 @settings("trainer")
 @dataclass(frozen=True)
 class Compute:
-    """On what a command computes, and in how many processes.
+    """The device of a command and the number of its processes.
 
     Args:
-        accelerator: "auto": a GPU if there is one. precision: "32", "bf16-mixed" (inside the network alone) or "auto":
-            bf16 on a GPU. memory_format: of weights and activations; "auto": channels_last on a GPU.
-        devices: processes on each machine. num_nodes: machines. "auto": as many as torchrun or srun has started, and
-            without them a process for each GPU of this machine, or one.
-        timeout: seconds without progress after which the processes count as hung; 0: never.
-        threads: of the CPU; None: torch's choice.
+        accelerator: "cpu", "gpu" or "auto": a GPU if there is one.
+        devices: processes per machine, or "auto": the number that torchrun or srun has started, or else one process for
+            each GPU of this machine, or one.
+        num_nodes: number of machines, or "auto": that of torchrun or srun, or else 1.
+        precision: "32", "bf16-mixed" (inside the network only) or "auto": bf16-mixed on a GPU.
+        memory_format: of weights and activations; "auto" means channels_last on a GPU.
+        timeout: seconds without progress after which the processes are ended as hung; 0 means never.
+        threads: CPU threads of torch; None means torch's default.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -38,7 +41,7 @@ class Compute:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """(processes on each machine, machines)."""
+        """The number of processes per machine, and the number of machines."""
         devices, nodes = self.devices, self.num_nodes
         if nodes == "auto":
             name = "GROUP_WORLD_SIZE" if under_torchrun() else "SLURM_NNODES" if under_srun() else ""
@@ -53,30 +56,37 @@ class Compute:
 
     @property
     def ranks(self) -> int:
-        """Processes of all machines."""
+        """The number of processes on all machines."""
         devices, nodes = self.layout
         return devices * nodes
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes. A run of one process is always its own: several of them,
-        started by mistake, meet at the lock."""
+        """Whether this process writes files: rank 0.
+
+        A run of one process is always rank 0. If several are started by mistake, the lock of the run folder stops them.
+        """
         return self.ranks == 1 or speaks()
 
     def check(self) -> None:
-        """Refuse a number of processes other than the one that was started: the run would wait for ever, or train
-        apart."""
+        """Check that the number of processes is the number that the launcher has started.
+
+        Otherwise the run would wait for ever, or its processes would train separately.
+
+        Raises:
+            Refusal: the numbers differ.
+        """
         if not (under_torchrun() or under_srun()):
             return
-        wanted = f"trainer.devices={self.devices} x trainer.num_nodes={self.num_nodes}"
+        wanted = f"trainer.devices={self.devices} times trainer.num_nodes={self.num_nodes}"
         if under_torchrun():
             started, who, cure = int(os.environ["WORLD_SIZE"]), "torchrun", "trainer=ddp"
         else:
             started, who, cure = int(os.environ["SLURM_STEP_NUM_TASKS"]), "srun", "trainer=slurm"
         if started != self.ranks:
             raise Refusal(
-                f"{wanted} is {self.ranks} process(es), but {who} has started {started}: give {cure}, which takes them "
-                f"as they are."
+                f"{wanted} is {counted(self.ranks, 'process', 'processes')}, but {who} has started {started}. Give "
+                f"{cure}, which uses the processes that {who} has started."
             )
 
 
@@ -87,9 +97,10 @@ def _gpus() -> int:
 
 
 def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def under_srun() -> bool:
-    """Whether SLURM has started this process as one of several tasks; a batch script's own shell is none."""
+    """Whether srun has started this process as one of several tasks. False in the shell of a batch script."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1

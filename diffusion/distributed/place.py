@@ -1,4 +1,4 @@
-"""Where a network runs: its device, its precision and its memory format."""
+"""The device, precision and memory format of a network."""
 
 import contextlib
 from typing import NamedTuple, Self
@@ -12,7 +12,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class Place(NamedTuple):
-    """Device, precision of the network ("32" or "bf16-mixed"), memory format."""
+    """The device, the precision of the network ("32" or "bf16-mixed") and the memory format."""
 
     device: torch.device
     precision: str
@@ -20,14 +20,14 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, compute: Compute) -> Self:
-        """What is asked for, `auto` decided by what is there; sets the number of threads.
+        """The place for these settings. `auto` depends on whether there is a GPU. Also sets torch's number of threads.
 
         Raises:
-            Refusal: a GPU is asked for, and there is none.
+            Refusal: accelerator is "gpu", and there is no GPU.
         """
         cuda = torch.cuda.is_available()
         if compute.accelerator == "gpu" and not cuda:
-            raise Refusal("trainer.accelerator=gpu, but torch sees no CUDA device: give trainer=cpu.")
+            raise Refusal("trainer.accelerator=gpu, but torch finds no CUDA device. Give trainer=cpu.")
         device = torch.device("cuda" if cuda and compute.accelerator != "cpu" else "cpu")
         precision, wanted = compute.precision, compute.memory_format
         if precision == "auto":
@@ -39,7 +39,7 @@ class Place(NamedTuple):
         return cls(device, precision, FORMATS[wanted])
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 inside the network where that was asked for."""
+        """The autocast context for the network: bf16, or no change if precision is "32"."""
         if self.precision == "32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

@@ -1,6 +1,7 @@
-"""The processes of a run, a sampling or an evaluation: started where nobody else has done it, and joined.
+"""The processes of training, sampling or evaluation: starting them, if no launcher has done so, and connecting them.
 
-Under torchrun or srun the processes are there; else this one starts the others of its machine, by Lightning's Fabric.
+Under torchrun or srun the processes exist already. Otherwise this process starts the others of its machine, with
+Lightning's Fabric.
 """
 
 import logging
@@ -28,13 +29,13 @@ from diffusion.distributed.launcher import Compute, under_srun, under_torchrun
 from diffusion.distributed.place import Place
 from diffusion.distributed.ranks import NEVER, Abandoned, Ranks
 from diffusion.distributed.signals import BATCH, Signals
-from diffusion.distributed.watchdog import Watchdog, connect, forget, how
+from diffusion.distributed.watchdog import Watchdog, connect, describe_exit, forget
 from diffusion.files import reason
 
 for quiet in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
     logging.getLogger(quiet).setLevel(logging.ERROR)
-# Lightning's own observer kills all processes, at once and without a word, when one has ended other than with status 0,
-# as each does that has been stopped by a signal. The watchdog knows better.
+# Lightning's observer kills all processes at once, without a message, when one ends with a status other than 0. A
+# process that is stopped by a signal ends with such a status. The watchdog replaces the observer.
 subprocess_script._launch_process_observer = lambda processes: None
 
 
@@ -55,9 +56,10 @@ def meeting(
     signals: Signals,
     timeout: float,
 ) -> Iterator[None]:
-    """While the ranks look for each other: end this process if one that it has started is over, if the one that has
-    started it is, or if they have not met after `timeout` seconds (0: as long as it takes). A signal ends it as well:
-    there is nothing yet that could be saved.
+    """Context in which the ranks connect to each other. It ends this process if they cannot connect.
+
+    The process ends if one that it has started has ended, if its parent process has ended, or after `timeout` seconds
+    (0 means no limit). A signal ends it too, because there is nothing to save yet.
     """
     met, parent = threading.Event(), os.getppid()
     own = "LOCAL_RANK" in os.environ and not under_torchrun() and not under_srun()
@@ -73,16 +75,16 @@ def meeting(
         if late:
             rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
             at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            where = f"rank {rank} on {os.uname().nodename}, at {at},"
+            where = f"Rank {rank} on {os.uname().nodename}, at {at},"
             print(
-                f"error: the ranks have not met within trainer.timeout={timeout:g} s; {where} waits for the others.",
+                f"error: the ranks did not connect within trainer.timeout={timeout:g} s. {where} waits for the others.",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-        elif met.wait(2.0) or signals.number:  # Ctrl-C goes to all, is the cause then, and ends this one too
+        elif met.wait(2.0) or signals.number:  # Ctrl-C reaches all processes, and then ends this one too
             return
         elif main:
-            ranks = ", ".join(f"rank {rank} with {how(code)}" for rank, code in over.items())
-            print(f"error: before the ranks had met there ended {ranks}.", file=sys.stderr, flush=True)
+            ranks = ", ".join(f"rank {rank} ended with {describe_exit(code)}" for rank, code in over.items())
+            print(f"error: before the ranks were connected, {ranks}.", file=sys.stderr, flush=True)
         for process in started():
             process.kill()
         os._exit(1)
@@ -104,17 +106,18 @@ def together(
     signals: Signals,
     last_words: Callable[[], None] = lambda: None,
 ) -> tuple[Ranks, Place]:
-    """This process's place among the ranks that are asked for, all of which are there now, and its device. To be
-    called once, by each of them.
+    """Start and connect the ranks. Each process calls this once, and gets its rank and its device.
 
     Args:
-        signals: of this process.
-        last_words: called before this process is ended because another has failed.
+        compute: number of processes and machines, and the timeout.
+        where: device, precision and memory format.
+        signals: signals of this process.
+        last_words: called before this process is ended because another one has failed.
     """
-    told = lambda: signals.number  # noqa: E731
+    signal_number = lambda: signals.number  # noqa: E731
     devices, nodes = compute.layout
     if devices * nodes == 1:
-        return Ranks(told=told), where
+        return Ranks(signal_number=signal_number), where
     backend = "nccl" if where.device.type == "cuda" else "gloo"
     strategy = DDPStrategy(process_group_backend=backend, timeout=NEVER)
     fabric = Fabric(
@@ -126,34 +129,37 @@ def together(
     )
 
     def started() -> list[subprocess.Popen]:
-        """Ranks 1, 2, ... of this machine, by rank 0."""
+        """The processes that rank 0 has started: ranks 1, 2, ... of this machine."""
         return getattr(strategy.launcher, "procs", [])
 
     def ended() -> dict[int, int]:
         return {rank: code for rank, process in enumerate(started(), 1) if (code := process.poll()) is not None}
 
-    if backend == "nccl":  # else it ends the processes that are left before the watchdog has said why
+    if backend == "nccl":  # otherwise it ends the remaining processes before the watchdog reports the cause
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     with meeting(compute.main, started, ended, signals, compute.timeout):
         fabric.launch()
     rank, size, store = fabric.global_rank, fabric.world_size, connect()
     if rank == 0:
         forget(store)
-    dog = Watchdog(rank, size, store, timeout=compute.timeout, last_words=last_words, ended=ended, told=told)
+    dog = Watchdog(
+        rank, size, store, timeout=compute.timeout, last_words=last_words, ended=ended, signal_number=signal_number
+    )
     if where.device.type == "cuda":
         torch.cuda.set_device(fabric.device)
-    return Ranks(rank, size, told, dog), where._replace(device=fabric.device)
+    return Ranks(rank, size, signal_number, dog), where._replace(device=fabric.device)
 
 
 def share(
     compute: Compute, where: Place, work: Callable[[Ranks, Place], None], signals: Signals, debug: bool = False
 ) -> None:
-    """Do `work(ranks, where)` in all processes of a command that leaves what is half done for its next start.
+    """Run `work(ranks, where)` in all processes of a command that can be interrupted and continued.
 
-    A ValueError of a single process is its caller's; where there are several, whatever fails ends all of them here.
+    An exception in a single process is raised to the caller. With several processes any exception ends all of them
+    here.
 
     Raises:
-        SystemExit: with 128 + the number of a signal, if one has stopped it.
+        SystemExit: with status 128 + the number of the signal that stopped the work.
     """
     with signals.held(finishing=BATCH):
         ranks, where = together(compute, where, signals)
@@ -162,8 +168,8 @@ def share(
         except Abandoned:
             number = ranks.signal()
             if ranks.main:
-                print(f"Stopped by signal {number}; the same command goes on from there.", flush=True)
-            ranks.part()
+                print(f"Stopped by signal {number}. Run the same command to continue.", flush=True)
+            ranks.leave_together()
             raise SystemExit(128 + number) from None
         except Exception as error:
             if ranks.size == 1:
@@ -175,4 +181,4 @@ def share(
             print(f"error: {reason(error) if own else cause}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(2 if isinstance(error, ValueError) else 1)
-        ranks.part()
+        ranks.leave_together()

@@ -1,8 +1,8 @@
-"""One process among those that do a thing together: which share is its own, and how they meet.
+"""One process among the ranks of a command: its share of the work, and communication with the other ranks.
 
-A run, a sampling or an evaluation may be spread over ranks. What one of them does depends on numbers of images alone;
-here they wait for each other, hand results to rank 0, hear of a signal that another has got, and end together when one
-fails. Knows nothing of what is done.
+Training, sampling and evaluation may be spread over ranks. The result of a piece of work depends on the numbers of its
+images only, not on the rank. This module lets ranks wait for each other, send results to rank 0, learn of a signal that
+another rank has got, and end together when one fails. It does not know what the work is.
 """
 
 import contextlib
@@ -18,42 +18,48 @@ import torch.distributed as dist
 
 from diffusion.distributed.watchdog import Watchdog, exit_status
 
-NEVER = timedelta(days=30)  # collectives wait; the watchdog ends them
+NEVER = timedelta(days=30)  # timeout of collectives; the watchdog ends processes that hang
 
 
 class Abandoned(Exception):
-    """Work that is not gone on with, because this rank or another has been told to stop."""
+    """The work was interrupted, because this rank or another one has got a signal to stop."""
 
 
 class Ranks:
-    """Rank `rank` of `size`. With more than one, torch's process group must be there, and all make this at once.
+    """Rank `rank` of `size`.
+
+    With more than one rank, torch's process group must be initialised, and all ranks must construct this together.
 
     Args:
-        told: the number of the signal that this process has got, or None.
-        dog: the watchdog of this rank, which is started here; None where it is alone.
+        signal_number: returns the number of the signal that this process has got, or None.
+        dog: the watchdog of this rank, which is started here; None for a single process.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, told: Callable[[], int | None] = lambda: None, dog: Watchdog | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        signal_number: Callable[[], int | None] = lambda: None,
+        dog: Watchdog | None = None,
     ) -> None:
-        self.rank, self.size, self._told, self._dog = rank, size, told, dog
+        self.rank, self.size, self._signal_number, self._dog = rank, size, signal_number, dog
         self._group = dist.new_group(backend="gloo", timeout=NEVER) if size > 1 else None
         if dog is not None:
             dog.start()
 
     @property
     def main(self) -> bool:
-        """Whether this rank is the one that writes and speaks."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` pieces of work are this rank's."""
+        """The numbers of the pieces of work of this rank, out of `count`."""
         return range(self.rank, count, self.size)
 
-    # ---- meeting: every rank calls the same of these, in the same order ----
+    # ---- collectives: every rank must call the same ones in the same order ----
 
     def largest(self, number: int = 0) -> int:
-        """Wait for all ranks; the largest number given."""
+        """The largest of the numbers of all ranks. Waits for all ranks."""
         if self._group is None:
             return number
         word = torch.tensor([number], dtype=torch.int64)
@@ -61,7 +67,7 @@ class Ranks:
         return int(word)
 
     def collected(self, thing: Any) -> list[Any]:
-        """Those of all ranks on rank 0, in the order of the ranks; nothing on others."""
+        """The objects of all ranks, in the order of the ranks, on rank 0; [] on the others."""
         if self._group is None:
             return [thing]
         found = [None] * self.size if self.main else None
@@ -69,7 +75,7 @@ class Ranks:
         return found or []
 
     def from_main(self, thing: Any) -> Any:
-        """What rank 0 gave."""
+        """The object of rank 0, on all ranks."""
         if self._group is None:
             return thing
         box = [thing]
@@ -79,14 +85,18 @@ class Ranks:
     # ---- signals and failures ----
 
     def attend(self) -> None:
-        """To be called often in long work: this rank gets on. Abandoned if it or another has been told to stop."""
+        """Report progress; call it often during long work.
+
+        Raises:
+            Abandoned: this rank or another one has got a signal.
+        """
         self.working()
-        if self._told() or (self._dog is not None and self._dog.called):
+        if self._signal_number() or (self._dog is not None and self._dog.called):
             raise Abandoned
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that every rank has a share in: all leave it together, and if one abandons it, all do."""
+        """Context for work that all ranks share: all leave it together. If one raises Abandoned, all do."""
         abandoned = 0
         try:
             yield
@@ -96,42 +106,48 @@ class Ranks:
             raise Abandoned
 
     def signal(self) -> int:
-        """Wait for all ranks; the number of a signal that one of them has got, or 0."""
-        return self.largest(self._told() or 0)
+        """The number of a signal that one of the ranks has got, or 0. Waits for all ranks."""
+        return self.largest(self._signal_number() or 0)
 
     def step(self, step: int) -> None:
-        """This rank has finished a step of training."""
+        """Report that this rank has finished a training step."""
         if self._dog is not None:
             self._dog.step(step)
 
     def working(self) -> None:
-        """This rank gets on."""
+        """Report that this rank makes progress."""
         if self._dog is not None:
             self._dog.working()
 
     def failed(self, error: Exception) -> tuple[str | None, int]:
-        """This rank cannot go on: tell the others. The cause of it all, None where there are no others; and the exit
-        status for it, the same on all ranks."""
+        """Report to the other ranks that this one has failed.
+
+        Returns:
+            The original cause, which may be the failure of another rank, or None for a single process; and the exit
+            status, the same on all ranks.
+        """
         return (None, exit_status(error)) if self._dog is None else self._dog.failed(error)
 
-    def part(self, seconds: float = 120.0) -> None:
-        """The end: wait until every rank has come here, or until one has not for so long."""
+    def leave_together(self, seconds: float = 120.0) -> None:
+        """Leave the group after all ranks have called this, or after `seconds` if one does not."""
         if self._group is not None:
-            with contextlib.suppress(RuntimeError):  # one of them is gone
+            with contextlib.suppress(RuntimeError):  # a rank has ended
                 dist.monitored_barrier(self._group, timedelta(seconds=seconds))
         self.leave()
 
     def leave(self) -> None:
-        """The end, without waiting for anybody."""
+        """Leave the group without waiting for other ranks."""
         if self._dog is not None:
             self._dog.stop()
             self._dog = None
 
 
-def got_on() -> None:
-    """Tell the batch script of a SLURM job that this start has made progress which the next one finds: removes the file
-    that slurm/job.sh looks for. To be called when something has been saved. Only a process on the node of the batch
-    script reaches that file, as rank 0 does."""
+def mark_progress() -> None:
+    """Report to the batch script of a SLURM job that this start has saved something: remove the file of slurm/job.sh.
+
+    Call it whenever something has been saved. Only processes on the node of the batch script can reach that file; rank
+    0 is one of them.
+    """
     mark = os.environ.get("DIFFUSION_NOT_YET")
     if mark:
         Path(mark).unlink(missing_ok=True)

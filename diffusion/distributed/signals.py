@@ -1,18 +1,20 @@
-"""SIGTERM, SIGINT and SIGUSR1, from the first lines of a command to its last.
+"""Handling of SIGTERM, SIGINT and SIGUSR1, from the first line of a command to its last.
 
-Python runs the handler of a signal in the main thread, between two of its instructions: during a long call into C++ it
-waits. So a thread of its own reads the signals from a pipe, which the interpreter fills at once, and answers them:
+Python runs a signal handler in the main thread, between two bytecode instructions. During a long call into C++ the
+handler has to wait. So a separate thread reads the signals from a pipe, to which the interpreter writes at once:
 
-    nothing is held    the command ends: the main thread unwinds, and if it has not ended in GRACE seconds, the thread
-                       ends the process
-    held               the signal is noted, what is under way is finished, and whoever holds it looks at `number`
+    not held           the command ends: the main thread raises SystemExit. If the process has not ended after GRACE
+                       seconds, the thread ends it
+    held               the signal is recorded in `number`; the code that holds it finishes its current work and then
+                       reads `number`
     Ctrl-C again       the thread ends the process at once
 
-An end by the thread is a kill with a line of explanation: files are whole or absent at any moment, locks go with the
-process, and no process that this one has started is left. The thread needs the interpreter for a moment, which torch
-gives up while it computes. Loading a shared library does not, so an answer during the imports can be late by that.
+When the thread ends the process, it prints a line and kills. Files are complete or absent at any moment, locks end with
+the process, and the processes that this one has started are killed too. The thread needs the interpreter lock for a
+moment. torch releases it while it computes; loading a shared library does not, so that the response during imports can
+be late.
 
-Importing this module installs nothing. Needs the standard library only, and neither torch nor lightning.
+Importing this module does not install handlers. It needs the standard library only.
 """
 
 import atexit
@@ -29,27 +31,31 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE = 1.2  # seconds for the main thread to end the process by itself
-STEP = "the training step under way is finished and saved first"
-BATCH = "the batch of images under way is finished and saved first"
-ECHO = 0.3  # seconds in which a further Ctrl-C is the same one, sent by the terminal and by a launcher
-SHOW_CURSOR = "\x1b[?25h"  # which a progress bar has hidden
-CLEAR_LINE = "\r\x1b[2K"  # of a progress bar, or of ^C
+GRACE = 1.2  # seconds for the main thread to end the process itself
+STEP = "finishing and saving the current training step"
+BATCH = "finishing and saving the current batch of images"
+STOPPED_AT_ONCE = "Stopped at once. Run the same command to continue from what is on disk."
+ECHO = 0.3  # seconds in which a second Ctrl-C counts as the same one, sent by the terminal and by a launcher
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides the cursor
+CLEAR_LINE = "\r\x1b[2K"  # removes a progress bar or ^C
 
-_there: list["Signals"] = []  # those that handle the signals of this process, the last first in charge
+_there: list["Signals"] = []  # the handlers of this process; the last one is in charge
 
 
 class Signals:
-    """The handlers of this process and the thread that answers; `with Signals() as signals:` puts back what was there
-    before. In another thread than the main one, where Python allows no handlers, it changes nothing."""
+    """The signal handlers of this process, and the thread that responds.
+
+    `with Signals() as signals:` restores the previous handlers at the end. Outside the main thread, where Python does
+    not allow handlers, it does nothing.
+    """
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the first signal that came
+        self.number: int | None = None  # number of the first signal
         self._holding: tuple[int, ...] = ()
-        self._finishing = ""  # what is done before a held signal is obeyed, in words
+        self._finishing = ""  # text: what the command does before it obeys a held signal
         self._unwinding = self._importing = self._over = False
-        self._answered = threading.Event()  # the line has been said
-        self._owner: int | None = None  # the process whose signals these are
+        self._answered = threading.Event()  # set when the line is printed
+        self._owner: int | None = None  # id of the process whose signals are handled
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is not threading.main_thread():
@@ -81,13 +87,14 @@ class Signals:
             os.close(descriptor)
         self._owner = None
 
-    # ---- what a command says ----
+    # ---- for commands ----
 
     @contextmanager
-    def held(
-        self, numbers: Sequence[int] = SIGNALS, finishing: str = "what is under way is finished first"
-    ) -> Iterator[None]:
-        """Inside, one of these signals is noted, and the user told what is done before it is obeyed."""
+    def held(self, numbers: Sequence[int] = SIGNALS, finishing: str = "finishing the current work") -> Iterator[None]:
+        """Context in which these signals are recorded, not obeyed.
+
+        finishing: what the command does before it obeys; printed when a signal comes.
+        """
         before = self._holding, self._finishing
         self._holding, self._finishing = tuple(numbers), finishing
         try:
@@ -96,12 +103,12 @@ class Signals:
             self._holding, self._finishing = before
 
     def obey(self) -> None:
-        """End the process, if a signal has come while it was held."""
+        """End the process if a signal came while it was held."""
         if self.number is not None:
             raise SystemExit(128 + self.number)
 
     def over(self) -> None:
-        """The work is done and the exit status stands: from now on only a second Ctrl-C changes anything."""
+        """Declare the work complete and the exit status final. From now on only a second Ctrl-C has an effect."""
         self._over = True
 
     # ---- the main thread ----
@@ -111,7 +118,7 @@ class Signals:
             self.number = int(number)
         if number in self._holding or self._over or self._unwinding:
             return
-        if _within_an_import(frame):  # C++ would make something else of an exception
+        if _within_an_import(frame):  # C++ code would turn the exception into another error
             self._importing = True
             return
         self._unwinding = True
@@ -121,12 +128,12 @@ class Signals:
     # ---- the thread ----
 
     def _answer(self) -> None:
-        """Read the pipe until it says 0."""
+        """Read the pipe until a 0 arrives."""
         poll = select.poll()
         poll.register(self._reading, select.POLLIN)
         first: float | None = None  # when the first signal came
         deadline: float | None = None  # for the main thread to end the process
-        ending = 0  # the signal it is to end by
+        ending = 0  # the signal for which it ends
         while True:
             numbers = os.read(self._reading, 64) if poll.poll(None if deadline is None else 20) else b""
             now = time.monotonic()
@@ -137,7 +144,7 @@ class Signals:
                     continue
                 held = number in self._holding or self._over
                 if first is not None and number in self._impatient() and now - first > ECHO:
-                    self._end(number, "Stopped at once; the same command goes on from what is on disk." if held else "")
+                    self._end(number, STOPPED_AT_ONCE if held else "")
                 if self.number is None:
                     self.number = number
                 if first is None:
@@ -149,10 +156,10 @@ class Signals:
             if deadline is not None and (self._importing or now > deadline):
                 if ending not in self._holding:
                     self._end(ending)
-                deadline = None  # the main thread has come to a part that holds it, and obeys at its end
+                deadline = None  # the main thread now holds the signal, and obeys at the end of that part
 
     def _impatient(self) -> tuple[int, ...]:
-        """What a second Ctrl-C comes as. torchrun's processes get the first from their agent, and then SIGTERM."""
+        """The signals as which a second Ctrl-C arrives. After the first, processes of torchrun get SIGTERM."""
         handed_on = "TORCHELASTIC_RUN_ID" in os.environ and self.number == signal.SIGINT
         return (signal.SIGINT, signal.SIGTERM) if handed_on else (signal.SIGINT,)
 
@@ -165,7 +172,7 @@ class Signals:
         return f"Signal {number}: {doing}." + (" Press Ctrl-C to stop at once." if os.isatty(2) else "")
 
     def _end(self, number: int, line: str = "") -> None:
-        """End the process as a kill does, and those that it has started."""
+        """End the process at once, and the processes that it has started."""
         say(line, end=True)
         for pid in descendants(os.getpid()):
             with contextlib.suppress(OSError):
@@ -177,15 +184,18 @@ class Signals:
 
 
 def install() -> None:
-    """Answer the signals of this process until its end. For the first line of a command that is run as one: imports
-    take seconds, and Python answers a Ctrl-C during them with a traceback."""
+    """Handle the signals of this process until its end.
+
+    Commands call this in their first line, because imports take seconds, and a Ctrl-C during them would print a
+    traceback.
+    """
     Signals().__enter__()
-    atexit.register(ignore)  # first in, last out
+    atexit.register(ignore)  # registered first, so it runs last
 
 
 @contextmanager
 def handled() -> Iterator[Signals]:
-    """Those that handle the signals of this process; where nobody does, new ones for as long as this lasts."""
+    """The handlers of this process. If there are none, new ones for the duration of the context."""
     if _there:
         yield _there[-1]
         return
@@ -194,14 +204,17 @@ def handled() -> Iterator[Signals]:
 
 
 def end_if_interrupted() -> None:
-    """For where an error is about to be reported: if a signal is ending the command, the error comes of that."""
+    """Raise SystemExit if a signal is ending the command.
+
+    Call it before reporting an error, which may be a consequence of the signal.
+    """
     for signals in _there:
         if signals._unwinding or signals._importing:
             raise SystemExit(128 + (signals.number or 0))
 
 
 def ignore() -> None:
-    """At the very end, when nothing is left to be saved: the exit status stands."""
+    """Ignore signals at the very end, when nothing is left to save, so that the exit status does not change."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -210,8 +223,10 @@ def ignore() -> None:
 
 
 def say(line: str, end: bool = False) -> None:
-    """A line to the terminal or the log, by the first process of a run alone. Past Python's files, whose locks the main
-    thread may hold."""
+    """Print a line to stderr, on the first process only.
+
+    It bypasses Python's file objects, because the main thread may hold their locks.
+    """
     if speaks():
         terminal = os.isatty(2)
         text = (CLEAR_LINE if terminal and line else "") + (f"{line}\n" if line else "")
@@ -220,8 +235,8 @@ def say(line: str, end: bool = False) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the first of those that a launcher has started, by what that has set; alone it is."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # also within a task of srun: in the order of processes.environment
+    """Whether this is the first process, according to the environment of the launcher. True for a single process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # also inside a task of srun: the same order as in processes.environment
         names: tuple[str, ...] = ("RANK",)
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         names = ("SLURM_PROCID",)
@@ -231,8 +246,11 @@ def speaks() -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that this one has started, and those that they have, but for the sessions of others (as W&B's
-    service, which ends by itself). Where there is no /proc: none; they notice that their parent is gone."""
+    """The ids of the processes that this one has started, directly or indirectly, in the same session.
+
+    W&B's service has a session of its own and ends by itself. Without /proc the list is empty; such processes end when
+    they notice that their parent has ended.
+    """
     parents: dict[int, int] = {}
     try:
         session = os.getsid(pid)
@@ -260,13 +278,16 @@ def _within_an_import(frame: FrameType | None) -> bool:
 
 @functools.cache
 def _prepare_for_forks() -> None:
-    """Once a process, when its signals are handled for the first time."""
+    """Register the handler for forks, once per process."""
     os.register_at_fork(after_in_child=_after_a_fork)
 
 
 def _after_a_fork() -> None:
-    """A forked child has the pipe but not the thread, and is not to write into the first. A Ctrl-C is its parent's to
-    answer, as is what that held when it forked."""
+    """Reset the handlers in a forked child.
+
+    The child has the pipe but not the thread, and must not write to the pipe. It ignores Ctrl-C and the signals that
+    its parent held, because the parent handles them.
+    """
     if not _there:
         return
     held = _there[-1]._holding

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from diffusion.files import STEP, read_csv
-from diffusion.page.words import counted
+from diffusion.progress import counted
 
 MAX_POINTS = 240  # of a curve; a longer one becomes means over stretches, with a band from the lowest to the highest
 

@@ -5,8 +5,8 @@ from statistics import median
 from typing import Any
 
 from diffusion.page.metrics_csv import Metrics
-from diffusion.page.words import counted, shown
-from diffusion.progress import duration
+from diffusion.page.words import shown
+from diffusion.progress import counted, duration
 from diffusion.runs.recorded import at
 
 Row = Mapping[str, Any]

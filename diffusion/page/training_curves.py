@@ -12,7 +12,8 @@ from diffusion.metrics.published import PUBLISHED_IMAGES, of_samples
 from diffusion.page.chart import Chart, Level, Series
 from diffusion.page.metrics_csv import Metrics
 from diffusion.page.scores import higher_is_better, title_of
-from diffusion.page.words import counted, shown
+from diffusion.page.words import shown
+from diffusion.progress import counted
 from diffusion.runs.recorded import at
 
 Row = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Values, durations and counts as a person reads them."""
+"""Values as a person reads them."""
 
 from typing import Any
 
@@ -16,7 +16,3 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
     return str(value)
-
-
-def counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

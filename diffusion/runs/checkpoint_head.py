@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself, without loading it: its step, its configuration, the shapes of its weights.
+"""The head of a checkpoint, read without loading it: its step, its configuration, and the shapes of its weights.
 
-A .ckpt is a zip archive whose data.pkl describes all but the numbers of the tensors. Here it is read by an unpickler
-that knows no class and calls no function: whatever the file names is replaced by a placeholder. So reading a head
-executes nothing, needs no torch and takes milliseconds.
+A .ckpt is a zip archive. Its data.pkl describes everything except the numbers of the tensors. Here it is read by an
+unpickler that replaces every class and function by a placeholder. So reading a head executes nothing, needs no torch,
+and takes milliseconds.
 """
 
 import io
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from diffusion.runs.recorded import Recorded
 
-MOST_BYTES = 1 << 24  # of data.pkl; that of the largest network of the papers is 1 MB
-MOST_NAMES = 1000  # of classes and functions that a file may name; a checkpoint names three
+MOST_BYTES = 1 << 24  # largest data.pkl; that of the largest network of the papers is 1 MB
+MOST_NAMES = 1000  # largest number of classes and functions that a file may name; a checkpoint names three
 SAFE_MODULES = ("torch", "torch._utils", "torch.storage", "torch._tensor", "torch.serialization", "torch.nn.parameter")
 
 
@@ -23,8 +23,13 @@ REFUSED = [code[0] for code in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.ADDI
 
 
 class Head(NamedTuple):
-    """step: optimizer steps trained. config: of the run. shapes: of the tensors of `state_dict` and of `ema`, by name.
-    unsafe: the functions and classes it would call on loading that have no place in a checkpoint, as `posix.system`."""
+    """The head of a checkpoint.
+
+    step: number of optimizer steps trained.
+    config: configuration of the run.
+    shapes, ema_shapes: shapes of the tensors of `state_dict` and of `ema`, by name.
+    unsafe: functions and classes, such as `posix.system`, that loading would call and no valid checkpoint contains.
+    """
 
     step: int
     config: Recorded
@@ -34,7 +39,7 @@ class Head(NamedTuple):
 
 
 class _Placeholder:
-    """Stands for whatever a pickle makes; takes everything and does nothing."""
+    """Replaces any object of a pickle. It accepts every argument and does nothing."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.arguments = arguments
@@ -53,16 +58,17 @@ class _Placeholder:
 
 
 class _Dict(dict):
-    """Stands for an ordered dict; empty, whatever it is made of."""
+    """Replaces an ordered dict. It starts empty, whatever its arguments are."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
 
 
 class _Reader(pickle._Unpickler):
-    """An unpickler in which every class and function is a placeholder; `named` are those it was asked for.
+    """An unpickler in which every class and function is a placeholder. `named` are the names that the file uses.
 
-    It is the one in Python: that in C reserves memory for whatever place in its memo a file names.
+    It derives from the Python implementation, because the C implementation allocates memory for any memo index in a
+    file.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -94,11 +100,11 @@ class _Reader(pickle._Unpickler):
         super().load_dict()
 
     def _check_keys(self, keys: list[Any]) -> None:
-        """To find the place of a key of nested tuples can take for ever."""
+        """Allow text and integers only: hashing a key of nested tuples can take for ever."""
         if not all(isinstance(key, str | int) for key in keys):
             raise pickle.UnpicklingError("a key that is neither text nor a number")
 
-    # Bytes reserve the memory that a file states before it is read, sets look their members up.
+    # Byte arrays would allocate the size that the file states before reading it; sets would hash their members.
     dispatch = pickle._Unpickler.dispatch | {
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict,
         **dict.fromkeys(REFUSED, refuse),
@@ -106,17 +112,17 @@ class _Reader(pickle._Unpickler):
 
 
 def read_head(path: Path) -> Head:
-    """The head of a checkpoint file.
+    """Read the head of a checkpoint file.
 
     Raises:
-        ValueError: it is not a checkpoint of this program; the message is a clause that goes on from "path: ".
+        ValueError: it is not a checkpoint of this program. The message is a clause without the path.
     """
-    if not path.is_file():  # also of a pipe, which would be waited for
+    if not path.is_file():  # also for a pipe, which would block
         raise ValueError("file not found")
     reader = _Reader(_pickle_of(path))
     try:
         content = reader.load()
-    except Exception as error:  # whatever damaged bytes lead a pickle to; RecursionError and MemoryError too
+    except Exception as error:  # damaged bytes can raise anything, also RecursionError and MemoryError
         if unsafe := unsafe_names(reader.named):
             return Head(0, Recorded({}, ""), {}, {}, unsafe)
         raise ValueError(f"it cannot be read as a checkpoint ({type(error).__name__})") from error
@@ -129,7 +135,7 @@ def read_head(path: Path) -> Head:
         raise ValueError(f"it is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
     step = content["global_step"]
     if type(step) is not int or not 0 <= step < 1 << 62:
-        raise ValueError("it is not a checkpoint of this program: its global_step is not a number of steps")
+        raise ValueError("it is not a checkpoint of this program: its global_step is not a valid number of steps")
     try:
         config = Recorded(content["config"], "its configuration")
     except ValueError as error:
@@ -138,7 +144,7 @@ def read_head(path: Path) -> Head:
 
 
 def unsafe_names(named: Iterable[str]) -> tuple[str, ...]:
-    """Those that do not belong to a checkpoint: all but torch's own tensors and storages, and ordered dicts."""
+    """The names that no valid checkpoint contains: all except torch's tensors and storages, and ordered dicts."""
     found = {}
     for name in named:
         module, _, _ = name.rpartition(".")
@@ -148,12 +154,16 @@ def unsafe_names(named: Iterable[str]) -> tuple[str, ...]:
 
 
 def _pickle_of(path: Path) -> bytes:
-    """data.pkl of the archive; of a file that is no zip archive, as old as pickle itself, its beginning."""
+    """The bytes of data.pkl; for an unsafe pickle that is not in a zip archive, the beginning of the file.
+
+    Raises:
+        ValueError: the file is truncated or not a checkpoint.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(names) != 1:
-                raise ValueError("it is a zip archive, but no checkpoint")
+                raise ValueError("it is a zip archive, but not a checkpoint")
             with archive.open(names[0]) as member:
                 data = member.read(MOST_BYTES + 1)
     except zipfile.BadZipFile as error:
@@ -161,28 +171,28 @@ def _pickle_of(path: Path) -> bytes:
             data = file.read(MOST_BYTES)
         if unsafe_names(_named_in(data)):
             return data
-        raise ValueError(f"it is cut off or no checkpoint ({error})") from error
+        raise ValueError(f"it is truncated or not a checkpoint ({error})") from error
     except ValueError:
         raise
-    except Exception as error:  # each way of compressing has errors of its own
-        raise ValueError(f"it is cut off or no checkpoint ({error})") from error
+    except Exception as error:  # each compression method has its own errors
+        raise ValueError(f"it is truncated or not a checkpoint ({error})") from error
     if len(data) > MOST_BYTES:
-        raise ValueError(f"its description takes more than {MOST_BYTES >> 20} MB, so it is not a checkpoint")
+        raise ValueError(f"its data.pkl is larger than {MOST_BYTES >> 20} MB, so it is not a checkpoint")
     return data
 
 
 def _named_in(data: bytes) -> Iterable[str]:
-    """What the beginning of a pickle names; nothing where the bytes are no pickle."""
+    """The names in the beginning of a pickle; nothing if the bytes are not a pickle."""
     reader = _Reader(data)
     try:
         reader.load()
-    except Exception:  # as above
+    except Exception:  # as in read_head
         pass
     return reader.named
 
 
 def _shapes(content: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a dict, () for what is none; nothing where it is no dict."""
+    """Names and shapes of the tensors of a dict; (-1,) for other values; {} if it is not a dict."""
     found = {}
     for name, tensor in content.items() if isinstance(content, dict) else ():
         arguments = getattr(tensor, "arguments", ())

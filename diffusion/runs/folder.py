@@ -3,8 +3,8 @@
     config.yaml  checkpoints/step_00001000.ckpt  checkpoints/last.ckpt
     metrics.csv  samples/step_00001000.png  results.jsonl  report.html
 
-The same command finds the same folder again, so nothing here carries a time. A run may be resumed under a
-configuration that differs only where nothing of what is trained depends on it; any other difference is refused.
+The same command finds the same folder again, so that no name contains a time. A run may be resumed with another
+configuration only if the difference does not affect training. Any other difference is an error.
 """
 
 import contextlib
@@ -35,24 +35,24 @@ from diffusion.runs.checkpoint_head import Head, read_head
 from diffusion.runs.recorded import Recorded
 from diffusion.runs.results import Results
 
-# What may change between two starts of one run: none of it changes the weights that training ends with.
+# Settings that may change between two starts of a run, because they do not affect the trained weights.
 MAY_DIFFER = (
     "trainer data.rule data.num_workers data.cache data.root data.remote data.prepare data.on_bad_sample "
     "data.max_bad_share model.activation_checkpointing on_nonfinite max_nonfinite logger save callbacks extractor "
     "held_out metrics sampler guidance paper debug fingerprint_every deterministic log_every run_dir"
 ).split()
-ALIKE = (  # what two FIDs have in common that may be compared
+ALIKE = (  # columns in which two FIDs must agree to be comparable
     "num_images", "sampler", "num_steps", "visits", "eta", "variance", "spacing", "rho", "clip_x0", "guidance_scale",
     "extractor_sha256", "split",
 )  # fmt: skip
 OF_ANOTHER_RUN = "it belongs to another run"
-MOST_BYTES = 1 << 20  # of config.yaml
+MOST_BYTES = 1 << 20  # largest config.yaml
 LR_STEPS = "lr_schedule.num_steps"
-RECORDED = ("data.lanes", "data.digest", LR_STEPS)  # left open when a run begins, found out, and kept
+RECORDED = ("data.lanes", "data.digest", LR_STEPS)  # may be null at the start; then determined and recorded
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; lists are values."""
+    """Flatten nested settings: {'a': {'b': 1}} -> {'a.b': 1}. Lists are values."""
     if not isinstance(values, Mapping) or not values:
         return {prefix: dict(values) if isinstance(values, Mapping) else values}
     flat: dict[str, Any] = {}
@@ -62,8 +62,10 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """'key: was a, is b' for each key that decides what is trained; what RECORDED names and is left open takes the
-    recorded value."""
+    """The settings that affect training and differ, each as 'key: was a, is b'.
+
+    A setting in RECORDED that is null in one of the two has the value of the other.
+    """
     old, new = _effective(flatten(old)), _effective(flatten(new))
     for key in RECORDED:
         if key in old | new and None in (new.get(key), old.get(key)):
@@ -77,8 +79,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _effective(flat: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings without what has no effect on what is trained: attention at sizes that never occur, which former
-    versions took without a word, and the scale of an embedding that is not used."""
+    """Flat settings without those that have no effect.
+
+    These are attention resolutions that do not occur, which earlier versions accepted, and the scale of an embedding
+    that is not used.
+    """
     size, levels, asked = (flat.get(f"model.{name}") for name in ("image_size", "multipliers", "attention_resolutions"))
     if isinstance(size, int) and isinstance(levels, list) and isinstance(asked, list):
         there = resolutions(size, len(levels))
@@ -89,25 +94,24 @@ def _effective(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint file, or None: by its digest if one stands beside it, else by its
-    CRCs."""
+    """How a checkpoint file is damaged, as a clause, or None. Checks its .sha256 file if it has one, else its CRCs."""
     if not path.is_file():
         return "file not found"
     wanted = digest_beside(path)
     try:
         if wanted is not None:
             if sha256_of(path) != wanted:
-                return "its sha256 is not the one that was recorded when it was written"
+                return "its sha256 differs from the one that was recorded when it was written"
             return None
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except Exception as e:  # each way of compressing has errors of its own
-        return f"it is cut off or no checkpoint ({e})"
+    except Exception as e:  # each compression method has its own errors
+        return f"it is truncated or not a checkpoint ({e})"
     return f"its record {broken} is damaged" if broken else None
 
 
 def digest_beside(path: Path) -> str | None:
-    """The sha256 that was recorded for a checkpoint when it was written; None where there is none, or a damaged one."""
+    """The sha256 that was recorded when a checkpoint was written; None if it is missing or damaged."""
     try:
         text = read_regular(path.with_suffix(".sha256"), 1000).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -121,15 +125,16 @@ def fault(
     record: Recorded | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str | None:
-    """Why a checkpoint file cannot be used, in a clause, or None. Nothing in it is executed.
+    """Why a checkpoint file cannot be used, as a clause, or None. Nothing in it is executed.
 
     Args:
-        step: that its name states. record: of the run it is to belong to. shapes: of that run's weights, by the names
-            of `state_dict`. None: any.
+        step: the step in its name; None means any.
+        record: the configuration of the run that it must belong to; None means any.
+        shapes: shapes of the weights of that run, by the names of `state_dict`; None means any.
     """
     wrong = damage(path)
     if wrong is not None and path.is_file() and digest_beside(path) is None:
-        with contextlib.suppress(ValueError):  # what it would call is worth more to know than that it is no archive
+        with contextlib.suppress(ValueError):  # report unsafe content rather than a damaged archive
             return _unsafe(read_head(path)) or wrong
     if wrong is not None:
         return wrong
@@ -140,33 +145,35 @@ def fault(
     if head.unsafe:
         return _unsafe(head)
     if step is not None and head.step != step:
-        return f"it is of step {head.step}, not of step {step}"
+        return f"it holds step {head.step}, not step {step}"
     if record is not None and (found := differences(head.config, record)):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"{OF_ANOTHER_RUN} ({found[0]}{more})"
     if shapes is not None and head.shapes != shapes:
         name = min(name for name in head.shapes.keys() | shapes.keys() if head.shapes.get(name) != shapes.get(name))
-        return f"it holds another network ({name} is {head.shapes.get(name)}, here {shapes.get(name)})"
+        return f"it holds another network: {name} has shape {head.shapes.get(name)}, expected {shapes.get(name)}"
     return None
 
 
 def _unsafe(head: Head) -> str | None:
     if not head.unsafe:
         return None
-    return f"it is unsafe: loading it would call {', '.join(head.unsafe[:5])}, which no checkpoint of this program does"
+    return f"it is unsafe: loading it would call {', '.join(head.unsafe[:5])}, which no valid checkpoint does"
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without merge keys, which copy what they name: a file of some hundred bytes could take all memory."""
+    """A YAML loader without merge keys, with which a file of a few hundred bytes could use all memory."""
 
     def flatten_mapping(self, node: Any) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.YAMLError("it has merge keys (<<), which no configuration of a run has")
+            raise yaml.YAMLError("it has merge keys (<<), which are not allowed")
 
 
 class OnError:
-    """Around the writing of a file of the run that training does not need to go on: `stop` lets an OSError through,
-    `warn` says so and goes on."""
+    """Context for writing a file that training does not need in order to continue.
+
+    With the action "stop" an OSError is raised. With "warn" it is printed as a warning.
+    """
 
     def __init__(self, action: str = "stop") -> None:
         self.action = action
@@ -177,33 +184,32 @@ class OnError:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
         if not isinstance(error, OSError) or self.action == "stop":
             return False
-        words = f"{reason(error)} Training goes on, as save.on_error=warn says."
-        print(f"warning: {words}", file=sys.stderr, flush=True)
+        print(f"warning: {reason(error)} Training continues (save.on_error=warn).", file=sys.stderr, flush=True)
         return True
 
 
 class RunFolder:
-    """Paths and rules of one run's folder; making the object touches nothing on disk."""
+    """The folder of one run: its paths and rules. The constructor does not access the disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.csv"
         self.results_path, self.report_path = self.path / "results.jsonl", self.path / "report.html"
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
-        self.evaluations = self.path / "evaluations"  # samples that are being scored, and pictures of evaluations
+        self.evaluations = self.path / "evaluations"  # samples that are being scored, and images of evaluations
         self.last = self.checkpoints / "last.ckpt"
         self._results = Results(self.results_path, self._results_locked)
-        self._config: Recorded | None = None  # of the newest sound checkpoint, where config.yaml is no help
+        self._config: Recorded | None = None  # from the newest valid checkpoint, if config.yaml cannot be used
 
     # ---- configuration ----
 
     def config(self) -> Recorded | None:
-        """The resolved configuration the run was started with; None for a new folder.
+        """The resolved configuration of the run; None for a new folder.
 
-        Where config.yaml is damaged or gone it is read from the newest sound checkpoint, and a warning says so.
+        If config.yaml is damaged or missing, it is read from the newest valid checkpoint, with a warning.
 
         Raises:
-            ValueError: config.yaml is damaged, and there is no sound checkpoint.
+            ValueError: config.yaml is damaged, and there is no valid checkpoint.
         """
         wrong = None
         if self.config_path.is_file():
@@ -219,8 +225,8 @@ class RunFolder:
                 if wrong is None:
                     return None
                 raise ValueError(
-                    f"{wrong}, and there is no sound checkpoint to read the settings from. Restore the file, or use "
-                    f"another folder."
+                    f"{wrong}, and there is no valid checkpoint from which the settings could be read. Restore the "
+                    f"file, or use another folder."
                 )
             self._config = read_head(path).config
             what = wrong or f"{self.config_path} is missing"
@@ -228,7 +234,7 @@ class RunFolder:
         return self._config
 
     def _read_config(self) -> Recorded:
-        """config.yaml. Raises ValueError if it is damaged."""
+        """Read config.yaml. Raises ValueError if it is damaged."""
         where = str(self.config_path)
         try:
             content = yaml.load(read_regular(self.config_path, MOST_BYTES), _Plain)
@@ -237,12 +243,14 @@ class RunFolder:
             raise ValueError(f"{where} is damaged ({detail})") from error
         config = Recorded(content, where)
         if missing := self._lacks(config):
-            raise ValueError(f"{where} is damaged (it lacks {missing}, which the newest checkpoint has)")
+            raise ValueError(f"{where} is damaged ({missing} is missing, which the newest checkpoint has)")
         return config
 
     def _lacks(self, record: Recorded) -> str | None:
-        """A setting that the newest checkpoint has and a configuration lacks: a file that is cut off at the end of a
-        line is well formed."""
+        """A setting that the newest checkpoint has and this configuration does not, or None.
+
+        It detects a file that is truncated at the end of a line, which is still valid YAML.
+        """
         for step in self.steps()[:1]:
             with contextlib.suppress(ValueError, OSError):
                 recorded = read_head(self.checkpoint_path(step)).config
@@ -250,9 +258,11 @@ class RunFolder:
         return None
 
     def refuse_other(self, new: Recorded) -> None:
-        """ValueError if the folder belongs to a run that would train something else.
+        """Check that the folder is new or belongs to a run with the same training settings.
 
-        Compares what decides the training, key by key, and names a free run_dir.
+        Raises:
+            ValueError: the settings differ; the message lists them and names a free run_dir. Or the folder is not a run
+                folder.
         """
         try:
             old = self.config()
@@ -261,29 +271,33 @@ class RunFolder:
             raise ValueError(f"run_dir={self.path}: {error}") from error
         if old is None:
             beside = self.path.iterdir() if self.path.is_dir() else ()
-            # of a sweep, whose runs lie below the folder of the single run
+            # files of a sweep, whose runs are in subfolders
             sweep = (".lock", ".results.lock", "multirun.yaml", ".submitit")
             others = (p for p in beside if p.name not in sweep and not p.match(LEFTOVER))
             if any(not (p / "config.yaml").is_file() for p in others):
                 raise ValueError(
-                    f"run_dir={self.path} is not empty and has no config.yaml: it is not a run folder. "
-                    f"Choose another run_dir."
+                    f"run_dir={self.path} is not a run folder: it is not empty and has no config.yaml. Give another "
+                    f"run_dir."
                 )
             return
         found = differences(old, new)
         if found:
             free = next(p for i in range(2, 10_000) if not (p := Path(f"{self.path}_{i}")).exists())
             raise ValueError(
-                f"run_dir={self.path} holds a run of another configuration:\n  " + "\n  ".join(found) + "\n"
-                f"Start it as it was, or as a run of its own with run_dir={free}"
+                f"run_dir={self.path} holds a run with another configuration:\n  " + "\n  ".join(found) + "\n"
+                f"Use the original settings, or start a new run with run_dir={free}"
             )
 
     def refuse_links(self) -> None:
-        """ValueError if a folder in the run folder, or in one of its folders, is a link that leads out of it: what is
-        written and removed there would be elsewhere. Likewise if a lock is something other than a file."""
+        """Check that no link leads out of the run folder, because files there would be written or removed.
+
+        Raises:
+            ValueError: a folder in the run folder, or in one of its subfolders, is a link to a folder outside; or a
+                lock is not a regular file.
+        """
         for lock in (self.path / ".lock", self.path / ".results.lock"):
             if lock.is_symlink() or (lock.exists() and not lock.is_file()):
-                raise ValueError(f"{lock} is not a regular file, so it cannot be a lock. Remove it.")
+                raise ValueError(f"{lock} is not a regular file, so it cannot be used as a lock. Remove it.")
         inside = self.path.resolve()
         try:
             first = list(os.scandir(self.path))
@@ -293,12 +307,12 @@ class RunFolder:
         for entry in entries:
             if entry.is_symlink() and (goal := Path(entry.path).resolve()).is_dir() and not goal.is_relative_to(inside):
                 raise ValueError(
-                    f"{entry.path} is a link to {goal}, outside of the run folder, where nothing is written. Put a "
-                    f"folder in its place, or give another folder."
+                    f"{entry.path} is a link to {goal}, which is outside of the run folder. Replace it by a folder, or "
+                    f"give another folder."
                 )
 
     def write_config(self, record: Recorded) -> None:
-        """Write config.yaml; one that is damaged is kept as config.yaml.damaged."""
+        """Write config.yaml. A damaged config.yaml is kept as config.yaml.damaged."""
         if self.config_path.is_file():
             try:
                 self._read_config()
@@ -310,11 +324,11 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; ValueError if another process holds it."""
+        """Context that locks the folder for this process. Raises ValueError if another process has locked it."""
         with locked(self.path / ".lock", f"run_dir={self.path}", "Wait for it, or give this run its own run_dir."):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
-            for digest in self.checkpoints.glob("step_*.sha256"):  # of a checkpoint that was being written, or removed
+            for digest in self.checkpoints.glob("step_*.sha256"):  # its checkpoint was not completed, or was removed
                 if not digest.with_suffix(".ckpt").exists():
                     digest.unlink(missing_ok=True)
             yield
@@ -325,7 +339,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}.ckpt"
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint file, newest first; the files may be damaged."""
+        """The steps that have a checkpoint file, newest first. The files may be damaged."""
         names = [path.name for path in self.checkpoints.glob("step_*.ckpt")] if self.checkpoints.is_dir() else ()
         found = [int(m[1]) for name in names if (m := re.fullmatch(r"step_([0-9]{8,18})\.ckpt", name))]
         return sorted((step for step in found if self.checkpoint_path(step).name in names), reverse=True)
@@ -336,10 +350,14 @@ class RunFolder:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         any_run: bool = False,
     ) -> tuple[int, Path | None, list[str]]:
-        """(step, path, complaints): the newest sound checkpoint of this run, (0, None, ...) if there is none.
+        """The newest valid checkpoint of this run: its step, its path, and messages about newer ones that are not used.
+
+        Step 0 and None if there is none.
 
         Args:
-            record: of the run; None takes that of the folder, unless `any_run`. shapes: of its weights; None: any.
+            record: configuration of the run; None means that of the folder.
+            shapes: shapes of its weights; None means any.
+            any_run: with record None, accept checkpoints of any run.
         """
         complaints = []
         if record is None and not any_run and self.config_path.is_file():
@@ -354,14 +372,14 @@ class RunFolder:
         return 0, None, complaints
 
     def set_aside(self, step: int, why: str = "damaged") -> Path:
-        """Rename a checkpoint that is not to be used, so that it does not count among the kept ones; its new path."""
+        """Rename a checkpoint that must not be used, so that it is not counted as a kept one. Returns the new path."""
         path = self.checkpoint_path(step)
         aside = path.rename(path.with_suffix(f".ckpt.{why}"))
         path.with_suffix(".sha256").unlink(missing_ok=True)
         return aside
 
     def point_to_what_is_left(self) -> None:
-        """Let no link lead to a checkpoint that was set aside: last.ckpt leads to the newest one left."""
+        """Remove links to checkpoints that were set aside, and point last.ckpt to the newest remaining one."""
         for link in (self.last, self.checkpoints / "best.ckpt"):
             if link.is_symlink() and not link.exists():
                 link.unlink()
@@ -369,12 +387,14 @@ class RunFolder:
             self.point_last_to(self.checkpoint_path(steps[0]))
 
     def point_last_to(self, path: Path) -> None:
-        """last.ckpt -> path."""
+        """Point last.ckpt to this path."""
         self._point(self.last, path)
 
     def point_best(self) -> int | None:
-        """best.ckpt -> the checkpoint of the lowest FID that the run itself has measured, among those measured alike
-        (ALIKE); its step, or None."""
+        """Point best.ckpt to the checkpoint of the lowest FID that the run has measured. Returns its step, or None.
+
+        Only comparable FIDs are considered (ALIKE).
+        """
         alike: dict[tuple, list[tuple[float, int]]] = {}
         for row in self.results():
             if row.get("by") == "train" and row.get("name") == "fid" and row.get("step") is not None:
@@ -388,7 +408,7 @@ class RunFolder:
         return step
 
     def _point(self, link: Path, path: Path) -> None:
-        """link -> path in the same folder, atomically; a copy where links are not supported."""
+        """Point a link to a path in the same folder, atomically. Without support for links, make a copy."""
         if link.is_symlink() and os.readlink(link) == path.name:
             return
         temporary = link.with_name(f".{link.name}.tmp")
@@ -402,11 +422,10 @@ class RunFolder:
         sync_folder(self.checkpoints)
 
     def finished(self, record: Recorded, max_steps: int, metrics: set[str] | None) -> int:
-        """The step of the last checkpoint if training is over and nothing is missing of its samples, scores and report;
-        0 if something is left to do.
+        """The step of the last checkpoint if training, samples, scores and report are complete; otherwise 0.
 
         Args:
-            metrics: that it is scored by; None: it is neither sampled nor scored.
+            metrics: names of the metrics; None means that the run is neither sampled nor scored.
         """
         if not self.steps() or self.steps()[0] < max_steps:
             return 0
@@ -418,30 +437,30 @@ class RunFolder:
     # ---- results ----
 
     def results(self) -> list[dict]:
-        """The lines of results.jsonl; those that are no results are named once and left out."""
+        """The results in results.jsonl. Invalid lines are ignored, with one warning."""
         return self._results.rows()
 
     def add_results(self, rows: list[dict]) -> None:
-        """Add lines; written whole, so that a kill leaves either all of them or none."""
+        """Add results to results.jsonl, atomically."""
         self._results.add(rows)
 
     def cut_results_after(self, step: int) -> None:
-        """Drop the run's own scores of steps that will be trained again."""
+        """Remove the run's own scores of later steps, which will be trained again."""
         self._results.remove(lambda row: row.get("by") == "train" and (row.get("step") or 0) > step)
 
     def cut_evaluations_after(self, step: int) -> None:
-        """Drop samples of steps that will be trained again."""
+        """Remove the samples of later steps, which will be trained again."""
         for path in self.evaluations.iterdir() if self.evaluations.is_dir() else ():
             found = re.fullmatch(r"(?:grid|score)_(\d+)(?:_final)?(?:\.lock)?", path.name)
             if found and int(found[1]) > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def own_scores(self, step: int) -> set[str]:
-        """Names of the metrics that the run itself, not `evaluate`, has of this step."""
+        """Names of the metrics that the run itself, not `evaluate`, has measured at this step."""
         return {r.get("name") for r in self.results() if r.get("by") == "train" and r.get("step") == step}
 
     @contextmanager
     def _results_locked(self) -> Iterator[None]:
-        """results.jsonl is also written by `evaluate`, while the run may go on."""
+        """Context that locks results.jsonl, which `evaluate` may also write while the run trains."""
         with locked(self.path / ".results.lock", f"run_dir={self.path}", wait=True):
             yield

@@ -1,4 +1,4 @@
-"""What former versions recorded, in the words of this one."""
+"""Conversion of configurations that earlier versions recorded."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ LR_SCHEDULE = "diffusion.training.lr_schedule.Constant"
 
 
 def migrated(content: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run or a checkpoint, whenever it was made; those of this version as they are.
+    """Convert the recorded settings of a run or checkpoint of any earlier version to those of this version.
 
-    optimizer.warmup_steps      until the learning rate's course became a group: lr_schedule.warmup_steps
-    levels                      which were all alike
-    ADDED                       settings that there were not, and what holds without them
+    optimizer.warmup_steps      becomes lr_schedule.warmup_steps
+    levels                      is added: earlier versions had uniform levels only
+    ADDED                       settings that did not exist, with the values that were in effect
     """
     for group, added in ADDED.items():
         if isinstance(content.get(group), dict):

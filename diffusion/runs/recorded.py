@@ -1,8 +1,8 @@
-"""What a run is recorded as: its settings, to be looked at and compared; nothing can be built from them.
+"""The recorded configuration of a run, which can be read and compared; nothing can be built from it directly.
 
-A checkpoint and a run folder may come from anybody. What they say of their configuration is plain data, of a type that
-neither Hydra nor OmegaConf accepts: `instantiate`, `OmegaConf.create` and `OmegaConf.merge` refuse it. A text such as
-`${oc.env:HOME}` stays this text. What is built from such settings is built in one place (`build/door.py`).
+A checkpoint or a run folder may come from an untrusted source. So its configuration is plain data, of a type that Hydra
+and OmegaConf do not accept: `instantiate`, `OmegaConf.create` and `OmegaConf.merge` raise an error. Text such as
+`${oc.env:HOME}` is not resolved. Only `build/door.py` builds objects from such settings.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 from diffusion.metrics.published import TIMESTEPS
 from diffusion.runs.migration import migrated
 
-MOST_VALUES, DEEPEST, LONGEST = 10_000, 20, 20_000  # values, groups within groups, characters of a text
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or forge lines of a terminal
+MOST_VALUES, DEEPEST, LONGEST = 10_000, 20, 20_000  # limits: values, nested groups, characters of a text
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # could move the cursor or forge lines on a terminal
 
 
 def _integer(low: int) -> Any:
@@ -26,7 +26,7 @@ TEXT = (lambda v: isinstance(v, str), "text")
 NUMBER = (lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number")
 COUNT, POSITIVE = _integer(0), _integer(1)
 DIGEST = (lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None, "a sha256")
-KINDS = {  # of the values that this program reads; null is allowed in each
+KINDS = {  # types of the values that this program reads; null is always allowed
     "name": TEXT, "run_dir": TEXT, "seed": COUNT,
     "data._target_": TEXT, "data.name": TEXT, "data.root": TEXT, "data.split": TEXT, "data.digest": DIGEST,
     "data.image_size": POSITIVE, "data.channels": POSITIVE, "data.num_classes": COUNT, "data.batch_size": POSITIVE,
@@ -41,19 +41,20 @@ KINDS = {  # of the values that this program reads; null is allowed in each
 
 
 class Recorded(Mapping[str, Any]):
-    """A group of settings, read-only. Values are None, bool, int, float, str, lists of these, and groups again.
+    """A read-only group of settings. Values are None, bool, int, float, str, lists of these, and further groups.
 
     Args:
-        content: what the file holds, of any type. where: names the file, for messages: "runs/a/config.yaml".
+        content: content of the file, of any type.
+        where: name of the file for messages, like "runs/a/config.yaml".
 
     Raises:
-        ValueError: it is no group of plain values, is larger or deeper than any configuration, or one of the values
-            that this program reads (KINDS) is of another kind.
+        ValueError: content is not a group of plain values, is too large or too deep, or a value that this program reads
+            has the wrong type (KINDS).
     """
 
     def __init__(self, content: Any, where: str) -> None:
         if not isinstance(content, dict):
-            raise ValueError(f"{where} holds {type(content).__name__}, expected settings.")
+            raise ValueError(f"{where} holds {type(content).__name__}, expected a mapping of settings.")
         self._values = _Reader(where).group(migrated(content))
         published = self.at("paper")
         kinds = KINDS | {f"paper.{key}": NUMBER for key in published or ()} if isinstance(published, Mapping) else KINDS
@@ -75,25 +76,25 @@ class Recorded(Mapping[str, Any]):
         return f"Recorded({self._values!r})"
 
     def at(self, key: str, default: Any = None) -> Any:
-        """The value of 'data.root'; `default` where it or a group on the way is absent."""
+        """The value of a key like 'data.root'; `default` if the key or one of its groups is missing."""
         return at(self, key, default)
 
     def plain(self) -> dict[str, Any]:
-        """The same in dictionaries, to be written."""
+        """The settings as nested dictionaries, for writing."""
         return {key: value.plain() if isinstance(value, Recorded) else value for key, value in self._values.items()}
 
     def replaced(self, group: str, **values: Any) -> "Recorded":
-        """The same with other values of some settings of a group."""
+        """A copy in which some settings of a group have other values."""
         return _group({**self._values, group: _group({**self.group(group)._values, **values})})
 
     def group(self, key: str) -> "Recorded":
-        """The group of that name; an empty one where it is absent or no group."""
+        """The group of this name; an empty group if it is missing or not a group."""
         found = self.at(key)
         return found if isinstance(found, Recorded) else _group({})
 
 
 def at(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """record["a"]["b"] for "a.b"; `default` where any of it is absent."""
+    """record["a"]["b"] for the key "a.b"; `default` if any part is missing."""
     value: Any = record
     for name in key.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -104,14 +105,16 @@ def at(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the code behind the door reads of a record.
+    """The values of a record that code outside `build/` and `page/` may read.
 
     Args:
-        name, data_name: of the run and of its data set; None where it does not say. split: that was trained on.
-        points: whether the data are points of a mixture, which are drawn and not read.
-        label_dropout: share of the images whose label was hidden in training.
-        variances: of the reverse step, as objective and sampler have them, in this order.
-        paper: published scores that the run is put beside, by metric. described: as `described`.
+        name, data_name: names of the run and of its data set; None if they are not recorded.
+        split: the split of the training data.
+        points: whether the data are points drawn from a mixture, not read from files.
+        label_dropout: share of images trained without their label.
+        variances: objective.variance and sampler.variance, in this order, without those that are None.
+        paper: published scores to compare with, by metric.
+        described: the result of `described`.
     """
 
     name: str | None
@@ -139,8 +142,10 @@ class Facts:
 
 
 def described(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of the model that its run trains, in the words of results.jsonl: objective, prediction,
-    learned variance, schedule, classes, size."""
+    """A description of the trained model, with the keys of results.jsonl.
+
+    The keys are objective, prediction, learned_variance, schedule, num_classes and image_size.
+    """
     last = lambda key: str(at(record, key) or "").rpartition(".")[2]  # noqa: E731
     levels = at(record, "schedule.num_timesteps")
     of_levels = "" if levels in (None, TIMESTEPS) else f" of {levels:,} levels"
@@ -167,7 +172,7 @@ def _shown(value: Any) -> str:
 
 
 class _Reader:
-    """Copies plain values, with a limit on their number: YAML and pickle can name one list a billion times."""
+    """Copies plain values, up to a limit: YAML and pickle can refer to one list a billion times."""
 
     def __init__(self, where: str) -> None:
         self.where, self.left = where, MOST_VALUES
@@ -175,7 +180,7 @@ class _Reader:
     def group(self, content: dict, depth: int = 0) -> dict[str, Any]:
         self._count(len(content), depth)
         if not all(isinstance(key, str) for key in content):
-            raise ValueError(f"{self.where} has a key that is not text, so it is not a configuration.")
+            raise ValueError(f"{self.where} is not a configuration: it has a key that is not text.")
         return {_clean(key): self.value(value, depth + 1) for key, value in content.items()}
 
     def value(self, value: Any, depth: int) -> Any:
@@ -183,12 +188,13 @@ class _Reader:
             return value
         if type(value) is int:
             if abs(value) >= 1 << 64:
-                raise ValueError(f"{self.where} holds an integer of more than 64 bits, so it is not a configuration.")
+                raise ValueError(f"{self.where} is not a configuration: it has an integer of more than 64 bits.")
             return value
         if isinstance(value, str):
             if len(value) > LONGEST:
                 raise ValueError(
-                    f"{self.where} holds a text of {len(value):,} characters, so it is not a configuration."
+                    f"{self.where} is not a configuration: it has a text of {len(value):,} characters, more than "
+                    f"{LONGEST:,}."
                 )
             return _clean(value)
         if isinstance(value, dict):
@@ -196,12 +202,15 @@ class _Reader:
         if isinstance(value, list | tuple):
             self._count(len(value), depth)
             return [self.value(item, depth + 1) for item in value]
-        raise ValueError(f"{self.where} holds a {type(value).__name__}, where a configuration has plain values.")
+        raise ValueError(f"{self.where} is not a configuration: it has a value of type {type(value).__name__}.")
 
     def _count(self, number: int, depth: int) -> None:
         self.left -= number
         if self.left < 0 or depth > DEEPEST:
-            raise ValueError(f"{self.where} is larger or deeper than any configuration of this program.")
+            raise ValueError(
+                f"{self.where} is not a configuration: it has more than {MOST_VALUES:,} values or more than {DEEPEST} "
+                "nested levels."
+            )
 
 
 def _clean(text: str) -> str:

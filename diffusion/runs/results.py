@@ -1,7 +1,7 @@
-"""results.jsonl: a line for each score. What a line must be to count, how lines are added and taken away.
+"""results.jsonl, with one line per score: reading and checking lines, adding and removing them.
 
-The file may be edited by hand, or damaged. A line that is no result is left in its place, is named once, and is not
-used; adding and removing results never touches it.
+The file may be edited by hand, or damaged. A line that is not a valid result is ignored, with one warning. Adding and
+removing results never changes such a line.
 """
 
 import json
@@ -27,8 +27,10 @@ Row = dict[str, Any]
 
 
 def parsed(line: str) -> Row | None:
-    """The result in a line; None where it is none: no JSON object, without name, metric or a finite value, or with a
-    field of another kind than results have."""
+    """The result in a line, or None if the line is not a valid result.
+
+    A valid result is a JSON object with name, metric and a finite value, and each known field has the right type.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -50,12 +52,12 @@ def parsed(line: str) -> Row | None:
 def _finite(value: Any) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def _plain(row: Row) -> bool:
-    """Whether every value is a scalar, a list of scalars, or a dict of scalars; so it can be shown, and is finite."""
+    """Whether every value is a finite scalar, or a list or dict of such scalars, so that it can be displayed."""
 
     def scalar(value: Any) -> bool:
         return value is None or isinstance(value, str | bool) or _finite(value)
@@ -88,7 +90,8 @@ class Results:
     """The results in a file.
 
     Args:
-        path: of results.jsonl. locked: gives the lock under which the file is rewritten.
+        path: path of results.jsonl.
+        locked: returns a context that holds the lock of the file.
     """
 
     @classmethod
@@ -98,32 +101,36 @@ class Results:
 
     def __init__(self, path: Path, locked: Callable[[], AbstractContextManager]) -> None:
         self.path, self._locked = path, locked
-        self._named: set[int] = set()  # numbers of the lines that were named
+        self._named: set[int] = set()  # numbers of the invalid lines that a warning has named
 
     def _lines(self) -> list[str]:
-        """The lines as they stand; bytes that are not UTF-8 survive in them."""
+        """The lines of the file, unchanged; bytes that are not UTF-8 are preserved."""
         if not self.path.is_file():
             return []
         text = read_regular(self.path, MOST_TEXT).decode("utf-8", errors="surrogateescape")
         return [line for line in text.split("\n") if line.strip()]
 
     def rows(self) -> list[Row]:
-        """All results; lines that are none are named on stderr, each once."""
-        found, strange = [], []
+        """All results. Invalid lines are named in a warning, each once."""
+        found, invalid = [], []
         for number, line in enumerate(self._lines(), 1):
             row = parsed(line)
             if row is not None:
                 found.append(row)
             elif number not in self._named:
-                strange.append(number)
-        if strange:
-            self._named |= set(strange)
-            which = f"line {strange[0]} is" if len(strange) == 1 else f"{len(strange)} lines, {strange[0]} first, are"
-            print(f"warning: {self.path}: {which} not a result and not used.", file=sys.stderr, flush=True)
+                invalid.append(number)
+        if invalid:
+            self._named |= set(invalid)
+            one, several = (
+                f"line {invalid[0]} is not a valid result and is",
+                (f"{len(invalid)} lines, the first of them line {invalid[0]}, are not valid results and are"),
+            )
+            which = one if len(invalid) == 1 else several
+            print(f"warning: {self.path}: {which} ignored.", file=sys.stderr, flush=True)
         return found
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add results; written whole, so that a kill leaves either all of them or none.
+        """Add results. The file is written atomically, so that a kill leaves either all of them or none.
 
         Raises:
             ValueError: a number is not finite, which JSON does not have. Nothing is added then.
@@ -133,7 +140,7 @@ class Results:
             self._write(self._lines() + lines)
 
     def remove(self, unwanted: Callable[[Row], bool]) -> None:
-        """Remove the results of which `unwanted` is true."""
+        """Remove the results for which `unwanted` is true."""
         with self._locked():
             lines = self._lines()
             kept = [line for line in lines if (row := parsed(line)) is None or not unwanted(row)]

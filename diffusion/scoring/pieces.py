@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.distributed.ranks import Ranks, got_on
+from diffusion.distributed.ranks import Ranks, mark_progress
 from diffusion.files import locked, replacing, write_atomically
 from diffusion.progress import Progress
 
@@ -197,7 +197,7 @@ class Pieces:
         def made(index: int) -> int:
             self.ranks.attend()
             new = make(work[index])
-            got_on()
+            mark_progress()
             return len(work[index]) if new else 0
 
         ranks = self.ranks

@@ -1,7 +1,6 @@
-"""Looking at a run while it trains: grids of samples and scores, from the averaged weights, and the loss on images that
-are not trained on.
+"""The callback that evaluates a run while it trains: sample grids, scores, and the held-out loss.
 
-None draws from the generators of training: with or without them the same weights come out.
+It does not use the random generators of training: the weights are the same with and without it.
 """
 
 import contextlib
@@ -15,17 +14,18 @@ from diffusion.training.ema import EMA
 
 
 class Look(Callback):
-    """Every `every` steps, and not at the last (which is looked at when training is over), run `look(step)` in
-    evaluation mode, on all ranks. A run that goes on from a step whose look is missing, as it was killed or stopped
-    before, begins with it.
+    """Runs `look(step)` every `every` steps, in evaluation mode, on all ranks.
+
+    It is not run at the last step, which is evaluated after training. If a run was killed or stopped before the look at
+    a step was complete, the resumed run starts with that look.
 
     Args:
         every: steps between two looks.
-        ranks: of the run.
-        look: what to do; Abandoned leaves it, on all ranks alike, and ends training.
-        missing: whether the look at a step has not been had; rank 0 is asked.
-        ema: the averaged weights, which are in place while it looks; None: the weights that are trained.
-        long: whether the step is saved before it is looked at.
+        ranks: the ranks of the run.
+        look: the function to call. If it raises Abandoned, on all ranks, training ends.
+        missing: whether the look at a step is not complete; called on rank 0 only.
+        ema: the averaged weights, swapped in during the look; None: the current weights are used.
+        long: whether the step is saved before the look.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Look(Callback):
         self._seen = 0
 
     def due(self, step: int) -> bool:
-        """Whether the run is looked at after this step."""
+        """Whether there is a look after this step."""
         return step > 0 and step % self.every == 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class Look(Callback):
             with self.ema.swapped_in(network) if self.ema else contextlib.nullcontext():
                 self.look(step)
         except Abandoned:
-            self.keep(trainer, module)  # the run that goes on from this step begins with the look
+            self.keep(trainer, module)  # save the step: the resumed run starts with this look
             trainer.should_stop = True
         finally:
             network.train()

@@ -1,10 +1,10 @@
-"""What a run does when its data set has changed under it: it saves nothing more, and ends.
+"""Handling of a data set that changes during a run: the run saves no further checkpoint and ends.
 
-No sample is used that is known to be another one (`data.shards.readers`), so the checkpoints of a run hold sound data
-only, with one exception: the content of a file may change without any sign of it, in a set that has no digest for each
-sample. When that is found out, the weights of all checkpoints since the content was last checked may come from it, and
-these checkpoints are set aside. The time is also noted in the run folder, because another rank may still be writing a
-checkpoint: the next start sets aside what it finds.
+No sample is used that is known to have changed (`data.shards.readers`), so the checkpoints of a run come from unchanged
+data, with one exception. If a set has no digest per sample, the content of a file can change without a sign. When such
+a change is found, all checkpoints since the last check of the content may come from changed data, and are renamed. The
+time of that check is also written to the run folder, because another rank may still be writing a checkpoint; the next
+start renames that one too.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from diffusion.distributed.ranks import Ranks
 from diffusion.files import read_regular, write_atomically
 from diffusion.runs.folder import RunFolder
 
-NOTE = "changed_data.json"  # in the run folder: since when checkpoints are not to be trusted
-SUFFIX = "other_data"  # of a checkpoint that is set aside
+NOTE = "changed_data.json"  # in the run folder: the time since when checkpoints may come from changed data
+SUFFIX = "other_data"  # suffix of a checkpoint that is set aside
 
 
 class NoteDamaged(ValueError):
-    """Nobody knows which checkpoints are to be trusted."""
+    """The note is damaged, so that it is unknown which checkpoints may come from changed data."""
 
     exit_status = 2
 
 
 def look_together(look: Callable[[], None], ranks: Ranks) -> None:
-    """Look at the data on all ranks. DataChanged on every rank if one of them has found a change."""
+    """Check the data on all ranks. Raises DataChanged on every rank if one of them has found a change."""
     found = None
     try:
         look()
@@ -39,8 +39,14 @@ def look_together(look: Callable[[], None], ranks: Ranks) -> None:
 
 
 def distrust(folder: RunFolder, error: BaseException, aside: bool = True) -> list[str]:
-    """Note since when checkpoints may come from other data, if the error says so, and set them aside; a line about
-    each. `aside` False: only note it."""
+    """Set aside the checkpoints that may come from changed data, if the error says so, and write the note.
+
+    Args:
+        aside: False: only write the note.
+
+    Returns:
+        A line of text for each checkpoint that was set aside.
+    """
     if not isinstance(error, DataChanged) or error.since is None:
         return []
     write_atomically(folder.path / NOTE, json.dumps({"since": error.since, "why": str(error)}) + "\n")
@@ -48,7 +54,11 @@ def distrust(folder: RunFolder, error: BaseException, aside: bool = True) -> lis
 
 
 def distrust_noted(folder: RunFolder) -> list[str]:
-    """At the start of a run: set aside what was not yet there when the change was found; a line about each."""
+    """At the start of a run: set aside further checkpoints according to the note. Returns a line of text for each.
+
+    Raises:
+        NoteDamaged: the note cannot be read.
+    """
     note = folder.path / NOTE
     try:
         since = float(json.loads(read_regular(note, 1 << 20))["since"])
@@ -56,8 +66,8 @@ def distrust_noted(folder: RunFolder) -> list[str]:
         return []
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise NoteDamaged(
-            f"{note} is damaged. It says since when the checkpoints of this run may come from changed data: move those "
-            f"away that you do not trust, and remove the note."
+            f"{note} is damaged. It holds the time since when checkpoints of this run may come from changed data. "
+            f"Move away the checkpoints that you do not trust, and delete this file."
         ) from error
     lines = _set_aside(folder, since)
     note.unlink()
@@ -67,10 +77,10 @@ def distrust_noted(folder: RunFolder) -> list[str]:
 def _set_aside(folder: RunFolder, since: float) -> list[str]:
     lines = []
     for step in folder.steps():
-        with contextlib.suppress(FileNotFoundError):  # another rank did it
+        with contextlib.suppress(FileNotFoundError):  # another rank has done it
             if folder.checkpoint_path(step).stat().st_mtime > since:
                 path = folder.set_aside(step, SUFFIX)
-                lines.append(f"Set aside, as it may come from other data: {path}")
+                lines.append(f"Set aside, because it may come from changed data: {path}")
     if lines:
         folder.point_to_what_is_left()
     return lines

@@ -1,8 +1,8 @@
-"""When and how a run is saved: whole files only, each with its digest, the newest under last.ckpt, the best under
-best.ckpt, written in the background.
+"""Reading and writing of checkpoints, and the callback that decides when a run is saved.
 
-The file is a Lightning checkpoint that `torch.load(weights_only=True)` reads: `global_step`, `state_dict` (raw
-weights), `ema` (float32), `optimizer_states`, `config` (plain), and Lightning's own counters.
+Checkpoints are written in the background, atomically, each with its digest. last.ckpt points to the newest and
+best.ckpt to the best. The file is a Lightning checkpoint that `torch.load(weights_only=True)` can read: `global_step`,
+`state_dict` (raw weights), `ema` (float32), `optimizer_states`, `config` (plain values), and Lightning's counters.
 """
 
 import threading
@@ -19,7 +19,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from diffusion.distributed.agreement import Agreement
-from diffusion.distributed.ranks import got_on
+from diffusion.distributed.ranks import mark_progress
 from diffusion.distributed.signals import Signals
 from diffusion.files import reason, replacing, sha256_of, write_atomically
 from diffusion.runs.folder import OnError, RunFolder, fault
@@ -28,11 +28,13 @@ from diffusion.settings import AtLeast, Count, Number, settings
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds for those who do not train on from it.
+    """The content of a checkpoint that is needed for sampling.
 
-    step: optimizer steps trained. state_dict: raw weights, as `network.NAME`. ema: averaged ones, by NAME, float32;
+    step: number of optimizer steps trained.
+    state_dict: raw weights, by `network.NAME`.
+    ema: averaged weights, by NAME, float32.
     emas: further averages, by their decays.
-    config: of the run that wrote it.
+    config: configuration of the run that wrote the file.
     """
 
     step: int
@@ -43,54 +45,55 @@ class Checkpoint(NamedTuple):
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint; nothing in it is executed.
+    """Read a checkpoint without executing anything that it contains.
 
     Raises:
-        ValueError: the file is missing or damaged, is not a checkpoint of this program, or names functions that would
-            be called on loading.
+        ValueError: the file is missing or damaged, is not a checkpoint of this program, or would call functions on
+            loading.
     """
     content = contents(path)
     where = f"checkpoint={path}"
     emas = content.get("emas", {})
     if not isinstance(emas, dict):
-        raise ValueError(f"{where}: its emas holds something other than averages by their decays.")
+        raise ValueError(f"{where} is damaged: its emas must map decays to averages.")
     groups = {"state_dict": content["state_dict"], "ema": content["ema"]}
     for key, group in {**groups, **{f"emas[{decay}]": group for decay, group in emas.items()}}.items():
         if not isinstance(group, dict) or not all(
             isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
             for name, t in group.items()
         ):
-            raise ValueError(f"{where}: its {key} holds something other than tensors by name.")
+            raise ValueError(f"{where} is damaged: its {key} must map names to tensors.")
     config = Recorded(content["config"], f"{where}: its configuration")
     return Checkpoint(content["global_step"], content["state_dict"], content["ema"], emas, config)
 
 
 def contents(path: str | Path) -> dict[str, Any]:
-    """All that is in a checkpoint, for the run that wrote it. Raises as `load`."""
+    """Read the whole content of a checkpoint. Raises the same errors as `load`."""
     path = Path(path)
     wrong = fault(path)
     if wrong is not None:
         raise ValueError(f"checkpoint={path} is not used: {wrong}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for files that are zip archives but hold something else
+    except Exception as error:  # torch raises many kinds of errors for other zip archives
         try:
             unsafe = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except Exception:  # it reads the same damaged file
+        except Exception:  # the file is damaged
             unsafe = ""
         wrong = f"it would call {unsafe} on loading" if unsafe else f"torch cannot read it ({type(error).__name__})"
         raise ValueError(f"checkpoint={path} is not used: {wrong}.") from error
 
 
 class WriteFailed(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are not affected."""
 
 
 class CheckpointWriter(CheckpointIO):
-    """Writes in the background: a save returns when all is copied off the device, and the next waits for the last.
+    """Writes checkpoints in a background thread.
 
-    Each file is written beside its goal, synced, its digest recorded, renamed: a kill at any moment leaves whole files
-    only. The process does not end before the file under way is written.
+    A save returns when everything is copied to the host; the next save waits for the previous one. Each file is written
+    under a temporary name, synced and renamed, and its digest is recorded. So a kill at any moment leaves only complete
+    files. The process does not end before the current file is written.
     """
 
     def __init__(self) -> None:
@@ -98,8 +101,14 @@ class CheckpointWriter(CheckpointIO):
         self._failure: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """`storage_options` may be a function to be called once the file is in place. Raises WriteFailed for the save
-        before this one."""
+        """Start writing the checkpoint.
+
+        Args:
+            storage_options: None, or a function that is called when the file is complete.
+
+        Raises:
+            WriteFailed: the previous save has failed.
+        """
         self.wait()
         copy = apply_to_collection(checkpoint, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
         self._thread = threading.Thread(target=self._write, args=(copy, Path(path), storage_options))
@@ -114,19 +123,19 @@ class CheckpointWriter(CheckpointIO):
             if then:
                 then()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            self._failure = WriteFailed(f"{path} cannot be written: {_cause(error)}. The checkpoints before it stay.")
+            self._failure = WriteFailed(f"{path} cannot be written: {_cause(error)}. Earlier checkpoints are kept.")
             self._failure.__cause__ = error
-        except Exception as error:  # a bug: raised where the run sees it
+        except Exception as error:  # a bug: raised in the main thread
             self._failure = error
 
     def check(self) -> None:
-        """WriteFailed if a save has failed since the last call."""
+        """Raise WriteFailed if a save has failed since the last call."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises WriteFailed."""
+        """Wait until the current write is complete. Raises WriteFailed if it has failed."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
@@ -141,7 +150,7 @@ class CheckpointWriter(CheckpointIO):
 
 
 def _cause(error: Exception) -> str:
-    """What the system says, which torch hides behind its own message."""
+    """The message of the operating system, which torch wraps in its own."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -153,11 +162,13 @@ def _cause(error: Exception) -> str:
 @settings("save")
 @dataclass(frozen=True)
 class Saving:
-    """When a run is saved beside the last step and every stop.
+    """When a run is saved, besides the last step and every stop.
 
     Args:
-        every_steps, every_minutes: 0 switches one of them off. keep: newest checkpoints that stay, beside the best.
-        on_error: what becomes of a run whose checkpoints or logs cannot be written.
+        every_steps: steps between two saves; 0 means never.
+        every_minutes: minutes between two saves; 0 means never.
+        keep: number of newest checkpoints to keep, besides the best.
+        on_error: what happens if a checkpoint or a log cannot be written.
     """
 
     every_steps: Number = 5000
@@ -167,18 +178,18 @@ class Saving:
 
 
 class Saver(Callback):
-    """Saves every N steps, every M minutes, at a signal, at the last step, and before a long look, which then begins.
+    """Saves every N steps, every M minutes, on a signal, at the last step, and before a long look.
 
-    A signal is only noted; the step that is under way is finished, saved, and the run ends with `stopped_by` set.
+    On a signal, the current step is finished and saved, and the run ends with `stopped_by` set.
 
     Args:
-        folder: of the run.
-        writer: of the files.
-        signals: of this process.
-        saving: when, and which checkpoints stay.
-        before: steps after which somebody looks at the run for long.
-        settle: called before a save, with trainer and module; raises if the step is not to be kept.
-        on_error: what becomes of a checkpoint that cannot be written.
+        folder: the run folder.
+        writer: writer of the files.
+        signals: signals of this process.
+        saving: when to save, and which checkpoints to keep.
+        before: whether a long look follows a step.
+        settle: called before a save, with trainer and module; raises if the step must not be saved.
+        on_error: what happens if a checkpoint cannot be written.
     """
 
     def __init__(
@@ -210,18 +221,18 @@ class Saver(Callback):
         with self.on_error:
             self.writer.check()
         due = bool(self.every_steps) and step % self.every_steps == 0 or self.before(step) or step >= trainer.max_steps
-        # any rank's signal and any rank's clock decide for all
+        # a signal or an elapsed interval on any rank applies to all ranks
         stopped_by, late = self._ranks.exchange(self.signals.number or 0, int(self._minutes_are_up()))
         if stopped_by:
             self.stopped_by = stopped_by
             trainer.should_stop = True
-        # what other ranks' clocks say is of the step before, when it had not been saved yet
+        # the clocks of other ranks are those of the step before; ignore them if that step has been saved
         late = late and not (self._ranks.later and self._saved == step - 1)
         if due or late or stopped_by:
             self.save(trainer, module, step)
 
     def save_now(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the step just made, unless it is saved."""
+        """Save the current step, unless it is saved."""
         if self._saved != trainer.global_step:
             self.save(trainer, module, trainer.global_step)
 
@@ -232,7 +243,7 @@ class Saver(Callback):
         return bool(self.every_minutes) and time.monotonic() - self._saved_at > 60 * self.every_minutes
 
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Save this step; once that is on disk, point last.ckpt to it and remove what is older than the kept ones."""
+        """Save this step. When the file is complete, point last.ckpt to it and remove old checkpoints."""
         self.settle(trainer, module)
         path = self.folder.checkpoint_path(step)
         with self.on_error:
@@ -241,7 +252,7 @@ class Saver(Callback):
         self._saved, self._saved_at = step, time.monotonic()
 
     def _in_place(self, path: Path) -> None:
-        got_on()
+        mark_progress()
         self.folder.point_last_to(path)
         best = self.folder.point_best()
         for old in self.folder.steps()[self.keep :]:

@@ -1,9 +1,9 @@
-"""Exponential moving average of the network's weights: the weights that are sampled and scored.
+"""Exponential moving average (EMA) of the network's weights. Samples and scores use the averaged weights.
 
     average <- decay average + (1 - decay) weights,    after every optimizer step
 
-With the ramp, decay at step n is min(decay, (1 + n) / (10 + n)): without it 0.9999 remembers the initial weights for
-30,000 steps and ruins short runs.
+With warmup the decay at step n is min(decay, (1 + n) / (10 + n)). Without warmup, and with decay 0.9999, the average is
+still partly the initial weights after 30,000 steps, which makes short runs useless.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,18 @@ Decay = Annotated[float, Between(0, 1, ends="[)")]
 
 @settings("ema")
 class EMA(Callback):
-    """Keeps a float32 copy of `module.network`'s parameters, stored in the checkpoint under its own key `ema`; and
-    further ones of other decays, which training does not need, under `emas`, by their decays.
+    """Averages the parameters of `module.network` in float32.
+
+    The average is stored in the checkpoint under the key `ema`. Further averages of other decays are stored under
+    `emas`, by their decays. Training does not use them.
 
     Args:
-        decay: share of the average that stays at each step, in [0, 1).
-        warmup: ramp the decay up from 0.1.
-        decays: of further averages.
+        decay: the decay, in [0, 1).
+        warmup: increase the decay from 2/11 at the first step (see above).
+        decays: decays of further averages, each in [0, 1).
 
     Raises:
-        ValueError: a decay outside [0, 1), or one that is there twice.
+        ValueError: a decay is outside [0, 1), or is given twice.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class EMA(Callback):
     ) -> None:
         if decay in decays:
             raise ValueError(
-                f"ema.decays={list(decays)} has ema.decay={decay}, which is averaged anyway. Leave it out."
+                f"ema.decays={list(decays)} contains ema.decay={decay}, which is always averaged. Remove it from "
+                "ema.decays."
             )
         self.decay, self.warmup, self.decays = decay, warmup, tuple(decays)
         self.average: list[Tensor] = []
@@ -51,16 +54,15 @@ class EMA(Callback):
         self._seen = 0
 
     def decay_at(self, step: int, decay: float | None = None) -> float:
-        """The decay of the n-th optimizer step, counted from 1, of the average or of a further one."""
+        """The decay at optimizer step `step`, counted from 1; `decay` is that of a further average, or None."""
         decay = self.decay if decay is None else decay
         return min(decay, (1 + step) / (10 + step)) if self.warmup else decay
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.warmup and 0 < trainer.max_steps < 3 / (1 - self.decay):
             rank_zero_warn(
-                f"ema.decay={self.decay} without ema.warmup remembers the initial weights after "
-                f"trainer.max_steps={trainer.max_steps} steps (it takes {3 / (1 - self.decay):.0f} to forget them): "
-                f"set ema.warmup=true."
+                f"After trainer.max_steps={trainer.max_steps} steps the average is still partly the initial weights: "
+                f"ema.decay={self.decay} needs about {3 / (1 - self.decay):.0f} steps. Give ema.warmup=true."
             )
         for decay in (self.decay, *self.decays):
             average = [p.detach().float().clone() for p in module.network.parameters()]
@@ -72,7 +74,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._seen:  # inside an accumulated step
+        if trainer.global_step == self._seen:  # not the last micro-batch of the step
             return
         self._seen = trainer.global_step
         if module.skipped:
@@ -94,7 +96,7 @@ class EMA(Callback):
 
     @contextmanager
     def swapped_in(self, network: nn.Module) -> Iterator[None]:
-        """Inside, the network computes with the averaged weights; outside, with its own again."""
+        """Context in which the network has the averaged weights. Its own weights are restored at the end."""
         parameters = list(network.parameters())
         own = [p.data for p in parameters]
         try:
@@ -107,11 +109,11 @@ class EMA(Callback):
 
 
 def load_average(network: nn.Module, ema: dict[str, Tensor], into: list[Tensor]) -> None:
-    """Copy named averages into a list in the order of network.parameters(); names and shapes must be the network's."""
+    """Copy averages by name into the list `into`, which is in the order of network.parameters()."""
     for (name, _), target in zip(network.named_parameters(), into, strict=True):
         target.copy_(ema[name])
 
 
 def key_of(decay: float) -> str:
-    """The name of an average of this decay in a checkpoint."""
+    """The key of the average of this decay in a checkpoint."""
     return repr(float(decay))

@@ -1,11 +1,11 @@
-"""Fingerprints of a run: digests of what a step goes by and of what it leaves behind, to find where two runs part.
+"""Fingerprints of a run: digests of the batch and of the state after each step, to find where two runs differ.
 
     h_i = splitmix64((i, word_i) + key),    digest = h_1 + h_2 + ...  mod 2^64
 
-A word is 32 bits as they lie in memory. (i, word_i) -> h_i is one to one, so a change within one word always changes
-the digest; changes of several cancel with a chance of 2^-64. Integers wrap alike everywhere: the same bits have the
-same digest on a CPU and on a GPU. Nothing is drawn and nothing is changed: with or without them the same weights come
-out.
+A word is 32 bits of memory. (i, word_i) -> h_i is one to one, so that a change in one word always changes the digest;
+changes in several words cancel with probability 2^-64. Integers wrap around in the same way on every device, so that
+the same bits have the same digest on a CPU and on a GPU. Fingerprints draw no random numbers and change nothing: the
+weights are the same with and without them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,11 +22,11 @@ from diffusion.runs.folder import OnError
 from diffusion.training.ema import EMA
 from diffusion.training.fingerprint_log import HEADER, line, log_path
 
-IMAGE, PLACE, LABEL = 1, 2, 3  # keys of the parts of an image's digest
+IMAGE, PLACE, LABEL = 1, 2, 3  # keys of the parts of the digest of an image
 
 
 def words(rows: Tensor) -> Tensor:
-    """The bits of each row, (..., n) of any dtype -> int32 (..., m); zeros fill the last word."""
+    """The bits of each row as words: (..., n) of any dtype -> int32 (..., m). The last word is padded with zeros."""
     rows = rows.detach().contiguous()
     if rows.element_size() % 4:  # one or two bytes each
         rows = rows.view(torch.uint8)
@@ -35,14 +35,17 @@ def words(rows: Tensor) -> Tensor:
 
 
 def hashed(rows: Tensor, first: int = 0) -> Tensor:
-    """The digest of each row of words, int32 (..., n) -> int64 (...); `first` is the number i of their first word."""
+    """The digest of each row of words: int32 (..., n) -> int64 (...). `first` is the number i of the first word."""
     places = torch.arange(first, first + rows.shape[-1], dtype=torch.int64, device=rows.device) << 32
     return keys(places + (rows.to(torch.int64) & 0xFFFFFFFF)).sum(-1)
 
 
 def chunks(tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The words of all tensors in the order of their names, small tensors together, large ones cut: int32 (n,)."""
-    size = 1 << 16 if device.type == "cpu" else 1 << 22  # what fits a core's cache; what fills a GPU
+    """The words of all tensors, in the order of their names, in chunks int32 (n,).
+
+    Small tensors share a chunk; large tensors are split.
+    """
+    size = 1 << 16 if device.type == "cpu" else 1 << 22  # fits the cache of a core; occupies a whole GPU
     waiting: list[Tensor] = []
     for name in sorted(tensors):
         for piece in words(tensors[name].reshape(-1)).to(device).split(size):
@@ -55,7 +58,7 @@ def chunks(tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[Tens
 
 
 def digest(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """The digest of named tensors, whatever their memory format: int64 (), on the device."""
+    """The digest of named tensors, independent of their memory format: int64 (), on the device."""
     total, first = torch.zeros((), dtype=torch.int64, device=device), 0
     for piece in chunks(tensors, device):
         total += hashed(piece, first)
@@ -64,9 +67,9 @@ def digest(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
 
 
 def digest_of_batch(batch: Mapping[str, Tensor]) -> Tensor:
-    """The digest of images (B, C, H, W), their positions (B,) and, if there are any, labels (B,): int64 ().
+    """The digest of images (B, C, H, W), their positions (B,) and, if present, labels (B,): int64 ().
 
-    A sum over the images: that of a batch is that of its micro-batches, added.
+    It is a sum over the images, so that the digests of micro-batches add up to that of the batch.
     """
     image = hashed(words(batch["image"].flatten(1)))
     together = keys(image, IMAGE) + keys(batch["position"], PLACE)
@@ -76,7 +79,7 @@ def digest_of_batch(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def state_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """What the optimizer remembers of each parameter, by name."""
+    """The state of the optimizer for each parameter, by name."""
     state = {name: optimizer.state.get(p, {}) for name, p in network.named_parameters()}
     return {
         f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -87,13 +90,16 @@ def state_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, 
 
 
 class Fingerprints(Callback):
-    """Logs every `every` optimizer steps, on every rank, the digests of the step's batch and of the weights, their
-    average and the optimizer's state after it; one read of the device each time. To be called after the average.
+    """Logs digests every `every` optimizer steps, on every rank.
+
+    Digests are of the batch, and of the weights, their average and the optimizer state after the step. Each row reads
+    from the device once. This callback must come after the EMA.
 
     Args:
-        run: the run's folder. The log there ends before the step that training goes on with (`cut_after`).
-        ema: the average.
-        every: optimizer steps; 0 for none. on_error: what becomes of a row that cannot be written.
+        run: the run folder. Its log must end before the step from which training resumes (`cut_after`).
+        ema: the averaged weights.
+        every: optimizer steps between two rows; 0 means no log.
+        on_error: what happens if a row cannot be written.
     """
 
     def __init__(self, run: Path, ema: EMA, every: int, on_error: OnError | None = None) -> None:
@@ -115,7 +121,7 @@ class Fingerprints(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step == self._seen or not self.due(step):  # inside an accumulated step, or not one to be logged
+        if step == self._seen or not self.due(step):  # not the last micro-batch of the step, or not a step to log
             return
         self._seen, network = step, module.network
         average = dict(zip((name for name, _ in network.named_parameters()), self.ema.average, strict=True))

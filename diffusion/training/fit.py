@@ -1,4 +1,4 @@
-"""The training part of a run: the Trainer and its callbacks, and what becomes of a signal or a failure."""
+"""The training part of a run: the Trainer, its callbacks, and the handling of signals and failures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from diffusion.distributed.place import Place
 from diffusion.distributed.processes import environment
 from diffusion.distributed.ranks import NEVER, Ranks
 from diffusion.distributed.signals import STEP, Signals
+from diffusion.progress import counted
 from diffusion.runs.folder import OnError, RunFolder
 from diffusion.settings import Count, settings
 from diffusion.training.callbacks import Look
@@ -28,10 +29,11 @@ from diffusion.training.nonfinite import Finite
 @settings("trainer")
 @dataclass(frozen=True)
 class Length:
-    """How long a run trains, and in how many parts a batch is computed.
+    """The length of a run, and the number of micro-batches.
 
     Args:
-        max_steps: optimizer steps. accumulate: micro-batches of a step; the batch stays as large.
+        max_steps: optimizer steps.
+        accumulate: micro-batches per optimizer step; the batch size does not change.
     """
 
     max_steps: Count
@@ -40,13 +42,17 @@ class Length:
 
 @dataclass(frozen=True)
 class Training:
-    """All that is trained, and how.
+    """The parts and settings of training.
 
     Args:
-        devices, num_nodes: processes on each machine, and machines.
-        log_every: steps between two rows of metrics.csv. fingerprint_every: between two fingerprints, 0: none.
-        max_nonfinite: steps that may be skipped. deterministic: bit-exact on a GPU and over processes as well.
-        callbacks, arguments: of the user's own: further callbacks, and arguments of Lightning's Trainer.
+        devices: processes per machine.
+        num_nodes: machines.
+        log_every: steps between two rows of metrics.csv.
+        fingerprint_every: steps between two fingerprints; 0 means none.
+        max_nonfinite: steps that may be skipped.
+        deterministic: make training reproducible to the bit on a GPU and on several processes too.
+        callbacks: further callbacks, the user's own.
+        arguments: further arguments of Lightning's Trainer.
     """
 
     module: DiffusionModule
@@ -69,7 +75,7 @@ class Training:
 
 
 class Steps(Callback):
-    """Tells the other ranks how far this one has come. begun: whether all is restored, and training has begun."""
+    """Reports the steps of this rank to the other ranks. begun: whether everything is restored and training began."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.begun = ranks, False
@@ -83,16 +89,18 @@ class Steps(Callback):
 
 
 class NotRestored(ValueError):
-    """A checkpoint holds states that are not those of the run."""
+    """The states in a checkpoint do not fit the run."""
 
-    exit_status = 2  # the same command ends the same way
+    exit_status = 2  # the same command would fail again
 
 
 class Fit:
-    """The Trainer of a run, ready to go on from the newest sound checkpoint.
+    """The Trainer of a run.
 
     Args:
-        training: what is trained. ranks, place, signals: of this process. looks: at the run, while it trains.
+        training: parts and settings of training.
+        ranks, place, signals: ranks, device and signals of this process.
+        looks: evaluations of the run while it trains.
     """
 
     def __init__(self, training: Training, ranks: Ranks, place: Place, signals: Signals, looks: Sequence[Look]) -> None:
@@ -127,12 +135,12 @@ class Fit:
                 self.steps,
                 self.finite,
                 *training.callbacks,
-                self.saver,  # after all that is saved with the step, and before anybody looks at it
+                self.saver,  # after the callbacks whose state is saved, and before the looks
                 *looks,
             ],
             logger=list(training.loggers),
             plugins=[training.writer, environment(ranks.size)],
-            enable_checkpointing=False,  # Lightning's own
+            enable_checkpointing=False,  # Saver replaces Lightning's
             log_every_n_steps=training.log_every,
             enable_progress_bar=False,
             **{"enable_model_summary": False, **training.arguments},
@@ -141,19 +149,22 @@ class Fit:
             deterministic=training.deterministic,
             default_root_dir=training.folder.path,
         )
-        # Lightning would broadcast a flag and look at it on every batch, and act on signals in the middle of a step.
+        # Lightning would broadcast a flag and wait for it on every batch, and handle signals in the middle of a step.
         self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.trainer._signal_connector.register_signal_handlers = lambda: None
 
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:
-        """Before a save: look whether the data are what they were, and at the step itself."""
+        """Before a save: check that the data have not changed and that the gradient of the step is finite."""
         look_together(lambda: self.training.data.look(unopened=self.ranks.main), self.ranks)
         self.finite.settle(trainer, module)
 
     def _strategy(self) -> DDPStrategy:
-        """DDP. Its buckets are rebuilt after the first step, so that a resumed run would sum in another order than an
-        uninterrupted one: where bit-exactness is promised they are not. A static graph is refused by torch where not
-        every backward pass sums gradients, as with accumulation."""
+        """The DDP strategy.
+
+        DDP rebuilds its buckets after the first step, so that a resumed run would sum in another order than an
+        uninterrupted one. Where bit-exact results are promised, this is switched off. Torch does not support a static
+        graph if some backward passes do not sum gradients, as with accumulation.
+        """
         exact = self.training.deterministic or self.place.device.type == "cpu"
         static = not exact and self.training.length.accumulate == 1
         return DDPStrategy(
@@ -161,11 +172,14 @@ class Fit:
         )
 
     def go(self, path: Path | None, say: Callable[[str], None]) -> int:
-        """Train from this checkpoint, or from the beginning; 0, or 128 + the signal that stopped it.
+        """Train from this checkpoint, or from the beginning if None.
+
+        Returns:
+            The exit status: 0, or 128 + the number of the signal that stopped training.
 
         Raises:
-            NotRestored: the checkpoint's states are not those of the run.
-            Exception: whatever has ended training.
+            NotRestored: the states in the checkpoint do not fit the run.
+            Exception: any error that ended training.
         """
         try:
             with self.signals.held(finishing=STEP):
@@ -176,16 +190,18 @@ class Fit:
                 raise
             first = (str(error).splitlines() or [""])[0]
             raise NotRestored(
-                f"{path} cannot be restored: its states are not those of this run ({type(error).__name__}: "
-                f"{first}). Move it away to train from the checkpoint before it."
+                f"{path} cannot be restored: its states do not fit this run ({type(error).__name__}: {first}). To "
+                f"train from the checkpoint before it, move this file away."
             ) from error
         folder = self.training.folder.path
         if self.meter.stand_ins:
-            say(f"Bad samples: {self.meter.stand_ins:,} times so far another image stood in for one that is damaged.")
+            replaced = counted(self.meter.stand_ins, "damaged image was", "damaged images were")
+            say(f"Bad samples: {replaced} replaced by another image so far.")
         if self.finite.skipped:
-            say(f"Not finite: {self.finite.skipped:,} steps so far were skipped, see {folder}/nonfinite.")
-        number = self.saver.stopped_by or self.ranks.signal()  # the latter: after the last step
+            skipped = counted(self.finite.skipped, "step was", "steps were")
+            say(f"Not finite: {skipped} skipped so far, see {folder}/nonfinite.")
+        number = self.saver.stopped_by or self.ranks.signal()  # a signal may come after the last step
         if not number:
             return 0
-        say(f"Stopped by signal {number} at step {self.trainer.global_step}; the same command goes on from there.")
+        say(f"Stopped by signal {number} at step {self.trainer.global_step}. Run the same command to continue.")
         return 128 + number

@@ -1,8 +1,8 @@
-"""The loss on images that are not trained on: what tells a model that learns from one that remembers.
+"""The loss on held-out images, which detects overfitting.
 
-It is the loss of training, of the raw weights as train/loss is, in evaluation mode, without mirrored images and hidden
-labels. Each measurement is of the same images with the same noise levels and noise, so that two differ by the weights
-alone; it is the same on any number of ranks.
+It is the training loss of the raw weights, like train/loss, but in evaluation mode, without mirrored images and without
+label dropout. Every measurement uses the same images, noise levels and noise. So two measurements differ by the weights
+only. The result is the same on any number of ranks.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,13 @@ COLUMNS = ("held_out/loss", *(f"held_out/loss_q{i}" for i in range(1, QUARTILES 
 @settings("held_out")
 @dataclass(frozen=True)
 class HeldOut:
-    """On which images the loss is measured while a run trains, and when.
+    """Settings of the held-out loss.
 
     Args:
-        every_steps: and at the end; 0: never.
-        split: of the data; None: validation or else test, and if the set has neither, nothing is measured.
-        num_images: of the split, chosen by the run's seed; None: all. batch_size: measured at a time, by one process.
+        every_steps: steps between two measurements; there is one more at the end. 0 means never.
+        split: split of the data set. None means validation, or else test; without either, nothing is measured.
+        num_images: images of the split that are measured, chosen by the seed of the run; None means all.
+        batch_size: images per batch, on each process.
     """
 
     every_steps: Number = 1000
@@ -43,11 +44,15 @@ class HeldOut:
 
 
 class HeldOutLoss:
-    """The measurement of one run.
+    """Measures the held-out loss of a run.
 
     Args:
-        module: what is trained. split: name of the split. samples: its images. numbers: of those to be measured (N,).
-        batch_size: images at a time. place, ranks: of this process.
+        module: the module in training.
+        split: name of the split.
+        samples: images of the split.
+        numbers: numbers of the images to measure, int64 (N,).
+        batch_size: images per batch.
+        place, ranks: device and ranks of this process.
     """
 
     def __init__(
@@ -65,12 +70,13 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The mean loss of all images and of those in each quartile of t, by COLUMNS; on all ranks. A quartile without
-        an image is left out.
+        """The mean loss of all images and of each quartile of t, by COLUMNS, on all ranks.
+
+        A quartile without images is left out.
 
         Raises:
-            Abandoned: a rank has been told to stop.
-            BadSample, Unreachable: an image cannot be had.
+            Abandoned: a rank has got a signal.
+            BadSample, Unreachable: an image cannot be read.
         """
         batches = np.split(self.numbers, range(self.batch_size, len(self.numbers), self.batch_size))
         own = torch.zeros(2, len(COLUMNS), dtype=torch.float64, device=self.place.device)
@@ -87,7 +93,7 @@ class HeldOutLoss:
         try:
             images, labels, *_ = self.samples.batch(numbers)
         except DataChanged as error:
-            error.since = None  # no weights come from these images: checkpoints are as good as before
+            error.since = None  # these images are not trained on, so all checkpoints remain valid
             raise
         at = torch.from_numpy(numbers).to(device)
         x0 = from_uint8(images.to(device)).contiguous(memory_format=self.place.memory_format)
@@ -100,7 +106,7 @@ class HeldOutLoss:
 
 
 def chosen(count: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
-    """Numbers of the images of a split of `count` that are measured, ascending."""
+    """The numbers, ascending, of the images to measure in a split of `count` images."""
     if wanted is None or wanted >= count:
         return np.arange(count)
     return np.sort(permutation(count, seed, Stream.HELD_OUT)[:wanted])
@@ -124,7 +130,7 @@ def split_of(held_out: HeldOut, data: ImageShardsDataModule) -> str | None:
 def held_out_loss(
     held_out: HeldOut, module: DiffusionModule, data: ImageShardsDataModule, place: Place, ranks: Ranks
 ) -> HeldOutLoss | None:
-    """The measurement that a run asks for; None if it asks for none, or its data have no split for it. ValueError as
+    """The held-out measurement of a run; None if it is switched off or the data set has no split for it. ValueError as
     `split_of`."""
     if (split := split_of(held_out, data)) is None:
         return None

@@ -1,9 +1,9 @@
-"""Which noise level each training image gets, and what a level weighs in the loss.
+"""The distribution of noise levels in training, and the weight of each level in the loss.
 
     t = levels.draw(keys),    loss = levels.weight_at(t, objective) * objective(...)
 
-Both are functions of an image's keys and its time alone. The papers draw t evenly from 1 ... T; continuous-time models
-draw lambda = log(alpha / sigma), for which any real time in [1, T] will do.
+Both depend only on the keys and the time of an image. The papers draw t uniformly from 1 ... T. Continuous-time models
+draw lambda = log(alpha / sigma), and t is then any real time in [1, T].
 """
 
 import math
@@ -22,28 +22,29 @@ Weight = Literal["one", "min_snr"]
 
 
 class Levels(ABC):
-    """A law of noise levels on a schedule, and their weights.
+    """A distribution of noise levels on a schedule, and their weights.
 
     Args:
         schedule: noise levels.
-        weight: "one": the objective's own. "min_snr": such that the squared error of x0 weighs min(SNR, gamma) (Hang et
-            al. 2023, eq. 8), whatever the network predicts and the objective weighs. gamma: the papers' 5.
+        weight: "one" keeps the weight of the objective. "min_snr" gives the squared error of x0 the weight
+            min(SNR, gamma) (Hang et al. 2023, eq. 8), for any prediction and any weight of the objective.
+        gamma: upper limit of the weight; the paper uses 5.
     """
 
-    whole = True  # whether its times are integers
+    whole = True  # whether the times are integers
 
     def __init__(self, schedule: Schedule, weight: str, gamma: float) -> None:
         self.schedule, self.weight, self.gamma = schedule, weight, gamma
 
     @abstractmethod
     def draw(self, keys: Tensor) -> Tensor:
-        """Times in [1, T], one for each key (B,), on their device."""
+        """Draw a time in [1, T] for each key, (B,), on the device of the keys."""
 
     def weight_at(self, t: Tensor, objective: Objective) -> Tensor | None:
-        """Weight of the objective's loss at these times, float64 (B,); None where all weigh 1.
+        """The factor on the loss of the objective at these times: float64 (B,), or None if it is 1 everywhere.
 
         Raises:
-            ValueError: the weight is "min_snr", and the objective's loss is no weighted squared error.
+            ValueError: weight is "min_snr", and the loss of the objective is not a weighted squared error.
         """
         if self.weight == "one":
             return None
@@ -52,7 +53,7 @@ class Levels(ABC):
             raise ValueError(
                 f"levels.weight={self.weight} cannot be used with this objective "
                 f"({type(objective).__name__}): its loss is not a weighted squared error. Give levels.weight=one, or "
-                f"another objective, as objective=epsilon."
+                f"another objective, for example objective=epsilon."
             )
         alpha, sigma = self.schedule(t)
         return ((alpha / sigma) ** 2).clamp(max=self.gamma) / own
@@ -60,7 +61,7 @@ class Levels(ABC):
 
 @settings("levels")
 class Uniform(Levels):
-    """t evenly from 1 ... T (Ho et al. 2020, alg. 1).
+    """t uniform on the integers 1 ... T (Ho et al. 2020, alg. 1).
 
     Args:
         schedule, weight, gamma: as in `Levels`.
@@ -75,15 +76,16 @@ class Uniform(Levels):
 
 @settings("levels")
 class LogNormal(Levels):
-    """lambda = log(alpha / sigma) from N(mean, std^2), cut off at the schedule's ends (Karras et al. 2022, table 1: of
-    log sigma, for alpha = 1, -1.2 and 1.2).
+    """lambda = log(alpha / sigma) from N(mean, std^2), truncated to the range of the schedule.
+
+    Karras et al. 2022, table 1: for alpha = 1, log sigma has mean -1.2 and standard deviation 1.2.
 
     Args:
         schedule, weight, gamma: as in `Levels`.
-        mean, std: of lambda.
+        mean, std: mean and standard deviation of lambda.
 
     Raises:
-        ValueError: no lambda of the schedule is within ten std of the mean.
+        ValueError: no lambda of the schedule is within about ten std of the mean.
     """
 
     whole = False
@@ -102,7 +104,8 @@ class LogNormal(Levels):
         self._low, self._high = (0.5 * math.erfc((mean - end) / (std * math.sqrt(2))) for end in ends)
         if not self._high - self._low > 1e-20:
             raise ValueError(
-                f"levels.mean={mean}, levels.std={std}: the schedule has lambdas from {ends[0]:.3g} to {ends[1]:.3g}."
+                f"levels.mean={mean}, levels.std={std} draws no noise level of this schedule, whose lambda is in "
+                f"[{ends[0]:.3g}, {ends[1]:.3g}]. Give levels.mean inside this range, or a larger levels.std."
             )
 
     def draw(self, keys: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Where the figures of a run go beside metrics.csv: Weights & Biases, if the user asks for it.
+"""The logger for Weights & Biases (W&B), which is optional. metrics.csv is always written.
 
-Training knows nothing of it and is the same, to the bit, without.
+Training does not depend on it: the weights are the same, to the bit, with and without W&B.
 
-The id of the W&B run is kept in the run folder, so that a resumed run goes on as the same W&B run. Each row stands at
-its optimizer step, as `step` and as W&B's own `_step`, which would count anew in every process. Nothing that W&B does
-or fails to do ends a run: what goes wrong is said once, and the run goes on without it. metrics.csv is the record.
+The id of the W&B run is stored in the run folder, so that a resumed run continues the same W&B run. Each row has its
+optimizer step both as `step` and as W&B's own `_step`, which would otherwise restart at 0 in every process. A failure
+of W&B never ends a run: a message is printed once, and the run continues without W&B.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ from diffusion.runs.recorded import Recorded
 from diffusion.settings import settings
 from diffusion.training.meter import RunLogger
 
-# What W&B reads from the environment; a value set there by the user stays.
+# Environment variables of W&B. A value set by the user is not changed.
 ENVIRONMENT = {
-    "WANDB_SILENT": "true",  # where the run is, and what goes wrong, is said here
-    "WANDB_CONSOLE": "off",  # the progress bar writes to the terminal itself
-    "WANDB_ERROR_REPORTING": "false",  # reports go over the network, also from an offline run
-    "WANDB_INIT_TIMEOUT": "30",  # seconds for a server to answer
-    "WANDB_FINISH_TIMEOUT": "30",  # seconds for the upload at the end; what is left can be uploaded later
+    "WANDB_SILENT": "true",  # this module prints the location of the run and the errors
+    "WANDB_CONSOLE": "off",  # the progress bar writes to the terminal
+    "WANDB_ERROR_REPORTING": "false",  # error reports use the network, even for an offline run
+    "WANDB_INIT_TIMEOUT": "30",  # seconds to wait for a server
+    "WANDB_FINISH_TIMEOUT": "30",  # seconds for the upload at the end; the rest can be uploaded later
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
-    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds that a kill may cost; 15 by default
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of data that a kill may lose; W&B's default is 15
 }
 WITHOUT_SERVER = ("offline", "dryrun", "disabled")
 WITH_SERVER = ("online", "run")
@@ -46,7 +46,7 @@ WITH_SERVER = ("online", "run")
 @settings("logger")
 @dataclass(frozen=True)
 class Choice:
-    """Which logger, beside metrics.csv."""
+    """The name of the logger used beside metrics.csv."""
 
     name: Literal["none", "wandb"]
 
@@ -56,12 +56,12 @@ class Wandb(RunLogger):
     """A W&B run that belongs to the run folder.
 
     Args:
-        folder: of the run; its wandb/ holds the files and the id.
-        project, entity, group, tags: as W&B has them; null leaves them to its own settings, such as WANDB_ENTITY.
-        mode: online, offline, or auto: WANDB_MODE if that is set, else online with a key and offline without.
+        folder: the run folder; its subfolder wandb/ holds the files and the id.
+        project, entity, group, tags: the W&B settings of these names; None uses W&B's defaults, such as WANDB_ENTITY.
+        mode: online, offline or auto. auto means WANDB_MODE if it is set, else online with a key and offline without.
 
     Raises:
-        ValueError: W&B does not accept one of these, or the run is to be online and there is no usable key.
+        ValueError: W&B rejects one of these, or the mode is online and there is no usable key.
     """
 
     name = "wandb"
@@ -93,7 +93,7 @@ class Wandb(RunLogger):
         }
         try:
             self._settings = wandb.Settings(**{k: v for k, v in chosen.items() if v is not None})
-        except wandb.Error as e:  # of the names it judges the project's alone
+        except wandb.Error as e:  # W&B checks only the name of the project here
             raise ValueError(f"logger.project={project}: {e}.") from e
         try:
             self.mode = self._mode(mode)
@@ -101,11 +101,11 @@ class Wandb(RunLogger):
             raise ValueError(f"logger.mode={mode}: {e} Correct it, or give logger.mode=offline.") from e
         self._run: Any = None
         self._say: Callable[[str], None] = print
-        self.record: Recorded | None = None  # of the run, once it starts
+        self.record: Recorded | None = None  # set by `start`
 
     @staticmethod
     def _mode(asked: str) -> str:
-        """The mode W&B is started in; it never asks for a key, as it would at a terminal."""
+        """The mode in which W&B is started. Never prompts for a key, as W&B would do at a terminal."""
         import wandb
 
         mode = os.environ.get("WANDB_MODE")
@@ -117,12 +117,12 @@ class Wandb(RunLogger):
         if mode and not key:
             source = f"WANDB_MODE={mode}" if asked == "auto" else f"logger.mode={asked}"
             raise ValueError(
-                f"{source} needs a key: run `wandb login` or set WANDB_API_KEY; or give logger.mode=offline."
+                f"{source} needs a key. Run `wandb login`, or set WANDB_API_KEY, or give logger.mode=offline."
             )
         return "online" if key else "offline"
 
     def id(self) -> str:
-        """The id of this folder's W&B run, drawn once."""
+        """The id of the W&B run of this folder; drawn at random the first time."""
         path = self.folder.path / "wandb" / "run_id"
         if not path.is_file():
             write_atomically(path, f"{os.urandom(5).hex()}\n")
@@ -130,18 +130,18 @@ class Wandb(RunLogger):
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
-        """Whatever W&B raises is said once and ends the logging, not the run."""
+        """Catch any exception of W&B: print it once and stop logging, but not the run."""
         try:
             yield
-        except Exception as e:  # of many kinds: its own, of sockets, of files, timeouts
+        except Exception as e:  # W&B raises its own errors, and errors of sockets, files and timeouts
             self._run = None
-            self._say(f"W&B has failed and logs no more; the run goes on. {first_line(e)}")
+            self._say(f"W&B has failed. The run continues without it. {first_line(e)}")
             self._stop_service()
 
     # ---- the life of the run ----
 
     def start(self, say: Callable[[str], None], record: Recorded) -> None:
-        """Start or go on with the W&B run and say where it is; offline where the server is out of reach or refuses."""
+        """Start or resume the W&B run and print where it is; offline if the server cannot be reached or refuses."""
         self._say, self.record = say, record
         if self.mode == "disabled":
             say("W&B: disabled by WANDB_MODE.")
@@ -152,12 +152,12 @@ class Wandb(RunLogger):
                 say(f"W&B: {self._run.url}")
                 return
             except Exception as e:
-                say(f"W&B cannot be reached or refuses, so the run is logged offline. {first_line(e)}")
+                say(f"W&B cannot be reached or refuses the run, so the run is logged offline. {first_line(e)}")
                 self._stop_service()
         with self._harmless():
             self._run = self._init("offline")
             files = self.folder.path / "wandb"
-            say(f"W&B: offline in {files}; to upload it: wandb sync {shlex.quote(str(files))}/offline-run-*")
+            say(f"W&B: offline in {files}. To upload it: wandb sync {shlex.quote(str(files))}/offline-run-*")
 
     def _init(self, mode: str) -> Any:
         import wandb
@@ -176,16 +176,16 @@ class Wandb(RunLogger):
 
     @staticmethod
     def _stop_service() -> None:
-        """End W&B's process: it would refuse to start a run of the same id again, or fail once more at exit."""
+        """End the process of W&B. It would refuse to start a run of the same id again, or fail again at exit."""
         import wandb
 
         with contextlib.suppress(Exception, SystemExit):
             wandb.teardown()
 
     def close(self, status: int) -> None:
-        """Write and upload what is left, for at most WANDB_FINISH_TIMEOUT seconds. Never raises.
+        """Write and upload the remaining data, for at most WANDB_FINISH_TIMEOUT seconds. Never raises.
 
-        A run stopped by a signal is marked as preempted, as the same command goes on with it.
+        A run stopped by a signal is marked as preempted, because the same command resumes it.
         """
         if self._run is None:
             return
@@ -196,23 +196,23 @@ class Wandb(RunLogger):
             run.finish(exit_code=status)
         except Exception as e:
             files = shlex.quote(str(Path(run.dir).parent))
-            self._say(f"W&B has not got all of the run; to upload it: wandb sync {files}. {first_line(e)}")
+            self._say(f"W&B has not received the whole run. To upload it: wandb sync {files}. {first_line(e)}")
 
-    # ---- what is logged ----
+    # ---- logging ----
 
     def _log(self, row: dict[str, Any], step: int) -> None:
-        """Add to the row of this step. W&B drops rows before the step at which it resumed, so none is put there."""
+        """Add values to the row of this step, or to the step at which W&B resumed, before which W&B drops rows."""
         self._run.log({**row, "step": step}, step=max(step, self._run.starting_step))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of this step; one that was sent before a kill and is trained again is not sent twice."""
+        """Add values to the row of this step. A step that was sent before a kill is not sent again."""
         if self._run is not None and step >= self._run.starting_step:
             with self._harmless():
                 self._log(metrics, step)
 
     def log_picture(self, path: Path, step: int) -> None:
-        """A grid of samples, as `samples`."""
+        """Log a sample grid under the name `samples`."""
         if self._run is None:
             return
         import wandb
@@ -221,7 +221,7 @@ class Wandb(RunLogger):
             self._log({"samples": wandb.Image(str(path))}, step)
 
     def log_scores(self, rows: list[dict[str, Any]], step: int, prefix: str = "eval") -> None:
-        """eval/NAME of each (or of another prefix), and the paper's value as paper/NAME in the summary."""
+        """Log each score as eval/NAME (or another prefix), and the paper's value as paper/NAME in the summary."""
         if self._run is None:
             return
         with self._harmless():
@@ -232,14 +232,18 @@ class Wandb(RunLogger):
 
 
 def text(key: str, value: Any) -> str | None:
-    """A name as W&B wants it: text, as which a number passes too, or None."""
+    """The setting as text, or None; a number is accepted too.
+
+    Raises:
+        ValueError: the value is neither text nor a number.
+    """
     if value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"logger.{key}={value} is not a name.")
+        raise ValueError(f"logger.{key}={value} must be text.")
     return None if value in (None, "") else str(value)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -306,8 +310,14 @@ class OwnLogger(RunLogger):
 
 
 def loggers(name: str, folder: RunFolder, **chosen: Any) -> list[RunLogger]:
-    """What a run logs to beside metrics.csv, by the name of the logger; nothing on ranks other than 0, which write
-    nothing. chosen: arguments of the logger."""
+    """The loggers of this name, beside metrics.csv: [] for "none", and on ranks other than 0.
+
+    Args:
+        chosen: arguments of the logger.
+
+    Raises:
+        Refusal: the package wandb cannot be imported.
+    """
     if name == "none" or rank_zero_only.rank != 0:
         return []
     check_wandb()
@@ -315,11 +325,11 @@ def loggers(name: str, folder: RunFolder, **chosen: Any) -> list[RunLogger]:
 
 
 def check_wandb() -> None:
-    """Refuse logger=wandb where its package cannot be imported."""
+    """Raise Refusal if the package wandb cannot be imported."""
     try:
         import_module("wandb")
-    except Exception as error:  # of a broken installation anything
+    except Exception as error:  # a broken installation can raise anything
         raise Refusal(
-            f"logger=wandb: the package wandb cannot be imported ({type(error).__name__}: {error}). Install it again, "
-            f"or give logger=none."
+            f"logger=wandb: the package wandb cannot be imported ({type(error).__name__}: {error}). Reinstall it, or "
+            f"give logger=none."
         ) from error

@@ -1,8 +1,8 @@
-"""The course of the learning rate: what share of `optimizer.lr` each optimizer step uses.
+"""Learning rate schedules: the factor on `optimizer.lr` at each optimizer step.
 
     rate of step n = lr * min((n + 1) / warmup_steps, 1) * course(n),    n = 0, 1, 2, ...
 
-A course is a function of the step alone, so a resumed run goes on where it was.
+A schedule is a function of the step only, so that a resumed run continues with the same rates.
 """
 
 import math
@@ -12,30 +12,30 @@ from diffusion.settings import Count, Number, Share, settings
 
 
 class LearningRate(ABC):
-    """Share of the learning rate by the number of the step, after a linear rise.
+    """Base class of learning rate schedules, with linear warmup.
 
     Args:
-        warmup_steps: of the rise; 0: none.
+        warmup_steps: number of warmup steps; 0 means no warmup.
     """
 
     def __init__(self, warmup_steps: int) -> None:
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:
-        """The share that optimizer step `step` uses, counted from 0."""
+        """The factor on the learning rate at optimizer step `step`, counted from 0."""
         return min((step + 1) / max(self.warmup_steps, 1), 1.0) * self.course(step)
 
     @abstractmethod
     def course(self, step: int) -> float:
-        """The share without the rise."""
+        """The factor without the warmup."""
 
 
 @settings("lr_schedule")
 class Constant(LearningRate):
-    """The whole learning rate after the rise (Ho et al. 2020, app. B).
+    """Constant learning rate after the warmup (Ho et al. 2020, app. B).
 
     Args:
-        warmup_steps: of the rise; 0: none.
+        warmup_steps: number of warmup steps; 0 means no warmup.
     """
 
     def __init__(self, warmup_steps: Number = 0) -> None:
@@ -47,15 +47,17 @@ class Constant(LearningRate):
 
 @settings("lr_schedule")
 class Cosine(LearningRate):
-    """Half a cosine from the whole rate at the end of the rise to a share of it at `num_steps` (Loshchilov & Hutter
-    2017, SGDR, eq. 5, one period); that share from there on.
+    """Cosine decay from the full rate after the warmup to `final` times that rate at `num_steps`.
+
+    It stays there afterwards. Loshchilov & Hutter 2017, SGDR, eq. 5, one period.
 
     Args:
-        warmup_steps: of the rise; 0: none. num_steps: of the whole course, the rise included.
-        final: share at its end.
+        warmup_steps: number of warmup steps; 0 means no warmup.
+        num_steps: step at which the decay ends, counted from the start of the warmup.
+        final: factor at the end, in [0, 1].
 
     Raises:
-        ValueError: the course is not longer than the rise.
+        ValueError: num_steps is not above warmup_steps.
     """
 
     def __init__(self, warmup_steps: Number = 0, num_steps: Count | None = None, final: Share = 0.0) -> None:
@@ -73,10 +75,13 @@ class Cosine(LearningRate):
 
 @settings("lr_schedule")
 class InverseSqrt(LearningRate):
-    """1 / sqrt(n + 1) after the rise, joined to it (Vaswani et al. 2017, sec. 5.3; Karras et al. 2024, EDM2, eq. 67).
+    """Inverse square root decay: min(sqrt(reference_steps / (n + 1)), 1), after the warmup.
+
+    Vaswani et al. 2017, sec. 5.3; Karras et al. 2024, EDM2, eq. 67.
 
     Args:
-        warmup_steps: of the rise; 0: none. reference_steps: up to which the rate is whole; None: warmup_steps.
+        warmup_steps: number of warmup steps; 0 means no warmup.
+        reference_steps: number of steps at the full rate, before the decay; None means warmup_steps.
     """
 
     def __init__(self, warmup_steps: Number = 0, reference_steps: Count | None = None) -> None:

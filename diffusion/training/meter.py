@@ -1,7 +1,7 @@
-"""What a run reports while it trains: metrics.csv, the loggers, and the progress bar.
+"""Metrics of a run while it trains: metrics.csv, the loggers, and the progress bar.
 
-Every `log_every` steps the sums that the module kept on the device are fetched, averaged over all processes, and
-written as one row. That is the only moment at which training waits for the device.
+Every `log_every` steps the sums that the module keeps on the device are fetched, averaged over all processes, and
+written as one row. Training does not wait for the device at any other time.
 """
 
 import csv
@@ -21,45 +21,50 @@ from diffusion.progress import Progress
 from diffusion.runs.folder import OnError
 from diffusion.runs.recorded import Recorded
 
-STAND_INS = "train/stand_ins"  # images so far in the place of samples that could not be decoded
+STAND_INS = "train/stand_ins"  # number of images so far that replaced samples that could not be decoded
 NAMES = ("train/loss", "train/loss_q1", "train/loss_q2", "train/loss_q3", "train/loss_q4", STAND_INS, "train/grad_norm")
 
 
 class RunLogger(Logger):
-    """Where the figures of a run go: Lightning's rows of numbers and, unless a logger leaves them out, pictures and
-    scores. It lives from the start of the run to after its last score, which is longer than Lightning's `fit`."""
+    """Base class of loggers: Lightning's metrics, and optionally pictures and scores.
+
+    A logger is used from the start of the run until after its last score, which is longer than Lightning's `fit`.
+    """
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The configuration is in the run folder before training begins."""
+        """Do nothing: the configuration is in the run folder before training begins."""
 
     def start(self, say: Callable[[str], None], record: Recorded) -> None:
-        """Before training, on rank 0; `say` tells the user where to look."""
+        """Called before training, on rank 0. `say` prints a line for the user, such as where the logs are."""
 
     def log_picture(self, path: Path, step: int) -> None:
-        """A grid of samples that has been saved."""
+        """Log a sample grid that has been saved."""
 
     def log_scores(self, rows: list[dict[str, Any]], step: int, prefix: str = "eval") -> None:
-        """Lines of results.jsonl: a column eval/NAME each."""
+        """Log rows of results.jsonl, each as a column eval/NAME."""
         self.log_metrics({f"{prefix}/{row['name']}": row["value"] for row in rows}, step)
 
     def close(self, status: int) -> None:
-        """After the last score, or after a stop or a failure, with the exit status; must not raise."""
+        """Called after the last score, a stop or a failure, with the exit status. It must not raise."""
 
 
 class MetricsCsv(RunLogger):
-    """metrics.csv: one row a step, columns as they come up. A resumed run cuts the rows beyond its checkpoint."""
+    """metrics.csv: one row per logged step. Columns are added as needed."""
 
     def __init__(self, path: Path, on_error: OnError | None = None) -> None:
         super().__init__()
         self.path, self.on_error = path, on_error or OnError()
-        self._columns: list[str] | None = None  # as they stand in the file; None: not looked at yet
+        self._columns: list[str] | None = None  # columns of the file; None: not read yet
         self._last = -1
 
     name = "csv"
     version = ""
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows of the file, to be written again; damaged ones, and one that a kill has cut off, are left out."""
+        """The rows of the file, without damaged rows and without a last row that a kill has truncated.
+
+        If there are damaged rows, a copy of the file is kept, because the caller will rewrite it.
+        """
         if not self.path.is_file():
             return []
         rows, unread = read_csv(self.path)
@@ -78,13 +83,13 @@ class MetricsCsv(RunLogger):
         write_atomically(self.path, text.getvalue())
 
     def cut_after(self, step: int) -> None:
-        """Drop the rows of steps that will be trained again, and a last row that a kill has cut off."""
+        """Delete the rows of steps after `step`, which will be trained again, and a row that a kill has truncated."""
         if self.path.is_file():
             self._write([r for r in self.rows() if int(r["step"]) <= step])
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of this step; a new column rewrites the file, once."""
+        """Add values to the row of this step. A new column rewrites the file."""
         with self.on_error:
             self._add(metrics, step)
 
@@ -108,10 +113,11 @@ class MetricsCsv(RunLogger):
 
 
 class Meter(Callback):
-    """Every `every` steps: mean loss, by quartile of t too, gradient norm, learning rate, images/s, of several ranks
-    what each step sends of gradients, and on a GPU the most memory held so far, to all loggers.
+    """Sends a row of metrics to all loggers every `every` steps.
 
-    But for images/s and memory, a row is a function of its step alone, wherever the run was interrupted before.
+    The row has the mean loss, the loss by quartile of t, gradient norm, learning rate and images/s; on several ranks
+    the size of the gradients that are summed per step; on a GPU the peak memory. Except for images/s and memory, a row
+    does not depend on earlier interruptions.
 
     Args:
         every: steps between two rows.
@@ -120,7 +126,7 @@ class Meter(Callback):
 
     def __init__(self, every: int, batch_size: int) -> None:
         if every < 1:
-            raise ValueError(f"log_every={every} is not at least 1.")
+            raise ValueError(f"log_every={every} must be at least 1.")
         self.every, self.batch_size = every, batch_size
         self.latest: dict[str, float] = {}
         self.stand_ins = 0
@@ -164,17 +170,17 @@ class Meter(Callback):
 
 
 def allreduced_bytes(model: torch.nn.parallel.DistributedDataParallel) -> int:
-    """Bytes of gradients that every optimizer step sums over the ranks: of DDP's buckets."""
+    """Bytes of gradients that are summed over the ranks in every optimizer step: the size of DDP's buckets."""
     sizes = model._get_ddp_logging_data()
     sizes = sizes.get("rebuilt_bucket_sizes") or sizes["bucket_sizes"]
     return sum(int(size) for size in str(sizes).split(","))
 
 
 class Bar(Callback):
-    """Progress of training, with loss and images/s.
+    """Shows the progress of training, with loss and images/s.
 
     Args:
-        meter: whose latest row is shown.
+        meter: the meter whose latest row is shown.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -208,4 +214,5 @@ class Bar(Callback):
 
 
 def count_parameters(network: torch.nn.Module) -> int:
+    """Number of parameters of a network."""
     return sum(p.numel() for p in network.parameters())

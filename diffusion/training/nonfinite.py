@@ -1,8 +1,8 @@
-"""A loss or a gradient that is not finite: the step is found, its draws are recorded, and the run stops or skips it.
+"""Detection of losses and gradients that are not finite: the run records the images of the step and stops or skips it.
 
-To stop costs nothing: the norm of the gradients is copied to the host while the next step runs and looked at after it,
-on all ranks alike, and no checkpoint is written before the step it holds has been looked at. To skip a step, its norm
-must be known before the optimizer acts: the host waits for the device in every step.
+Stopping costs no time. The gradient norm is copied to the host while the next step runs, and is checked after that
+step, on all ranks. No checkpoint is written before its step has been checked. To skip a step, the norm must be known
+before the optimizer step. So the host then waits for the device in every step.
 """
 
 import json
@@ -14,21 +14,22 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from diffusion.files import write_atomically
+from diffusion.progress import counted
 from diffusion.runs.folder import RunFolder
 
 ACTIONS = ("stop", "skip")
 
 
 class NotFinite(ArithmeticError):
-    """Training has met a loss or a gradient that is not finite; the message says where its draws are recorded."""
+    """A loss or gradient is not finite. The message names the file that records the images of the step."""
 
 
 class Finite(Callback):
-    """Looks at the gradient norm of every optimizer step; `module.skip_not_finite` makes the module skip.
+    """Checks the gradient norm of every optimizer step. With `module.skip_not_finite` the module skips bad steps.
 
     Args:
-        folder: of the run; nonfinite/step_00000017_rank_0000.json is written there.
-        limit: skipped steps of a run, after which skipping is an error as well.
+        folder: the run folder; nonfinite/step_00000017_rank_0000.json is written there.
+        limit: number of steps that a run may skip; one more raises NotFinite.
     """
 
     def __init__(self, folder: RunFolder, limit: int) -> None:
@@ -51,18 +52,22 @@ class Finite(Callback):
             return
         self._seen = trainer.global_step
         norm, draws = module.last_step()
-        self.settle(trainer, module)  # of the step before, which the device has long finished
+        self.settle(trainer, module)  # for the step before, which the device has finished
         ready = None
         if norm.is_cuda:
             norm = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
         self._waiting = self._seen, norm, ready, draws
-        if module.skip_not_finite:  # the module has waited for it already
+        if module.skip_not_finite:  # the module has already waited for the norm
             self.settle(trainer, module)
 
     def settle(self, trainer: Trainer, module: LightningModule) -> None:
-        """Look at the latest step that has not been looked at. NotFinite if the run is to end."""
+        """Check the latest step that has not been checked.
+
+        Raises:
+            NotFinite: its gradient is not finite, and the run must end.
+        """
         if self._waiting is None:
             return
         (step, norm, ready, draws), self._waiting = self._waiting, None
@@ -74,18 +79,18 @@ class Finite(Callback):
         file = self._record(step, trainer.global_rank, norm, draws)
         if not module.skip_not_finite:
             raise NotFinite(
-                f"the gradient of step {step} has the norm {norm}: its images, t and losses are in {file}. No "
-                f"checkpoint holds that step. Lower optimizer.lr, or give on_nonfinite=skip."
+                f"the gradient of step {step} has the norm {norm}. Its images, t and losses are in {file}. No "
+                f"checkpoint contains this step. Give a smaller optimizer.lr, or on_nonfinite=skip."
             )
         self.skipped += 1
         if self.skipped > self.limit:
             raise NotFinite(
-                f"{self.skipped} steps had a gradient that is not finite, more than max_nonfinite={self.limit} allows: "
-                f"the last is step {step}, see {file}."
+                f"{counted(self.skipped, 'step', 'steps')} had a gradient that is not finite, more than "
+                f"max_nonfinite={self.limit} allows. The last one is step {step}; its images are in {file}."
             )
 
     def _record(self, step: int, rank: int, norm: float, draws: list[dict[str, Tensor]]) -> str:
-        """Write down what this rank drew for the step; the file."""
+        """Write position, t and loss of the images of this rank in the step; returns the path of the file."""
         columns = {key: torch.cat([draw[key] for draw in draws]).tolist() for key in draws[0]}
         columns["loss"] = [loss if math.isfinite(loss) else str(loss) for loss in columns["loss"]]
         path = self.folder.path / "nonfinite" / f"step_{step:08d}_rank_{rank:04d}.json"

@@ -28,7 +28,7 @@ from diffusion.data.prepare.processes import over_processes
 from diffusion.data.prepare.sheet import contact_sheet
 from diffusion.data.shards.index import INDEX_NAME, Index, Shard, read_index, shard_files, write_index
 from diffusion.data.sources.source import BadEntry, safe_key
-from diffusion.files import Room, locked, remove_leftovers, told_by_disk, write_atomically
+from diffusion.files import Room, describe_disk_error, locked, remove_leftovers, write_atomically
 
 SETTINGS, STATE, SKIPPED, SHEET = "prepare.json", ".prepare", "skipped.csv", "contact_sheet.png"
 Report = Callable[[int], None]
@@ -196,7 +196,7 @@ def make_set(job: Job, plan: Plan, processes: int, report: Report = lambda done:
                 _withdraw(job, plan)
                 raise
     except OSError as error:
-        said = told_by_disk(error, Room("out", job.out, *_needs(job, plan)))
+        said = describe_disk_error(error, Room("out", job.out, *_needs(job, plan)))
         raise ValueError(said or f"out={job.out}: {error}.") from error
 
 
