@@ -171,8 +171,8 @@ TINY += ["log_every=2", "save.every_steps=2", "run_dir=run", "trainer.max_steps=
 
 
 @pytest.fixture
-def tiny(inside_place, digits, tmp_path, call):
-    os.chdir(tmp_path)
+def tiny(inside_place, digits, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     return lambda *words, name="train": call(name, *TINY, f"data.root={digits}", *words)
 
 
