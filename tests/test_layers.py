@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "diffusion"
 
 # Layer of each folder or file. A file imports only from a smaller one; within a folder imports are free.
 LAYERS = {
-    "errors": -2, "settings": -1, "__init__": 0, "progress": 0, "files": 0, "images": 0, "noise": 0, "process": 0,
+    "errors": -2, "settings": -1, "progress": 0, "files": 0, "images": 0, "noise": 0, "process": 0,
     "models": 1, "denoiser": 1, "objective": 1, "guidance": 1, "samplers": 1, "likelihood": 1, "data": 1, "metrics": 1,
     "config": 2, "distributed": 2, "runs": 2,
     "training": 3, "scoring": 3, "page": 3,
     "lab": 4,
     "build": 5, "command": 5,
-    "run": 6, "benchmark": 6,
+    "run": 6, "library": 6, "benchmark": 6, "__init__": 7,
     "train": 7, "sample": 7, "evaluate": 7, "prepare": 7, "report": 7, "lab/__main__": 7, "benchmark/__main__": 7,
 }  # fmt: skip
 # What each may import from outside beside the standard library.
@@ -29,7 +29,7 @@ OUTSIDE = {
     "distributed": {"torch", "numpy", "lightning_fabric", "hydra", "hydra_plugins", "submitit"},
     "command": {"hydra", "omegaconf"},
     "runs": {"yaml"},
-    "training": {"torch", "numpy", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "wandb"},
+    "training": {"torch", "numpy", "PIL", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "wandb"},
     "scoring": {"torch", "numpy", "PIL", "matplotlib"},
     "page": {"numpy", "jinja2", "markupsafe", "matplotlib", "PIL"},
     "lab": {"torch", "numpy", "scipy", "jinja2", "matplotlib", "PIL"},

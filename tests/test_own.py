@@ -62,7 +62,7 @@ def run(place, digits):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     first = ended(start(place, "train", *words, "run_dir=runs/killed"))
-    assert "going on from step" in first
+    assert "continuing from step" in first
     second = ended(start(place, "train", *words[2:], "run_dir=runs/whole", "hydra.searchpath=[conf]"))
     assert "trust=[own_network]" in second, "training says what loading will need"
     return place / "runs" / "killed"

@@ -12,10 +12,6 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
-from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from diffusion.build.take import left
@@ -32,8 +28,8 @@ from diffusion.noise import Stream, seed63
 from diffusion.objective import Objective
 from diffusion.process.schedule import Schedule
 from diffusion.runs.folder import RunFolder
+from diffusion.training import own
 from diffusion.training.levels import Levels
-from diffusion.training.logger import OwnLogger
 from diffusion.training.logger import loggers as our_loggers
 from diffusion.training.meter import RunLogger
 from diffusion.training.module import Descent
@@ -138,20 +134,14 @@ def data(cfg: DictConfig) -> ImageShardsDataModule:
     return make(OmegaConf.merge(left(cfg.data, Described), {"seed": cfg.seed}), "data")
 
 
-def callbacks(cfg: DictConfig) -> list[Callback]:
+def callbacks(cfg: DictConfig) -> list[own.Callback]:
     """Build the callbacks of the user's own.
 
     Raises:
         Refusal: one cannot be built, or is not a Lightning callback.
     """
-    made = [(name, make(part, f"callbacks.{name}")) for name, part in added_parts(cfg, "callbacks")]
-    for name, callback in made:
-        if not isinstance(callback, Callback):
-            raise Refusal(
-                f"callbacks.{name}._target_={cfg.callbacks[name]._target_} must be a subclass of "
-                f"pytorch_lightning.Callback."
-            )
-    return [callback for _, callback in made]
+    parts = list(added_parts(cfg, "callbacks"))
+    return [own.callback(make(part, f"callbacks.{name}"), f"callbacks.{name}") for name, part in parts]
 
 
 def loggers(cfg: DictConfig, folder: RunFolder) -> list[RunLogger]:
@@ -159,27 +149,19 @@ def loggers(cfg: DictConfig, folder: RunFolder) -> list[RunLogger]:
     other than 0, which write nothing.
 
     Raises:
-        Refusal: one cannot be built, or is not a logger.
+        Refusal: one cannot be built, or is not a Lightning logger.
     """
-    found: list[RunLogger] = []
-    parts = list(added_parts(cfg, "logger"))
+    if not own.on_main_rank():
+        return []
+    parts = {f"logger.{name}": part for name, part in added_parts(cfg, "logger")}
+    names = [key.partition(".")[2] for key in parts]
     if "_target_" in cfg.logger:
-        parts.insert(0, ("", cfg.logger))
+        parts = {"logger": OmegaConf.masked_copy(cfg.logger, [k for k in cfg.logger if k not in names])} | parts
+        found = []
     else:
-        chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k not in ("name", *dict(parts))}
-        found += our_loggers(cfg.logger.name, folder, **chosen)
-    if rank_zero_only.rank != 0:
-        return found
-    for name, part in parts:
-        key = f"logger.{name}" if name else "logger"
-        made = make(part, key)
-        if not isinstance(made, Logger):
-            raise Refusal(f"{key}._target_={part._target_} must be a subclass of pytorch_lightning.loggers.Logger.")
-        found.append(made if isinstance(made, RunLogger) else OwnLogger(made, key))
-    return found
-
-
-PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+        chosen = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k not in ("name", *names)}
+        found = our_loggers(cfg.logger.name, folder, **chosen)
+    return found + [own.logger(make(part, key), key) for key, part in parts.items()]
 
 
 def trainer_arguments(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
@@ -188,18 +170,7 @@ def trainer_arguments(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     Raises:
         Refusal: the Trainer does not take one of them.
     """
-    made = make(added.trainer_arguments(cfg), "trainer")
-    profiler = made.get("profiler")
-    if isinstance(profiler, str) and profiler in PROFILERS:
-        made["profiler"] = PROFILERS[profiler](dirpath=folder.path, filename="profile")
-    elif not isinstance(profiler, Profiler | None):
-        raise Refusal(f"trainer.profiler={profiler} must be one of {', '.join(PROFILERS)}, or a _target_ of your own.")
-    if made:
-        try:
-            Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **made)
-        except Exception as error:  # of its many checks
-            raise Refusal(said("trainer", error)) from error
-    return made
+    return own.trainer_arguments(make(added.trainer_arguments(cfg), "trainer"), folder.path)
 
 
 def metrics(names: Iterable[str]) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.images import to_uint8
 from diffusion.process.grids import steps_of
 from diffusion.process.schedule import Denoiser, Prediction
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Sampler, Visit
 from diffusion.samplers.generate import default_labels, generate, walk
 from diffusion.samplers.wrapper import Wrapper
 
@@ -79,18 +79,21 @@ class Sampling:
         """All of them at once: uint8 (N, C, H, W)."""
         return torch.cat(list(self.batches(numbers)))
 
+    def walk(self, numbers: Tensor) -> Iterator[Visit]:
+        """Every step on the way of these images, as one batch."""
+        return walk(
+            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
+            self.device, self.wrappers,
+        )  # fmt: skip
+
     def film(self, numbers: Tensor, stages: int) -> tuple[Tensor, Tensor]:
         """How these images come about: x_t and the estimate of x0, uint8 (B, stages, C, H, W), evenly spread over the
         steps, the last stage the image itself. The estimate is the latest one; x_t itself while there is none."""
         steps = len(self.times) - 1
         wanted = [round(k * (steps - 1) / max(stages - 1, 1)) for k in range(stages)]
         kept: dict[int, tuple[Tensor, Tensor]] = {}
-        visits = walk(
-            self.denoise, self.sampler, self.times, numbers, self.image_shape, self.labels_of(numbers), self.seed,
-            self.device, self.wrappers,
-        )  # fmt: skip
         latest: Tensor | None = None
-        for step, visit in enumerate(visits):
+        for step, visit in enumerate(self.walk(numbers)):
             latest = latest if visit.prediction is None else visit.prediction.x0
             if step in wanted:
                 kept[step] = to_uint8(visit.x).cpu(), to_uint8(visit.x if latest is None else latest).cpu()

@@ -17,9 +17,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
-from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from diffusion.errors import Refusal
@@ -245,68 +242,6 @@ def text(key: str, value: Any) -> str | None:
 def first_line(error: Exception) -> str:
     """The message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-class OwnLogger(RunLogger):
-    """A Lightning logger of the user's own, as a logger of a run. If it fails, it says so once and logs no more.
-
-    Args:
-        logger: gets rows of numbers, the scores as eval/NAME, the settings of the run, and pictures where it has
-            `log_image` (as the loggers of W&B) or an `experiment` with `add_image` (as that of TensorBoard).
-        key: its setting, for messages.
-    """
-
-    def __init__(self, logger: Logger, key: str) -> None:
-        super().__init__()
-        self.logger, self.key = logger, key
-        self._say: Callable[[str], None] = print
-        self._failed = False
-
-    @property
-    def name(self) -> str | None:
-        return self.logger.name
-
-    @property
-    def version(self) -> str | int | None:
-        return self.logger.version
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever its code raises
-            self._failed = True
-            self._say(f"warning: {self.key} has failed and logs no more; the run goes on. {first_line(error)}")
-
-    def start(self, say: Callable[[str], None], record: Recorded) -> None:
-        self._say = say
-        with self._harmless():
-            self.logger.log_hyperparams(record.plain())
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if not self._failed:
-            with self._harmless():
-                self.logger.log_metrics(metrics, step)
-
-    def log_picture(self, path: Path, step: int) -> None:
-        if self._failed:
-            return
-        with self._harmless():
-            if hasattr(self.logger, "log_image"):
-                self.logger.log_image("samples", [str(path)], step=step)
-            elif hasattr(experiment := getattr(self.logger, "experiment", None), "add_image"):
-                with Image.open(path) as picture:
-                    experiment.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def save(self) -> None:
-        if not self._failed:
-            with self._harmless():
-                self.logger.save()
-
-    def close(self, status: int) -> None:
-        if not self._failed:
-            with self._harmless():
-                self.logger.finalize("success" if status == 0 else "aborted" if status > 128 else "failed")
 
 
 def loggers(name: str, folder: RunFolder, **chosen: Any) -> list[RunLogger]:
