@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from diffusion.config.check import check  # noqa: E402
 from diffusion.config.compose import Typed, check_words, composed, sweep_folder  # noqa: E402
-from diffusion.config.composer import compose, conf_dir, groups, searching  # noqa: E402
+from diffusion.config.composer import conf_dir, searching  # noqa: E402
 from diffusion.config.effect import typed  # noqa: E402
 from diffusion.config.values import fit_all  # noqa: E402
 from diffusion.config.words import check_flags, config_folders, split_words  # noqa: E402
@@ -64,16 +64,6 @@ def check_shown(command: str, words: list[str]) -> None:
         check(cfg, Typed(command, tuple(words)))
 
 
-def help_text(config_name: str, doc: str) -> str:
-    first = ["+experiment=digits"] if config_name == "train" else []
-    cfg = compose(config_name, first)
-    used = [g for g in groups() if g in cfg or g == "experiment" and config_name == "train"]
-    lines = [f"  {('+' if g == 'experiment' else '') + g:12} {', '.join(groups()[g])}" for g in used]
-    options = "\nGroups (group=option):\n" + "\n".join(lines) + "\n" if lines else ""
-    settings = OmegaConf.to_yaml(cfg).replace("\n", "\n  ").rstrip()
-    return f"{doc.strip()}\n{options}\nSettings (key.key=value) and what they are now:\n\n  {settings}\n"
-
-
 def command(config_name: str, experiment: str | None = None) -> Callable:
     """Make `main(cfg)` a Hydra application over conf/<config_name>.yaml.
 
@@ -103,11 +93,13 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
             doc = sys.modules[main.__module__].__doc__ or ""
             debug = any(w.replace(" ", "").lower() == "debug=true" for w in words)
             with refusing(debug):
-                if "--help" in flags or "-h" in flags:
-                    print(help_text(config_name, doc), end="")
-                    return
                 if experiment and not any(re.match(r"\+{0,2}experiment=", w) for w in words):
                     words.insert(0, f"+experiment={experiment}")
+                if "--help" in flags or "-h" in flags:
+                    from diffusion.config.help import help_text
+
+                    print(help_text(config_name, doc, words), end="")
+                    return
                 sweep = "-m" in flags or "--multirun" in flags
                 if sweep and config_name == "train":
                     from diffusion.config import sweep as sweeps  # which imports take seconds

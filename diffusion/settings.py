@@ -7,6 +7,9 @@
 `settings` checks the arguments at each call, in the words of the user's keys: ValueError("sampler.eta=2 is outside
 [0, 1]."), and passes them on in the form of their kind: 3.0 as 3 where an integer is wanted. The configuration reads
 the same annotations from the source (`config.declared`). Needs no torch.
+
+The str of a range says what is wrong with a value outside it, and continues "KEY=VALUE "; its `words` say what is
+allowed, for the text of --help.
 """
 
 import dataclasses
@@ -39,6 +42,10 @@ class AtLeast:
     def __str__(self) -> str:
         return f"must be at least {self.low}{self.note}"
 
+    @property
+    def words(self) -> str:
+        return f"at least {self.low}"
+
 
 @dataclass(frozen=True)
 class Above:
@@ -52,6 +59,10 @@ class Above:
 
     def __str__(self) -> str:
         return f"must be above {self.low}{self.note}"
+
+    @property
+    def words(self) -> str:
+        return f"above {self.low}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,15 @@ class Between:
         return bool(above and (value <= self.high if self.ends[1] == "]" else value < self.high))
 
     def __str__(self) -> str:
-        return f"is outside {self.ends[0]}{self.low}, {self.high}{self.ends[1]}{self.note}"
+        return f"is outside {self._interval}{self.note}"
+
+    @property
+    def words(self) -> str:
+        return f"in {self._interval}"
+
+    @property
+    def _interval(self) -> str:
+        return f"{self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,10 @@ class Multiple:
     def __str__(self) -> str:
         least = f", at least {self.least}" if self.least > self.of else ""
         return f"is not a positive multiple of {self.of}{least}{self.note}"
+
+    @property
+    def words(self) -> str:
+        return f"a multiple of {self.of}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,10 @@ class Filled:
     def __str__(self) -> str:
         return f"is empty: {self.what}"
 
+    @property
+    def words(self) -> str:
+        return "not empty"
+
 
 @dataclass(frozen=True)
 class Distinct:
@@ -123,6 +150,10 @@ class Distinct:
 
     def why(self, value: Any) -> str:
         return f"has {next(m for k, m in enumerate(value) if m in value[:k])} more than once. Give it once"
+
+    @property
+    def words(self) -> str:
+        return "no member twice"
 
 
 @dataclass(frozen=True)
