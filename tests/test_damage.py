@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import inside
 
+from diffusion.runs.folder import RunFolder, differences
+
 WORDS = "trainer=cpu data.batch_size=16 model.blocks_per_level=1 schedule.num_timesteps=6 sampler.num_steps=2".split()
 WORDS += ["save.every_steps=1", "log_every=1", "metrics=[fid]", "callbacks.score.num_images=10", "seed=3"]
 WORDS += ["callbacks.grid.num_images=10", "fingerprint_every=1", "run_dir=run"]
@@ -236,6 +238,14 @@ def test_a_damaged_config_is_read_from_the_newest_checkpoint(text, place, runs, 
     assert "seed: was 3, is 4" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_damaged_config_is_named_by_the_first_rank_alone(rank, place, capfd, monkeypatch):
+    (place / "run" / "config.yaml").write_bytes(b"")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert RunFolder(place / "run").config() is not None
+    assert ("The settings are read from" in capfd.readouterr().err) == (rank == "0")
+
+
 def test_lines_that_are_no_results_are_named_once_left_and_not_used(place, capfd):
     run = place / "run"
     odd = [
@@ -306,8 +316,6 @@ def test_what_was_damaged_twice_is_kept_twice(place, capfd):
 
 
 def test_runs_of_former_versions_that_asked_for_attention_nowhere_go_on():
-    from diffusion.runs.folder import differences
-
     old = {"model": {"image_size": 48, "multipliers": [1, 2, 2], "attention_resolutions": [16], "fourier_scale": 8.0}}
     old["model"]["time_embedding"] = "positional"
     new = {"model": old["model"] | {"attention_resolutions": [], "fourier_scale": 16.0}}

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "diffusion"
 
 # Layer of each folder or file. A file imports only from a smaller one; within a folder imports are free.
 LAYERS = {
-    "errors": -2, "settings": -1, "progress": 0, "files": 0, "images": 0, "noise": 0, "process": 0,
+    "errors": -2, "settings": -1, "progress": 0, "files": 0, "notices": 0, "images": 0, "noise": 0, "process": 0,
     "models": 1, "denoiser": 1, "objective": 1, "guidance": 1, "samplers": 1, "likelihood": 1, "data": 1, "metrics": 1,
     "config": 2, "distributed": 2, "runs": 2,
     "training": 3, "scoring": 3, "page": 3,

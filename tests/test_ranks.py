@@ -8,6 +8,7 @@ import pytest
 from chaos import metrics
 from test_resume import STEPS, assert_same, finish, start, wait_for
 
+from diffusion.build.door import checkpoint_path
 from diffusion.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -83,3 +84,17 @@ def test_two_ranks_that_save_by_minutes_do_not_save_twice(digits, tmp_path):
     words += ["save.every_steps=0", "save.every_minutes=1e-6", "save.keep=20", "trainer.max_steps=9"]
     finish(start([*words, f"data.root={digits}", "run_dir=run"], tmp_path))
     assert sorted(RunFolder(tmp_path / "run").steps()) == [2, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_every_rank_finds_damaged_is_said_by_the_first_alone(rank, tmp_path, capfd, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    folder.results_path.write_text("half a li")
+    (folder.checkpoints / "step_00000001.ckpt").write_text("damaged")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert folder.results() == []
+    with pytest.raises(ValueError, match="has no usable checkpoint"):
+        checkpoint_path(str(folder.path))
+    out, err = capfd.readouterr()
+    assert ("line 1 is not a result" in err, "step_00000001.ckpt is not used" in out) == (rank == 0, rank == 0)

@@ -26,6 +26,7 @@ from diffusion.denoiser import NetworkDenoiser
 from diffusion.errors import Refusal
 from diffusion.models.network import lacking
 from diffusion.models.resolutions import resolutions
+from diffusion.notices import say
 from diffusion.runs.folder import RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.trained import Trained
@@ -44,7 +45,7 @@ def checkpoint_path(given: str) -> Path:
         folder = RunFolder(path)
         _, found, complaints = folder.latest_valid()
         for complaint in complaints:
-            print(complaint)
+            say(complaint)
         if found is None:
             detail = " ".join(complaints) or f"{folder.checkpoints} has none."
             raise Refusal(f"checkpoint={given} has no usable checkpoint. {detail}")

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from diffusion.distributed.signals import speaks
 from diffusion.errors import Refusal
+from diffusion.notices import speaks
 from diffusion.progress import counted
 from diffusion.settings import AtLeast, Between, settings
 

@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from diffusion.notices import speaks
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 1.2  # seconds for the main thread to end the process itself
 STEP = "finishing and saving the current training step"
@@ -232,17 +234,6 @@ def say(line: str, end: bool = False) -> None:
         text = (CLEAR_LINE if terminal and line else "") + (f"{line}\n" if line else "")
         with contextlib.suppress(OSError):
             os.write(2, (text + (SHOW_CURSOR if terminal and end else "")).encode())
-
-
-def speaks() -> bool:
-    """Whether this is the first process, according to the environment of the launcher. True for a single process."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # also inside a task of srun: the same order as in processes.environment
-        names: tuple[str, ...] = ("RANK",)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        names = ("SLURM_PROCID",)
-    else:
-        names = ("LOCAL_RANK", "NODE_RANK")
-    return all(int(os.environ.get(name, 0)) == 0 for name in names)
 
 
 def descendants(pid: int) -> list[int]:

@@ -31,6 +31,7 @@ from diffusion.files import (
     write_atomically,
 )
 from diffusion.models.resolutions import resolutions
+from diffusion.notices import warn
 from diffusion.runs.checkpoint_head import Head, read_head
 from diffusion.runs.recorded import Recorded
 from diffusion.runs.results import Results
@@ -230,7 +231,7 @@ class RunFolder:
                 )
             self._config = read_head(path).config
             what = wrong or f"{self.config_path} is missing"
-            print(f"warning: {what}. The settings are read from {path}.", file=sys.stderr, flush=True)
+            warn(f"{what}. The settings are read from {path}.")
         return self._config
 
     def _read_config(self) -> Recorded:

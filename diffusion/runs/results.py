@@ -6,13 +6,13 @@ removing results never changes such a line.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
 from diffusion.files import MOST_TEXT, locked, read_regular, write_atomically
+from diffusion.notices import warn
 
 NUMBERS = (
     "value", "reference", "real_value", "real_std", "real_images", "num_images", "num_reference", "num_steps",
@@ -111,7 +111,7 @@ class Results:
         return [line for line in text.split("\n") if line.strip()]
 
     def rows(self) -> list[Row]:
-        """All results. Invalid lines are named in a warning, each once."""
+        """All results. Invalid lines are named in a warning, each once, by the first process."""
         found, invalid = [], []
         for number, line in enumerate(self._lines(), 1):
             row = parsed(line)
@@ -121,12 +121,9 @@ class Results:
                 invalid.append(number)
         if invalid:
             self._named |= set(invalid)
-            one, several = (
-                f"line {invalid[0]} is not a valid result and is",
-                (f"{len(invalid)} lines, the first of them line {invalid[0]}, are not valid results and are"),
-            )
-            which = one if len(invalid) == 1 else several
-            print(f"warning: {self.path}: {which} ignored.", file=sys.stderr, flush=True)
+            one = f"line {invalid[0]} is not a valid result and is"
+            several = f"{len(invalid)} lines, the first of them line {invalid[0]}, are not valid results and are"
+            warn(f"{self.path}: {one if len(invalid) == 1 else several} ignored.")
         return found
 
     def add(self, rows: Iterable[Row]) -> None:
