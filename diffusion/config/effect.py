@@ -296,9 +296,11 @@ def sentence(idle: Idle, cfg: DictConfig, word: str) -> str:
 
 
 class Job(NamedTuple):
-    """The words of one job of a sweep that have an effect in it; idle: a message for each setting that has none."""
+    """One job of a sweep: the words that have an effect in it, and the configuration that they make, to be read; idle:
+    a message for each setting that has none."""
 
     words: tuple[str, ...]
+    cfg: DictConfig
     idle: Mapping[str, str]
 
 
@@ -306,10 +308,10 @@ class Job(NamedTuple):
 def job_of(command: str, words: tuple[str, ...]) -> Job:
     """The job that these words of a command make. Raises Refusal where they cannot be composed."""
     idle: dict[str, str] = {}
-    while found := idle_words(composed(command, list(words)), Typed(command, words)):
+    while found := idle_words(cfg := composed(command, list(words)), Typed(command, words)):
         idle |= found
         words = tuple(without(words, found))
-    return Job(words, idle)
+    return Job(words, cfg, idle)
 
 
 def without(words: Iterable[str], keys: Iterable[str]) -> list[str]:

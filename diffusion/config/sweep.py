@@ -18,7 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diffusion.config.check import check
-from diffusion.config.compose import Typed, check_words, composed, sweep_folder
+from diffusion.config.compose import Typed, check_words, sweep_folder
 from diffusion.config.composer import searched
 from diffusion.config.effect import job_of, refuse_idle_words
 from diffusion.config.words import FLAGS_WITH_VALUE, nearest, quoted, search_word
@@ -48,8 +48,8 @@ def check_jobs(command: str, words: Sequence[str]) -> None:
     made = jobs(words)
     refuse_idle_words(command, made)
     for overrides in made:
-        own = job_of(command, tuple(overrides)).words
-        check(composed(command, list(own)), Typed(command, own))
+        job = job_of(command, tuple(overrides))
+        check(job.cfg, Typed(command, job.words))
 
 
 def launcher_word(word: str) -> str:
@@ -111,10 +111,10 @@ class Run:
 
 def run_of(overrides: Sequence[str]) -> Run:
     """The run that these words of a sweep make; of words that `check_jobs` has found sound."""
-    own = job_of("train", tuple(overrides)).words
-    folder = sweep_folder(composed("train", list(own)).run_dir, list(overrides))
+    job = job_of("train", tuple(overrides))
+    folder = sweep_folder(job.cfg.run_dir, list(overrides))
     folders = [search_word(searched())] if searched() else []
-    return Run((*(w for w in own if not w.startswith("run_dir=")), *folders, f"run_dir={folder}"), folder)
+    return Run((*(w for w in job.words if not w.startswith("run_dir=")), *folders, f"run_dir={folder}"), folder)
 
 
 def on_slurm(run: Run) -> Run:
