@@ -83,7 +83,7 @@ def test_a_run_ends_saves_nothing_more_and_goes_on_exactly(
     done = command_inside("train", *words, check=2)
     names = f"({CHANGED}|{OTHER})" if change is swap else CHANGED
     assert re.search(
-        rf"^error: data\.root={data}: shard {names} has changed: .* start the same command\.$", done.stderr, re.M
+        rf"^error: data\.root={data}: shard {names} has changed: .* run the same command\.$", done.stderr, re.M
     )
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     step = run.steps()[0]
@@ -133,7 +133,7 @@ def test_checkpoints_that_may_come_from_other_data_are_set_aside(
         after_saving(18, change)
         done = command_inside("train", *words, check=2)
         content[:] = before
-    assert f"shard {CHANGED} has changed: it does not have the sha256 in index.json" in done.stderr
+    assert f"shard {CHANGED} has changed: it does not match the sha256 in index.json" in done.stderr
     aside = sorted(path.name for path in run.checkpoints.glob("*.ckpt.other_data"))
     assert aside[:2] == ["step_00000012.ckpt.other_data", "step_00000018.ckpt.other_data"]
     for name in aside:
@@ -159,7 +159,7 @@ def test_all_ranks_end_with_status_2(digits, tmp_path):
     delete(data / CHANGED, None)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
-    assert f"shard {CHANGED} has changed: the file is gone" in output and "Traceback" not in output
+    assert f"shard {CHANGED} has changed: the file is missing" in output and "Traceback" not in output
     step = run.steps()[0]
     restored(digits, data, "with")
     output, _ = start([*words, f"trainer.max_steps={step + 2}", "trainer.devices=1"], tmp_path).communicate(timeout=120)

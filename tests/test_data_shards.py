@@ -112,8 +112,8 @@ def test_images_keep_their_encoding_and_an_unlabelled_set_has_no_labels(tmp_path
     [
         (dict(image=PIXELS[0, :, :5], label=1), r"uint8 \(3, 5, 6\), expected uint8 \(3, 6, 6\)"),
         (dict(image=PIXELS[0].astype(float), label=1), r"float64"),
-        (dict(image=PIXELS[0], label=5), r"label 5 .* 5 classes"),
-        (dict(image=PIXELS[0]), r"label None .* 5 classes"),
+        (dict(image=PIXELS[0], label=5), r"label=5, expected an integer from 0 to 4"),
+        (dict(image=PIXELS[0]), r"label=None, expected an integer from 0 to 4"),
         (dict(image=b"x", label=1, extension="pickle"), r"extension 'pickle'"),
     ],
 )
@@ -190,7 +190,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, change, complaint):
             read_index(tmp_path)
 
 
-@pytest.mark.parametrize("name, complaint", [("a\0b", "damaged.*path"), ("y" * 5000, "cannot be looked at")])
+@pytest.mark.parametrize("name, complaint", [("a\0b", "damaged.*path"), ("y" * 5000, r"cannot be read \(")])
 def test_a_shard_of_an_impossible_name_is_refused(tmp_path, name, complaint):
     file = write(tmp_path) / INDEX_NAME
     content = json.loads(file.read_text())
@@ -216,7 +216,7 @@ def test_damage_after_writing_is_told_with_shard_and_sample(tmp_path):
     overwrite(index, 3, b"\x89PNG\r\n\x1a\n and then nonsense")
     samples = Samples(read_index(tmp_path))
     assert (samples[2][0] == PIXELS[2]).all()
-    complaint = r"shard train-00000\.tar has changed: sample 3 \('000000003\.png'\) does not have the.*prepare"
+    complaint = r"shard train-00000\.tar has changed: sample 3 \('000000003\.png'\) does not match the.*prepare"
     with pytest.raises(DataChanged, match=complaint):
         samples[3]
 
@@ -227,7 +227,9 @@ def test_a_shard_truncated_while_it_is_read_is_told(tmp_path):
     samples[0]
     with open(index.path(index.shards[0]), "r+b") as file:
         file.truncate(2048)
-    with pytest.raises(DataChanged, match=r"train-00000\.tar has changed: it has 2048 bytes, and index\.json says \d+"):
+    with pytest.raises(
+        DataChanged, match=r"train-00000\.tar has changed: it has 2048 bytes, but index\.json states \d+"
+    ):
         samples[6]
 
 
@@ -251,7 +253,7 @@ def test_nothing_is_ever_unpickled(tmp_path):
             writer.write(data, extension="npy")
     samples = Samples(read_index(tmp_path / "set"))
     for number in range(len(images)):
-        with pytest.raises(BadSample, match="is as written"):
+        with pytest.raises(BadSample, match="has not changed"):
             samples[number]
     with pytest.raises(ValueError):
         decode_label(pickle.dumps(Trap(sprung)), 10)

@@ -107,7 +107,7 @@ def test_a_rank_that_raises_ends_all_of_them_and_is_named(digits, tmp_path):
     wait_for(tmp_path / "run" / "config.yaml", process)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert re.search(r"error: data\.root=.* has changed: sample .*\nTraining of rank 2 ended at step [67];", output)
+    assert re.search(r"error: data\.root=.* has changed: sample .*\nTraining of rank 2 ended at step [67]\.", output)
     assert re.search(r"error: rank 2 failed at step [67]: DataChanged: data\.root=.* has changed: sample", output), (
         output
     )

@@ -167,9 +167,9 @@ def test_profiles_and_exif_are_not_carried_into_new_files():
 # ---- what is refused ----
 
 REFUSED = {
-    "16 bits RGB": (png(32, 32, 16, 2, (b"\0" + b"\1\2" * 96) * 32), {}, "16 bits a channel"),
-    "16 bits grey": (png(32, 32, 16, 0, (b"\0" + b"\1\2" * 32) * 32), {"channels": 1}, "16 bits a channel"),
-    "16 bits grey and alpha": (png(32, 32, 16, 4, (b"\0" + b"\1\2" * 64) * 32), {}, "16 bits a channel"),
+    "16 bits RGB": (png(32, 32, 16, 2, (b"\0" + b"\1\2" * 96) * 32), {}, "16 bits per channel"),
+    "16 bits grey": (png(32, 32, 16, 0, (b"\0" + b"\1\2" * 32) * 32), {"channels": 1}, "16 bits per channel"),
+    "16 bits grey and alpha": (png(32, 32, 16, 4, (b"\0" + b"\1\2" * 64) * 32), {}, "16 bits per channel"),
     "CMYK": (coded(photo(32, 32).convert("CMYK"), "JPEG"), {}, "mode CMYK"),
     "colour in one channel": (coded(photo(32, 32)), {"channels": 1}, "give channels=3"),
     "bomb": (png(60_000, 60_000, 8, 2), {}, r"60000 x 60000 pixels, more than max_pixels=100,000,000"),
@@ -180,8 +180,8 @@ REFUSED = {
     "nothing": (b"", {}, "it is empty"),
     "truncated JPEG": (coded(photo(32, 32), "JPEG")[:-60], {}, "cannot be decoded"),
     "truncated PNG": (coded(photo(32, 32))[:600], {}, "cannot be decoded"),
-    "no square": (coded(photo(33, 32)), {"crop": "none"}, "33 x 32 pixels, no square: give crop=centre"),
-    "another size": (coded(photo(40, 40)), {"resize": "none"}, "40 x 40 pixels where resize=none asks for 32 x 32"),
+    "no square": (coded(photo(33, 32)), {"crop": "none"}, "33 x 32 pixels, not a square: give crop=centre"),
+    "another size": (coded(photo(40, 40)), {"resize": "none"}, "40 x 40 pixels, but resize=none needs 32 x 32"),
     "no aligned face": (coded(photo(178, 200)), {"crop": "celeba"}, "178 x 200 .* aligned images of 178 x 218"),
 }
 

@@ -225,7 +225,7 @@ def test_bad_images_are_an_error_and_leave_nothing_or_are_skipped_and_listed(cal
     assert status == 0 and "skipped  5, listed in data/x/skipped.csv" in output, output
     rows = (tmp_path / "data" / "x" / "skipped.csv").read_text().splitlines()
     assert len(rows) == 6 and {row.split(",")[0] for row in rows[1:]} == set(BAD)
-    assert "colours of mode CMYK: make it RGB" in "".join(rows) and "it is empty" in "".join(rows)
+    assert "colours of mode CMYK: convert it to RGB" in "".join(rows) and "it is empty" in "".join(rows)
     assert read_index(tmp_path / "data" / "x").count("train") == 20
 
 
@@ -255,7 +255,7 @@ def test_more_bad_images_than_allowed_are_an_error_and_what_is_finished_is_used_
     bad = {f"bad{n}.png": b"nothing" for n in range(5)}
     filled(tmp_path / "x.zip", {f"{n}.png": coded(n) for n in range(15)} | bad, "zip")
     words = ["source=x.zip", "image_size=8", "on_bad_sample=skip", "shard_samples=2", "processes=1"]
-    complaint = r"\d of 20 images cannot be used, more than max_bad_share=\S+ allows; the first is 'bad\d.png': it is"
+    complaint = r"\d of 20 images cannot be used, more than max_bad_share=\S+ allows. The first is 'bad\d.png': it is"
     for share in ("max_bad_share=0.24", "max_bad_share=0", None):
         status, output = call("prepare", *words, *([share] if share else []))
         assert status == 2 and re.search(complaint, output), output
@@ -302,7 +302,7 @@ WRONG = {
     "jpeg without quality": (["source=x", "format=jpeg"], "format=jpeg .* quality=95"),
     "png with quality": (["source=x", "quality=90"], "quality=90, but format=png"),
     "validation": (["source=x", "validation=1.5"], "validation=1.5 is neither a share"),
-    "all is validation": (["source=x", "validation=30"], "validation=30: there are only 30"),
+    "all is validation": (["source=x", "validation=30"], "validation=30 must be below .* only 30"),
     "size": (["source=x", "image_size=big"], "image_size=big is not an integer"),
     "processes": (["source=x", "processes=0"], "processes=0 must be"),
     "mixed sizes": (["source=mixed"], "image_size is needed: the images of source=mixed are 8x8, 9x8"),
@@ -310,7 +310,7 @@ WRONG = {
     "classes of another set": (["source=x", "dataset=cifar10"], r"cifar10 has 10 classes, source=x has 2 \(ant"),
     "empty folder": (["source=empty"], "source=empty: no image .* it is empty"),
     "no LMDB": (["source=no_lmdb", "dataset=lsun_church"], "source=no_lmdb is not an LMDB"),
-    "other files": (["source=x", "out=thesis"], "out=thesis holds other files, as thesis.tex"),
+    "other files": (["source=x", "out=thesis"], "out=thesis holds other files (such as thesis.tex)"),
     "a file": (["source=x", "out=thesis/thesis.tex"], "out=thesis/thesis.tex is a file"),
     "nothing to verify": (["task=verify", "out=empty"], "has no index.json"),
     "verify what": (["task=verify"], "task=verify needs out=FOLDER"),

@@ -62,7 +62,7 @@ def test_verify_holds_the_offsets_against_the_tar(small, call):
     path.write_bytes(rows.tobytes())
     sealed(small, "train-00001.tar")
     status, output = call("prepare", "task=verify", "out=data/x")
-    assert status == 1 and "train-00001.tar.offsets: it does not say where the samples of the tar are" in output
+    assert status == 1 and "train-00001.tar.offsets: its offsets are not those of the samples in the tar" in output
 
 
 @pytest.mark.parametrize("size", [-512, 2**33 - 1, 2**62], ids=["back", "8 GB", "huge"])
@@ -84,9 +84,9 @@ def test_verify_reads_a_tar_whose_header_lies(size, small, call):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"name": "y"}, "it says name y, where prepare.json says x"),
-        ({"classes": 3}, "it says classes 3, where prepare.json says 2"),
-        ({"shards": 1}, r"it says images {'train': 10}, where prepare.json says {'train': 30}"),
+        ({"name": "y"}, "it has name=y, but prepare.json has name=x"),
+        ({"classes": 3}, "it has classes=3, but prepare.json has classes=2"),
+        ({"shards": 1}, r"it has images={'train': 10}, but prepare.json has images={'train': 30}"),
     ],
 )
 def test_verify_holds_the_index_against_what_prepare_wrote_beside_it(change, complaint, small, call):

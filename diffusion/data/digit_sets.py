@@ -1,7 +1,6 @@
-"""The data sets that are on every machine: 1,797 handwritten digits of 8 x 8 pixels, out of scikit-learn.
+"""The digits data sets: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn.
 
-They are written as shards once and read like any other. Which there are, and their splits, is
-known without torch and lightning.
+They are written as shards once, and then read like any other data set. This module needs neither torch nor lightning.
 """
 
 import hashlib
@@ -14,30 +13,31 @@ import numpy as np
 from diffusion.data.shards.index import INDEX_NAME, MissingData, read_index
 from diffusion.files import remove_empty
 
-SPLITS = {"digits": ("train",), "digits_held_out": ("train", "test")}  # of each set, by its name
-BYTES = 4_200_000  # of the shards and of the classifier beside them
+SPLITS = {"digits": ("train",), "digits_held_out": ("train", "test")}  # splits by the name of the set
+BYTES = 4_200_000  # size of the shards and of the classifier beside them
 HELD_OUT = 5  # one image in 5 is held out
 
 
 def split_of(name: str, number: int) -> str:
-    """The split of the image with this number, as `load_digits` has it.
+    """The split of the image with this number in `load_digits`.
 
-    In digits_held_out an image is in test if the sha256 of its number, written out, is a multiple of 5.
+    In digits_held_out an image is in test if the sha256 of its number, as decimal text, is a multiple of 5.
     """
     held_out = int(hashlib.sha256(str(number).encode()).hexdigest(), 16) % HELD_OUT == 0
     return "test" if name == "digits_held_out" and held_out else "train"
 
 
 def write_digits(root: str | os.PathLike, name: str = "digits") -> None:
-    """Write `load_digits` as shards: one channel, round(v 255/16) of its values 0..16, labels 0..9.
+    """Write the images of `load_digits` as shards: one channel, values v in 0..16 as round(255 v / 16), labels 0..9.
 
-    They are made in a folder inside `root` and moved: of several processes at once, each finds or makes a whole set.
-    Folders made in vain are removed again.
+    The files are written to a temporary folder inside `root` and then moved, so that several processes can call this at
+    once. After an error the folders that were created are removed.
 
     Args:
-        name: of the set, one of SPLITS.
+        root: folder of the data set.
+        name: name of the set, a key of SPLITS.
     """
-    from sklearn.datasets import load_digits  # these two take seconds, and are needed once
+    from sklearn.datasets import load_digits  # these two imports take seconds, and are needed only once
 
     from diffusion.data.shards.writer import ShardWriter
 
@@ -60,7 +60,7 @@ def write_digits(root: str | os.PathLike, name: str = "digits") -> None:
 
 
 def write_missing_digits(root: str | os.PathLike, name: str = "digits") -> None:
-    """Write the digits unless they are there."""
+    """Write the digits if `root` has no data set."""
     try:
         read_index(root)
     except MissingData:

@@ -1,4 +1,4 @@
-"""The handwritten digits as training takes them; they are made where there are none."""
+"""Data modules of the handwritten digits, which are written to disk if they are missing."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -9,18 +9,20 @@ from diffusion.files import Room, writing
 
 
 class DigitsDataModule(ImageShardsDataModule):
-    """`ImageShardsDataModule` that writes the digits where `root` has none: all of them in the split train. Arguments
-    as there."""
+    """The digits, all in the split train. They are written to `root` if it has no data set.
+
+    Arguments are as in `ImageShardsDataModule`.
+    """
 
     set_name: ClassVar[str] = "digits"
 
     def prepare_data(self) -> None:
-        """Write the shards unless they are there. Unwritable if the disk does not take them."""
+        """Write the shards if they are missing. Raises Unwritable if the folder cannot be written to."""
         with writing(Room("data.root", Path(self.root), BYTES, "the digits")):
             write_missing_digits(self.root, self.set_name)
 
 
 class HeldOutDigitsDataModule(DigitsDataModule):
-    """`DigitsDataModule` of which 20 % of the images are in the split test, chosen by a hash of their numbers."""
+    """The digits, with about 20 % of the images in the split test, chosen by a hash of their numbers."""
 
     set_name = "digits_held_out"

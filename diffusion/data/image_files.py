@@ -1,7 +1,7 @@
-"""Images as they lie on disk, by number: a folder, .zip or .tar of pictures in the order of their names, or an .npz.
+"""Images in a folder, .zip, .tar or .npz, read by number in the order of their names, to be scored.
 
-What `prepare` makes data sets of is read here as it is, for scores: nothing is cropped or resized, all images must have
-one size. Nothing is unpickled.
+These are the sources that `prepare` accepts, but nothing is cropped or resized here, so that all images must have the
+same size. Nothing is unpickled.
 """
 
 from pathlib import Path
@@ -15,15 +15,16 @@ from torch import Tensor
 from diffusion.data.prepare.image import Rule, coloured, most_bytes, opened
 from diffusion.data.sources.opening import open_source
 from diffusion.data.sources.source import BadEntry
+from diffusion.progress import counted
 
 MAX_PIXELS = 100_000_000
 GREY = ("1", "L", "LA", "La", "I;16", "I", "F")
 LOSSY = ("JPEG", "WEBP")
-LOOKED_AT = 64  # images that are looked at before any is used
+LOOKED_AT = 64  # number of images that are checked when the path is opened
 
 
 class Picture(NamedTuple):
-    """uint8 (H, W, C), whether the file was grey, and whether its format loses detail."""
+    """An image: uint8 (H, W, C), whether the file is grey, and whether its format is lossy."""
 
     pixels: np.ndarray
     grey: bool
@@ -34,17 +35,18 @@ class ImageFiles:
     """The images of a path, all of one size.
 
     Args:
-        path: a folder, .zip or .tar of PNG, JPEG, WebP or BMP, or an .npz with `arr_0`, uint8 (N, H, W, C), and perhaps
-            labels as `arr_1`.
-        key: the setting that names it, for messages.
-        channels: 3, or 1. A grey picture among coloured ones is taken as RGB.
+        path: a folder, .zip or .tar of PNG, JPEG, WebP or BMP files; or an .npz with `arr_0`, uint8 (N, H, W, C), and
+            optionally labels `arr_1`.
+        key: the setting that names the path, for messages.
+        channels: 3 or 1. With 3, grey images among coloured ones are converted to RGB.
 
     Attributes:
-        image_size: height and width of all. lossy: whether some of the first 64 are JPEG or WebP.
+        image_size: height and width of all images.
+        lossy: whether some of the first 64 are JPEG or WebP.
 
     Raises:
-        ValueError: nothing is there or it cannot be read; no image; the first images are of several sizes, or all grey
-            where colours are needed.
+        ValueError: the path cannot be read or has no images; the first images have several sizes, or all of them are
+            grey although channels is 3.
     """
 
     def __init__(self, path: str | Path, key: str, channels: int) -> None:
@@ -61,8 +63,8 @@ class ImageFiles:
             self._check(number, picture)
         if channels == 3 and all(picture.grey for picture in first):
             raise ValueError(
-                f"{key}={path} holds grey images, and colours are needed: an extractor of one channel takes them; if "
-                f"they are meant as RGB, save them so."
+                f"{key}={path} holds grey images, but the extractor needs RGB. Use an extractor of one channel, or "
+                f"save the images as RGB."
             )
         self.lossy = any(picture.lossy for picture in first)
 
@@ -71,14 +73,20 @@ class ImageFiles:
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         return self._shape[0], self._shape[1]
 
     @property
     def labelled(self) -> bool:
+        """Whether every image has a label."""
         return all(label is not None for _, _, label in self._entries)
 
     def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor | None, None]:
-        """uint8 (b, C, H, W), and labels int64 (b,) if there are any. ValueError for one that cannot be used."""
+        """Read images: uint8 (b, C, H, W), and labels int64 (b,) or None.
+
+        Raises:
+            ValueError: an image cannot be decoded or has another size.
+        """
         pictures = []
         for number in numbers.tolist():
             picture = self._picture(number)
@@ -111,5 +119,6 @@ class ImageFiles:
             (height, width, channels), (h, w, c) = picture.pixels.shape, self._shape
             raise ValueError(
                 f"{self.key}={self.path} holds images of several sizes: {self._entries[number][0]} has "
-                f"{width}x{height} pixels and {channels} channel(s), {self._entries[0][0]} {w}x{h} and {c}."
+                f"{width}x{height} pixels and {counted(channels, 'channel', 'channels')}, {self._entries[0][0]} has "
+                f"{w}x{h} pixels and {counted(c, 'channel', 'channels')}."
             )

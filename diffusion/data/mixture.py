@@ -1,7 +1,7 @@
-"""Training data that are drawn, not read: points of a mixture whose score is known (`process.toy.SETS`).
+"""Training data drawn from a mixture whose score is known (`process.toy.SETS`). Nothing is on disk.
 
-A point of C numbers is an image of one pixel with C channels, uint8 like every image: between levels 2/255 apart it is
-rounded, which adds a variance of (2/255)^2 / 12, a deviation of 0.0023, to each number. Nothing is on disk.
+A point of C numbers is an image of one pixel with C channels, uint8 like every image. Rounding to levels 2/255 apart
+adds a variance of (2/255)^2 / 12 to each number, which is a standard deviation of 0.0023.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from diffusion.noise import Stream, seed63
 from diffusion.process.toy import SETS, Mixture
 from diffusion.settings import Count, Seed, settings
 
-POINTS_OF_A_SHARD = 4096  # as the order of the samples sees them
+POINTS_OF_A_SHARD = 4096  # points per shard, for the order of the samples
 
 
 class NoShards:
-    """The shards of a set that has none on disk (`shards.Shards`)."""
+    """Implements `shards.readers.Shards` for a set that has no files."""
 
     def open(self, shard: Shard) -> NoReturn:
         raise AssertionError(f"{shard.path} is not on disk")
@@ -42,7 +42,7 @@ class DrawnSamples(Samples):
     """Samples that are in memory from the start.
 
     Args:
-        index: of shards that are never opened.
+        index: the index of the set, whose shards are never opened.
         images: uint8 (N, C, H, W).
     """
 
@@ -54,16 +54,17 @@ class DrawnSamples(Samples):
 
 @settings("data")
 class MixtureDataModule(ImageShardsDataModule):
-    """Batches of points of a mixture, in the order that shards would have; without labels.
+    """Batches of points of a mixture, without labels. The order is that of a data set of shards.
 
     Args:
         toy: a name in `process.toy.SETS`.
-        num_points: that are drawn, which is one epoch. They depend on `toy` and `num_points` alone.
-        batch_size, seed, lanes, flip, digest: as in `ImageShardsDataModule`; flip is False, as a point has no sides.
-        root: None: there is no folder.
+        num_points: number of points, which is one epoch. The points depend on `toy` and `num_points` only.
+        batch_size, seed, lanes, digest: as in `ImageShardsDataModule`.
+        flip: must be False, because a point cannot be mirrored.
+        root: must be None, because there is no folder.
 
     Raises:
-        ValueError: no such set, or a value out of its range.
+        ValueError: toy is unknown, or a value is out of its range.
     """
 
     drawn = True
@@ -81,26 +82,26 @@ class MixtureDataModule(ImageShardsDataModule):
     ) -> None:
         super().__init__(root, batch_size, seed=seed, lanes=lanes, flip=flip, digest=digest)
         if flip:
-            raise ValueError("data.flip=true: the points of a mixture have no sides to be mirrored.")
+            raise ValueError("data.flip=true: points of a mixture cannot be mirrored. Give data.flip=false.")
         self.toy, self._num_points = toy, num_points
 
     @cached_property
     def mixture(self) -> Mixture:
-        """What the points are drawn from."""
+        """The mixture from which the points are drawn."""
         return SETS[self.toy]()
 
     @cached_property
     def points(self) -> Tensor:
-        """uint8 (N, C, 1, 1)."""
+        """All points, uint8 (N, C, 1, 1)."""
         generator = torch.Generator().manual_seed(seed63(0, Stream.SAMPLES))
         return to_uint8(self.mixture.sample(self._num_points, generator))[..., None, None]
 
     def samples_of(self, split: str) -> DrawnSamples:
-        """The points, by number."""
+        """The points, by number; the same for every split."""
         return DrawnSamples(self.index, self.points)
 
     def read(self) -> Index:
-        """The index that shards of these points would have; their sha256 are those of the points themselves."""
+        """The index of a set of these points. The sha256 of a shard is that of its points."""
         shards = []
         for number, points in enumerate(self.points.split(POINTS_OF_A_SHARD)):
             digest = hashlib.sha256(points.numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The training data of a run, as Lightning asks for them. It knows the Trainer's ranks and step, and no model."""
+"""The LightningDataModule of a run. It knows the ranks and the step of the Trainer; it knows no model."""
 
 import os
 from collections.abc import Mapping
@@ -22,11 +22,14 @@ from diffusion.settings import Between, Count, Number, Seed, Share, settings
 @settings("data")
 @dataclass(frozen=True)
 class Described:
-    """What a configuration says of a data set, to be held against its index.
+    """The description of a data set in the configuration, which is compared with the index of the set.
 
     Args:
-        image_size: in pixels. num_classes: 0: the set has no labels, or they are not used.
-        rule: how `prepare` makes the set.
+        name: name of the set.
+        image_size: side of the images in pixels.
+        channels: channels of the images.
+        num_classes: number of classes; 0 if the set has no labels or they are not used.
+        rule: settings with which `prepare` creates the set.
     """
 
     name: str
@@ -38,35 +41,37 @@ class Described:
 
 @settings("data")
 class ImageShardsDataModule(LightningDataModule):
-    """Batches from a folder of shards (`index.json`), each sample once per epoch, in one endless Lightning epoch.
+    """Batches from a folder of shards with an `index.json`. Each sample occurs once per epoch.
 
-    The loader starts at the step the Trainer stands at when it makes the iterator, `global_step` x micro-batches per
-    step, which Lightning restores from a checkpoint before it does so. Loaders have no state of their own to restore.
-    The Trainer wants `use_distributed_sampler=False`, `max_epochs=-1` and `max_steps`.
+    For Lightning the data are one endless epoch. When the Trainer creates the iterator, the loader starts at
+    micro-batch `global_step` x micro-batches per step. Lightning restores `global_step` from a checkpoint before that,
+    so the loader has no state of its own. The Trainer needs `use_distributed_sampler=False`, `max_epochs=-1` and
+    `max_steps`.
 
     Args:
         root: the folder of the data set, or the URL of a remote one (`remote`).
         batch_size: images per optimizer step, over all ranks.
-        seed: of the run; the order of the samples follows from it.
+        seed: seed of the run, which determines the order of the samples.
         split: the split to train on.
-        lanes: lanes of the order, a divisor of the batch size; None chooses from the number of shards (`layout`).
-        num_workers: processes per rank that read and decode; 0 does it in the training process.
-        cache: `auto`, `memory` or `none`: whether decoded images are kept in memory (`stream.Samples`).
-        cache_bytes: what `auto` keeps, at most, per rank.
-        flip: whether training mirrors images at random. Carried here, done on the device.
-        on_bad_sample: `error`, or `skip`: another sample of the shard stands in (`samples.Samples`).
-        max_bad_share: share of the split that may be skipped.
-        remote: how a remote set is had: arguments of `Remote`; those not given are its defaults.
-        digest: the set that `root` must hold (`Index.digest`); None takes any.
-        prepare: the command that makes the data set, for the message when it is missing.
+        lanes: number of lanes of the order, a divisor of the batch size; None chooses it from the number of shards
+            (`layout`).
+        num_workers: processes per rank that read and decode; 0 means the training process itself.
+        cache: `auto`, `memory` or `none`: whether decoded images are kept in memory (`samples.Samples`).
+        cache_bytes: largest size of the cache with `auto`, per rank.
+        flip: whether training mirrors images at random; the training module does it on the device.
+        on_bad_sample: `error`, or `skip`: use another sample of the shard instead (`samples.Samples`).
+        max_bad_share: largest share of the split that may be skipped.
+        remote: settings for a remote set: arguments of `Remote`; the others have their defaults.
+        digest: the `Index.digest` that the set in `root` must have; None accepts any.
+        prepare: the command that creates the data set, for the message when it is missing.
 
     Raises:
-        ValueError: a value out of its range. The data set itself is read when `index` is first asked for.
+        ValueError: a value is out of its range. The data set itself is read on the first access of `index`.
     """
 
-    holds: ClassVar[dict[str, int]] = {}  # what its index must say, of a class for one data set
-    drawn = False  # whether its samples are drawn, so that it has no root
-    kept_beside = True  # whether what is derived from the set, as features, may be kept beside its shards
+    holds: ClassVar[dict[str, int]] = {}  # values that the index must have, for a class of one data set
+    drawn = False  # whether samples are drawn at random, so that there is no root
+    kept_beside = True  # whether derived data, such as features, may be stored beside the shards
 
     def __init__(
         self,
@@ -92,7 +97,7 @@ class ImageShardsDataModule(LightningDataModule):
             check_lanes(lanes, batch_size)
         if unknown := sorted(set(remote or ()) - {field.name for field in fields(Remote)}):
             names = ", ".join(field.name for field in fields(Remote))
-            raise ValueError(f"data.remote has no {unknown[0]}, only {names}.")
+            raise ValueError(f"data.remote.{unknown[0]} is not a setting. The settings of data.remote are {names}.")
         self.remote = Remote(**(remote or {}))
         self.root, self.batch_size, self.seed, self.split = root, batch_size, seed, split
         self.num_workers, self.cache, self.cache_bytes, self.flip = num_workers, cache, cache_bytes, flip
@@ -102,20 +107,24 @@ class ImageShardsDataModule(LightningDataModule):
 
     @cached_property
     def index(self) -> Index:
-        """The data set's index, after `prepare_data`. MissingData (a ValueError) when there is none, ValueError when it
-        is another set than this class is for or than `digest` says."""
+        """The index of the data set, after `prepare_data`.
+
+        Raises:
+            MissingData: there is no data set (a ValueError).
+            ValueError: the set does not fit this class or `digest`.
+        """
         self.prepare_data()
         index = self.read()
         for key, wanted in self.holds.items():
             if getattr(index, key) != wanted:
                 raise ValueError(
-                    f"data.root={self.root}: {type(self).__name__} is for a set with {key} {wanted}, this one has "
-                    f"{getattr(index, key)}."
+                    f"data.root={self.root}: {type(self).__name__} needs a set with {key}={wanted}, but this one has "
+                    f"{key}={getattr(index, key)}."
                 )
         if self.digest not in (None, index.digest):
             raise ValueError(
-                f"data.root={self.root} holds another data set ({index.digest[:12]}…) than the one asked for "
-                f"(data.digest={self.digest[:12]}…): its images, their order or their shards have changed."
+                f"data.root={self.root} holds another data set ({index.digest[:12]}…) than "
+                f"data.digest={self.digest[:12]}…: its images, their order or their shards have changed."
             )
         return index
 
@@ -125,16 +134,16 @@ class ImageShardsDataModule(LightningDataModule):
         return self.drawn or is_remote(self.root) or (Path(self.root) / INDEX_NAME).is_file()
 
     def read(self) -> Index:
-        """The index as it is found."""
+        """Read the index, without comparing it with the settings."""
         return read_index(self.root, self.prepare, self.remote)
 
     @cached_property
     def samples(self) -> Samples:
-        """The decoded samples of the split that is trained on, by number."""
+        """The decoded samples of the training split, by number."""
         return self.samples_of(self.split)
 
     def samples_of(self, split: str) -> Samples:
-        """The decoded samples of a split, by number. ValueError if the set does not have it."""
+        """The decoded samples of a split, by number. Raises ValueError if the set does not have this split."""
         shards = None
         if is_remote(self.root):
             cache = FileCache(self.remote.folder, int(self.remote.gigabytes * 1e9), self.remote)
@@ -143,17 +152,17 @@ class ImageShardsDataModule(LightningDataModule):
         return Samples(self.index, split, self.cache, self.cache_bytes, shards, *checks)
 
     def look(self, unopened: bool = True) -> None:
-        """Look whether the shards are what they were (`Samples.look`). DataChanged if one is not."""
+        """Check that the shards have not changed (`Samples.look`). Raises DataChanged if one has."""
         self.samples.look(unopened)
 
     @property
     def num_images(self) -> int:
-        """Images in the split, which is one epoch."""
+        """Number of images of the training split, which is one epoch."""
         return self.index.count(self.split)
 
     @property
     def image_size(self) -> int:
-        """Side of the images, in pixels."""
+        """Side of the images in pixels."""
         return self.index.image_size
 
     @property
@@ -163,12 +172,12 @@ class ImageShardsDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Classes; 0 for images without labels."""
+        """Number of classes; 0 for images without labels."""
         return self.index.classes
 
     @property
     def lanes(self) -> int:
-        """Lanes of the order: part of what a run's samples follow from, to be recorded with it."""
+        """Number of lanes of the order. It affects the order of the samples, so the run records it."""
         return self._lanes or choose_lanes(len(self.index.of_split(self.split)), self.batch_size)
 
     def plan(self) -> Plan:
@@ -176,11 +185,11 @@ class ImageShardsDataModule(LightningDataModule):
         return Plan(self.samples.counts, self.batch_size, self.lanes, self.seed)
 
     def train_dataloader(self) -> StreamLoader:
-        """This rank's micro-batches from the Trainer's step on.
+        """The micro-batches of this rank, from the step of the Trainer on.
 
         Raises:
-            ValueError: the batch does not divide by the Trainer's ranks x accumulation, or what is in use of a remote
-                set at any time does not fit its folder.
+            ValueError: the batch size is not divisible by ranks x accumulation, or the shards of a remote set that are
+                in use at the same time do not fit into data.remote.gigabytes.
         """
         trainer = self.trainer
         if is_remote(self.root):
@@ -196,11 +205,12 @@ class ImageShardsDataModule(LightningDataModule):
         )
 
     def _check_room(self, num_nodes: int) -> None:
-        """The windows that a machine's lanes are in, and the next ones, must have room in the folder."""
+        """Check that the current and the next windows of the lanes of one machine fit into the folder."""
         lanes = min(self.lanes, -(-self.lanes // num_nodes) + 1)
         largest = sorted(shard.bytes for shard in self.index.of_split(self.split))[-2 * WINDOW * lanes :]
         if sum(largest) > self.remote.gigabytes * 1e9:
             raise ValueError(
                 f"data.remote.gigabytes={self.remote.gigabytes:g} is too small: {lanes} lanes use up to "
-                f"{len(largest)} shards at a time, {sum(largest) / 1e9:.3g} GB. Give more, or fewer data.lanes."
+                f"{len(largest)} shards at the same time, {sum(largest) / 1e9:.3g} GB. Give a larger value, or a "
+                "smaller data.lanes."
             )

@@ -1,7 +1,7 @@
-"""What is to be made of a source: its entries counted, and each split cut into ranges, a shard each.
+"""The plan of a data set: the number of entries of each split, divided into ranges of one shard each.
 
-A shard depends on its range alone, so it does not matter which process makes it, or when. This module reads keys and,
-of the first few images, sizes; it makes nothing.
+A shard depends on its range only, so that any process can create it at any time. This module reads the keys of all
+entries and the sizes of the first images; it writes nothing.
 """
 
 import hashlib
@@ -14,13 +14,18 @@ from typing import NamedTuple
 
 from diffusion.data.prepare.image import Rule, look
 from diffusion.data.sources.source import BadEntry, Entry, Source, key_hash
+from diffusion.progress import counted
 
-SHARDS, LEAST, PIXEL_BYTES = 64, 64, 1 << 29  # a set's shards, unless they get fewer images, or more pixels, than these
-LOOKED_AT = 64  # images whose sizes are looked at before anything is made
+SHARDS, LEAST, PIXEL_BYTES = 64, 64, 1 << 29  # number of shards; fewest images and most bytes of pixels per shard
+LOOKED_AT = 64  # number of images whose sizes are read first
 
 
 class Range(NamedTuple):
-    """One shard to be: its split, number in it, the entry it starts at, and its entries."""
+    """The entries of one shard.
+
+    split: its split. number: its number in the split. place: where in the source its first entry is. first: number of
+    its first entry in the split. count: number of its entries.
+    """
 
     split: str
     number: int
@@ -30,12 +35,19 @@ class Range(NamedTuple):
 
     @property
     def name(self) -> str:
+        """File name of the shard."""
         return f"{self.split}-{self.number:05d}.tar"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All ranges, the entries by split, the limit of hashes below which a key is validation, a digest of all keys."""
+    """The plan of a data set.
+
+    ranges: all ranges.
+    counts: number of entries by split.
+    validation_below: training keys whose hash is below this are moved to the split validation.
+    digest: digest of all keys, splits and labels.
+    """
 
     ranges: tuple[Range, ...]
     counts: dict[str, int]
@@ -45,15 +57,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """A data set to be made.
+    """The settings of a data set to create.
 
     Args:
-        out: its folder. name: of the data set. source: where its images come from. origin: that path, for the record.
-        rule: what becomes of every image. labelled: whether labels are stored.
-        validation: a share below 1, or a number of images, that is taken out of split train.
-        shard_samples: images in a shard; None: a 64th of the set.
-        skip: leave out entries that cannot be used, instead of refusing the set.
-        max_bad_share: share of the entries that may be left out so; more are an error.
+        out: folder of the data set.
+        name: name of the data set.
+        source: source of the images.
+        origin: path of the source, which is recorded.
+        rule: how every image is converted.
+        labelled: whether labels are stored.
+        validation: images to move from the split train to validation: a share below 1, or a number.
+        shard_samples: images per shard; None means 1/64 of the set (`shard_samples`).
+        skip: skip entries that cannot be used; False means that they are errors.
+        max_bad_share: largest share of the entries that may be skipped.
     """
 
     out: Path
@@ -69,10 +85,10 @@ class Job:
 
 
 def planned(job: Job) -> Plan:
-    """Two walks over the keys: how many there are, then where the shards begin.
+    """Make the plan, in two passes over the keys: the first counts them, the second finds where the shards begin.
 
     Raises:
-        ValueError: `validation` leaves nothing to train on, or the source brings its own validation split.
+        ValueError: `validation` leaves no training images, or the source has its own validation split.
     """
     counts, digest, lowest, share = Counter(), hashlib.sha256(), [], job.validation
     for entry in job.source.entries():
@@ -84,14 +100,15 @@ def planned(job: Job) -> Plan:
             if len(lowest) > share:
                 heapq.heappop(lowest)
     if share and counts["validation"]:
-        raise ValueError(f"validation={share}: the source has a validation split of its own; leave it at 0.")
+        raise ValueError(f"validation={share}: the source has its own validation split. Give validation=0.")
     if share >= counts["train"] > 0 and share >= 1:
-        raise ValueError(f"validation={share:g}: there are only {counts['train']:,} training images.")
+        images = counted(counts["train"], "training image", "training images")
+        raise ValueError(f"validation={share:g} must be below the number of training images: there are only {images}.")
     below = 1 - lowest[0] if lowest else int(share * 2**64)
 
     counts = Counter(split_of(entry, below) for entry in job.source.entries())
     if not counts["train"]:
-        raise ValueError(f"validation={share:g} leaves no training images of {counts.total():,}.")
+        raise ValueError(f"validation={share:g} leaves no training images of {counts.total():,}. Give a smaller value.")
     size = job.shard_samples or shard_samples(counts["train"], job.rule)
     ranges: list[Range] = []
     seen: Counter[str] = Counter()
@@ -106,23 +123,24 @@ def planned(job: Job) -> Plan:
 
 
 def shard_samples(images: int, rule: Rule) -> int:
-    """Images in a shard of a set that sets none: a 64th, at least 64, and at most half a GiB of pixels."""
+    """The default number of images per shard: 1/64 of the set, at least 64, but at most 512 MiB of pixels."""
     most = max(1, PIXEL_BYTES // (rule.channels * rule.image_size**2))
     return min(max(-(-images // SHARDS), LEAST), most)
 
 
 def split_of(entry: Entry, validation_below: int) -> str:
+    """The split of an entry; see `Plan.validation_below`."""
     if entry.split == "train" and validation_below and key_hash(entry.key, b"validation") < validation_below:
         return "validation"
     return entry.split
 
 
 def first_sizes(source: Source, max_pixels: int) -> Counter[tuple[int, int]]:
-    """(width, height) of the first images, those that can be read, with their numbers."""
+    """How often each (width, height) occurs among the first images; those that cannot be read are left out."""
     sizes: Counter[tuple[int, int]] = Counter()
     for entry in islice(source.entries(), LOOKED_AT):
         try:
             sizes[look(entry.read(), max_pixels)] += 1
-        except BadEntry:  # what is wrong with it is said when its turn comes
+        except BadEntry:  # it is reported when it is converted
             continue
     return sizes

@@ -1,4 +1,4 @@
-"""Work spread over forked processes that never outlive the one that started them."""
+"""Distribution of work over forked processes, which end when their parent ends."""
 
 import errno
 import multiprocessing
@@ -17,19 +17,21 @@ SECONDS = 0.1  # between two reports
 def over_processes(
     items: Sequence[Item], work: Callable[[Item, Tick], Result], processes: int, report: Callable[[int], None]
 ) -> Iterator[tuple[int, Result]]:
-    """`work(item, tick)` for every item: (number of the item, result), in the order they are finished.
+    """Call `work(item, tick)` for every item. Yields (number of the item, result) in the order of completion.
 
-    Worker w takes items w, w + W, ...: nothing is shared but counters, so that a killed process leaves no lock behind.
-    Work calls `tick` once for each unit done; `report` gets their sum now and then.
+    Worker w processes items w, w + W, ... Workers share only counters, so that a killed process leaves no lock.
 
     Args:
-        processes: workers, at most.
-        work: a function of an item, called in a worker; its result is small. Workers are forks: they have all that
-            this process has.
+        items: the items.
+        work: a function of an item and `tick`, called in a worker. It must call `tick` for each unit done, and its
+            result must be small. Workers are forked, so it can use all objects of this process.
+        processes: largest number of workers.
+        report: called regularly with the number of units done.
 
     Raises:
-        ValueError: what a worker raised as one. OSError: likewise. RuntimeError: any other failure, with its traceback,
-            or a worker that was killed, with the item it had. The other workers are stopped.
+        ValueError, OSError: a worker has raised it.
+        RuntimeError: a worker has raised another error, whose traceback is in the message, or was killed. The other
+            workers are stopped.
     """
     context = multiprocessing.get_context("fork")
     number = max(1, min(processes, len(items)))
@@ -50,12 +52,12 @@ def over_processes(
             for ready in wait(list(connections), timeout=SECONDS):
                 try:
                     item, kind, content = ready.recv()
-                except EOFError:  # the worker is through, or dead
+                except EOFError:  # the worker has finished or died
                     which = connections.pop(ready)
                     workers[which].join()
                     if code := workers[which].exitcode:
                         by = f"signal {-code}" if code < 0 else f"status {code}"
-                        raise RuntimeError(f"a worker process ended by {by}, at {items[at[which]]}") from None
+                        raise RuntimeError(f"a worker process was ended by {by} at {items[at[which]]}") from None
                     continue
                 if kind == "refused":
                     raise ValueError(content)
@@ -75,8 +77,8 @@ def over_processes(
 def _work(
     parent: int, sender: Connection, which: int, number: int, items: Sequence, work: Callable, done: Any, at: Any
 ) -> None:
-    """A worker's life. It ends with its parent, at the next tick."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent stops this one
+    """The main function of a worker. It ends at the next tick after its parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops this one
 
     def tick() -> None:
         done[which] += 1

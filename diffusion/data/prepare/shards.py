@@ -1,13 +1,13 @@
-"""A plan -> shards: made by several processes, gone on with after a kill, always the same bytes.
+"""Creation of the shards of a plan, by several processes. It can be resumed after a kill, and gives the same bytes.
 
-In `out`, while the set is being made and after:
+Files in `out`, during the work and after it:
 
-    prepare.json          what decides its content (settings); at the end also the summary
-    .prepare/SHARD.json   what became of the entries of a finished shard; its presence says that it is finished
+    prepare.json          the settings that determine the content; at the end also the summary
+    .prepare/SHARD.json   the record of a finished shard; the shard is finished if this file exists
     .prepare/lock         held by the process that works here
-    skipped.csv  contact_sheet.png  index.json     at the end; with index.json the set is there
+    skipped.csv  contact_sheet.png  index.json     written at the end; the set is complete when index.json exists
 
-This module knows plans, rules and shards; it knows neither conf/ nor the terminal.
+This module knows plans, rules and shards. It knows neither conf/ nor the terminal.
 """
 
 import csv
@@ -29,21 +29,22 @@ from diffusion.data.prepare.sheet import contact_sheet
 from diffusion.data.shards.index import INDEX_NAME, Index, Shard, read_index, shard_files, write_index
 from diffusion.data.sources.source import BadEntry, safe_key
 from diffusion.files import Room, describe_disk_error, locked, remove_leftovers, write_atomically
+from diffusion.progress import counted
 
 SETTINGS, STATE, SKIPPED, SHEET = "prepare.json", ".prepare", "skipped.csv", "contact_sheet.png"
 Report = Callable[[int], None]
 
 
 def make_shard(job: Job, plan: Plan, part: Range, tick: Callable[[], None]) -> int:
-    """Write one shard and, after it, the record of it. Of a shard whose entries are all skipped, only the record.
+    """Write one shard, and then its record. If all its entries are skipped, write only the record.
 
     Returns:
-        How many of its entries were skipped.
+        The number of entries that were skipped.
 
     Raises:
         ValueError: an entry cannot be used, and the job does not skip.
     """
-    from diffusion.data.shards.writer import ShardFile  # webdataset, which imports torch
+    from diffusion.data.shards.writer import ShardFile  # it needs webdataset, which imports torch
 
     record: dict[str, Any] = {"shard": None, "original": 0, "enlarged": 0, "classes": {}, "skipped": []}
     classes: Counter[int] = Counter()
@@ -59,8 +60,8 @@ def make_shard(job: Job, plan: Plan, part: Range, tick: Callable[[], None]) -> i
                     reason = str(error).strip().rstrip(".")
                     if not job.skip:
                         raise ValueError(
-                            f"{job.origin}: {entry.key!r} cannot be used: {reason}. "
-                            f"To leave such images out, and list them in {SKIPPED}: on_bad_sample=skip"
+                            f"{job.origin}: {entry.key!r} cannot be used: {reason}. To skip such images, and list "
+                            f"them in {SKIPPED}, give on_bad_sample=skip."
                         ) from error
                     record["skipped"].append([entry.key, reason])
                     continue
@@ -80,7 +81,7 @@ def make_shard(job: Job, plan: Plan, part: Range, tick: Callable[[], None]) -> i
 
 
 class _Empty(Exception):
-    """Leaves a shard without samples."""
+    """Raised inside a shard that has no samples, so that it is not written."""
 
 
 def _record_path(job: Job, part: Range) -> Path:
@@ -88,14 +89,14 @@ def _record_path(job: Job, part: Range) -> Path:
 
 
 def _finished(job: Job, part: Range) -> dict[str, Any] | None:
-    """The record of a shard that is on disk, whole; None for one that is still to be made."""
+    """The record of a finished shard whose files are complete; None for a shard that must be created."""
     try:
         record = json.loads(_record_path(job, part).read_bytes())
         if record["skipped"] and not job.skip:
             return None
         if record["shard"] is not None:
             shard = Shard(**record["shard"])
-            if shard.path != part.name or shard.digests_sha256 is None:  # the latter: by a program without digests
+            if shard.path != part.name or shard.digests_sha256 is None:  # None: of an earlier version, without digests
                 return None
             if any((job.out / name).stat().st_size != size for name, size, _ in shard.files):
                 return None
@@ -105,7 +106,7 @@ def _finished(job: Job, part: Range) -> dict[str, Any] | None:
 
 
 def settings_of(job: Job, plan: Plan) -> dict[str, Any]:
-    """All that decides the bytes of the set."""
+    """All settings that determine the bytes of the set."""
     entries = {"kind": job.source.kind, "entries": plan.counts, "keys_sha256": plan.digest}
     classes = list(job.source.classes) if job.labelled else []
     size = max(part.count for part in plan.ranges)
@@ -116,13 +117,13 @@ def settings_of(job: Job, plan: Plan) -> dict[str, Any]:
 
 
 def refuse_other(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds this very data set, finished and with all its files. Nothing is changed.
+    """Whether `out` holds exactly this data set, complete. Changes nothing.
 
     Raises:
-        ValueError: it holds another one, begun or finished, or other files.
+        ValueError: it holds another data set, complete or not, or other files.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file: give a folder.")
+        raise ValueError(f"out={out} is a file. Give a folder.")
     found = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
     if not found:
         return False
@@ -132,19 +133,21 @@ def refuse_other(out: Path, settings: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         what = "another data set" if INDEX_NAME in found else "other files"
         raise ValueError(
-            f"out={out} holds {what}, as {min(found - {SETTINGS} or found)}, and no {SETTINGS} of a set to go on with: "
-            f"give another folder."
+            f"out={out} holds {what} (such as {min(found - {SETTINGS} or found)}), and no {SETTINGS} of a set that "
+            f"could be continued. Give another folder."
         ) from None
     differing = [key for key in settings if recorded.get(key) != settings[key]]
     if differing:
         was = "; ".join(f"{key}: was {_short(recorded.get(key))}, is {_short(settings[key])}" for key in differing)
-        state = "a data set" if INDEX_NAME in found else "the beginning of a data set"
-        raise ValueError(f"out={out} holds {state} made otherwise ({was}). Give another out, or remove that folder.")
+        state = "a data set" if INDEX_NAME in found else "an incomplete data set"
+        raise ValueError(
+            f"out={out} holds {state} with other settings ({was}). Give another out, or remove that folder."
+        )
     if INDEX_NAME not in found or not whole:
         return False
     try:
         read_index(out)
-    except ValueError:  # files of it are gone: they are made again
+    except ValueError:  # files are missing: they are created again
         return False
     return True
 
@@ -156,7 +159,9 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def working_in(out: Path) -> Iterator[None]:
-    """The folder, made if need be and locked, with what killed processes left in it removed. Empty folders go again.
+    """Context that creates and locks the folder, and removes the temporary files of killed processes.
+
+    At the end it removes empty folders.
 
     Raises:
         ValueError: another process works there.
@@ -168,27 +173,27 @@ def working_in(out: Path) -> Iterator[None]:
             remove_leftovers(state)
             yield
         finally:
-            finished = (out / INDEX_NAME).is_file()  # perhaps by a process that was killed before it tidied up
+            finished = (out / INDEX_NAME).is_file()  # perhaps from a process that was killed before this cleanup
             if finished or not any(path.suffix == ".json" for path in state.iterdir()):
                 shutil.rmtree(state)
 
 
 def make_set(job: Job, plan: Plan, processes: int, report: Report = lambda done: None) -> dict[str, Any]:
-    """Make what is missing of the data set, and at last its index; the summary.
+    """Create the missing shards of the data set, and then its index. Returns the summary.
 
     Args:
-        processes: that make shards at the same time.
-        report: called now and then with the number of entries done, of all.
+        processes: number of processes that create shards.
+        report: called regularly with the number of entries done.
 
     Raises:
         ValueError: an entry or the folder cannot be used, too many or all entries were skipped, or the disk is full.
-            Finished shards stay.
+            Finished shards are kept.
     """
     settings = settings_of(job, plan)
     refuse_other(job.out, settings)
     try:
         with working_in(job.out):
-            if refuse_other(job.out, settings):  # again, now that nobody else can write here
+            if refuse_other(job.out, settings):  # check again, now that the folder is locked
                 return summary_in(job.out)
             try:
                 return _made(job, plan, settings, processes, report)
@@ -196,24 +201,26 @@ def make_set(job: Job, plan: Plan, processes: int, report: Report = lambda done:
                 _withdraw(job, plan)
                 raise
     except OSError as error:
-        said = describe_disk_error(error, Room("out", job.out, *_needs(job, plan)))
-        raise ValueError(said or f"out={job.out}: {error}.") from error
+        message = describe_disk_error(error, Room("out", job.out, *_needs(job, plan)))
+        raise ValueError(message or f"out={job.out}: {error}.") from error
 
 
 def _needs(job: Job, plan: Plan) -> tuple[int, str]:
-    """Bytes that are still to be written, about, and what for: by the shards that are finished, or without any by the
-    size of the images without compression."""
+    """The approximate number of bytes still to be written, and what they are for.
+
+    It is estimated from the finished shards or, without any, from the size of uncompressed images.
+    """
     records = [(part.count, _finished(job, part)) for part in plan.ranges]
     done = [(count, record["shard"]["bytes"]) for count, record in records if record and record["shard"]]
     images, written = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)
     missing = sum(count for count, record in records if record is None)
     each = written / images if images else job.rule.channels * job.rule.image_size**2
-    return int(missing * each), f"about {missing:,} images"
+    return int(missing * each), f"about {counted(missing, 'image', 'images')}"
 
 
 def _made(job: Job, plan: Plan, settings: dict[str, Any], processes: int, report: Report) -> dict[str, Any]:
     content = {"settings": settings, "from": job.origin}
-    (job.out / INDEX_NAME).unlink(missing_ok=True)  # of a set that has lost files
+    (job.out / INDEX_NAME).unlink(missing_ok=True)  # the index of a set with missing files
     write_atomically(job.out / SETTINGS, json.dumps(content, indent=1) + "\n")
     records = {part: _finished(job, part) for part in plan.ranges}
     missing = [part for part in plan.ranges if records[part] is None]
@@ -231,7 +238,7 @@ def _made(job: Job, plan: Plan, settings: dict[str, Any], processes: int, report
 
 
 def _check_share(job: Job, plan: Plan, skipped: int) -> None:
-    """ValueError when more entries were skipped than the job allows."""
+    """Raise ValueError if more entries were skipped than the job allows."""
     total = sum(plan.counts.values())
     if skipped <= job.max_bad_share * total:
         return
@@ -239,12 +246,12 @@ def _check_share(job: Job, plan: Plan, skipped: int) -> None:
     key, reason = next(record["skipped"][0] for record in records if record and record["skipped"])
     raise ValueError(
         f"{job.origin}: {skipped:,} of {total:,} images cannot be used, more than max_bad_share={job.max_bad_share:g} "
-        f"allows; the first is {key!r}: {reason}."
+        f"allows. The first is {key!r}: {reason}."
     )
 
 
 def _withdraw(job: Job, plan: Plan) -> None:
-    """After a failure: what is not finished goes, and where no shard is, all."""
+    """After a failure, remove what is not finished; if no shard is finished, remove everything."""
     remove_leftovers(job.out)
     records = {part: _finished(job, part) for part in plan.ranges}
     kept = any(record and record["shard"] for record in records.values())
@@ -258,14 +265,14 @@ def _withdraw(job: Job, plan: Plan) -> None:
 
 
 def _finish(job: Job, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything but the shards, the index last; then the records are removed."""
+    """Write everything except the shards, the index last. Returns the summary."""
     parts = [(part, _finished(job, part)) for part in plan.ranges]
     lost = [part.name for part, record in parts if record is None]
-    assert not lost, f"finished shards are gone: {lost}"
+    assert not lost, f"finished shards are missing: {lost}"
     shards = tuple(Shard(**record["shard"]) for _, record in parts if record["shard"])
     if not any(shard.split == "train" for shard in shards):
         first = next(record["skipped"][0] for _, record in parts if record["skipped"])
-        raise ValueError(f"{job.origin}: no image can be used; the first is {first[0]!r}: {first[1]}.")
+        raise ValueError(f"{job.origin}: no image can be used. The first is {first[0]!r}: {first[1]}.")
     index = Index(job.out, job.name, job.rule.image_size, job.rule.channels, len(settings["classes"]), shards)
     rows = io.StringIO(newline="")
     table = csv.writer(rows, lineterminator="\n")
@@ -285,7 +292,7 @@ def _finish(job: Job, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
         "skipped": len(skipped),
         "reasons": dict(Counter(_kind(reason) for _, reason in skipped).most_common()),
         "ignored": len(job.source.ignored),
-        "classes": {split: [counted[str(label)] for label in labels] for split, counted in classes.items()},
+        "classes": {split: [numbers[str(label)] for label in labels] for split, numbers in classes.items()},
     }
     write_atomically(job.out / SKIPPED, rows.getvalue())
     write_atomically(job.out / SHEET, contact_sheet(index, settings["classes"]))
@@ -296,10 +303,10 @@ def _finish(job: Job, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(reason: str) -> str:
-    """A reason without the figures of one image, to be counted."""
+    """A reason with its numbers replaced by N, so that equal reasons can be counted."""
     return " ".join("N" if any(c.isdigit() for c in word) else word for word in reason.split(":")[0].split())
 
 
 def summary_in(out: Path) -> dict[str, Any]:
-    """The summary of the finished set in a folder."""
+    """The summary of the complete set in a folder."""
     return json.loads((out / SETTINGS).read_bytes())["summary"]

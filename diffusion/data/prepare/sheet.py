@@ -1,4 +1,4 @@
-"""A picture of a data set: some of its images side by side."""
+"""The contact sheet of a data set: an image that shows some of its images."""
 
 import io
 
@@ -7,16 +7,16 @@ from PIL import Image, ImageDraw
 from diffusion.data.shards.index import Index
 from diffusion.data.sources.source import shown
 
-TILES, TILE = 64, 128  # images of the contact sheet, and their largest side in pixels
+TILES, TILE = 64, 128  # number of images on the contact sheet, and their largest side in pixels
 
 
 def contact_sheet(index: Index, classes: list[str]) -> bytes:
-    """A PNG of 64 images, spread evenly over the training shards, with their classes below them."""
+    """A PNG of up to 64 images, spread evenly over the training shards, with their class names below them."""
     shards = index.of_split("train")
     total = index.count("train")
     chosen = sorted({place * total // min(TILES, total) for place in range(min(TILES, total))})
     columns, side = min(8, len(chosen)), min(index.image_size, TILE)
-    side *= max(1, 64 // side)  # small ones enlarged by a whole number
+    side *= max(1, 64 // side)  # enlarge small images by an integer factor
     foot = 14 if classes else 0
     sheet = Image.new("RGB", (columns * (side + 2), -(-len(chosen) // columns) * (side + foot + 2)), "white")
     draw = ImageDraw.Draw(sheet)

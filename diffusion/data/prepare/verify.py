@@ -1,4 +1,4 @@
-"""A finished data set held against its index: every byte by its digest, every sample decoded."""
+"""Verification of a data set against its index: all bytes by their digests, and every sample decoded."""
 
 import json
 import os
@@ -22,27 +22,30 @@ from diffusion.data.shards.index import (
 from diffusion.data.sources.tar import DamagedTar, members_of_tar
 from diffusion.files import sha256_of
 
-MOST = 20  # complaints about a shard
+MOST = 20  # largest number of errors that are reported for one shard
 
 
 def verify_set(out: Path, processes: int, report: Report = lambda done: None) -> tuple[Index, list[str]]:
-    """(the index, what is wrong with the set, a line each): digests of every shard, offsets, every sample decoded.
+    """Verify a data set: the digests and offsets of every shard, and every sample.
+
+    Returns:
+        The index, and a line of text for each error.
 
     Raises:
-        ValueError: there is no readable index; or a file it names is missing or has another size.
+        ValueError: the index cannot be read, or a file that it names is missing or has another size.
     """
     index = read_index(out)
     found = over_processes(list(index.shards), lambda s, tick: verify_shard(index, s, tick), processes, report)
     wrong = [complaint for _, complaints in sorted(found, key=lambda pair: pair[0]) for complaint in complaints]
-    return index, _told_otherwise(index) + wrong
+    return index, _differences_from_settings(index) + wrong
 
 
 def verify_shard(index: Index, shard: Shard, tick: Callable[[], None]) -> list[str]:
-    """What is wrong with one shard: its digests, its offsets, its samples; the first twenty."""
+    """Verify one shard: its digests, offsets and samples. Returns a line of text for each error, at most MOST."""
     from diffusion.data.shards.samples import decode_image, decode_label  # torch
 
     wrong = [
-        f"{name}: its sha256 is not the one in {INDEX_NAME}: it has changed since it was made"
+        f"{name}: its sha256 differs from the one in {INDEX_NAME}: it has changed since it was created"
         for name, _, sha256 in shard.files
         if sha256_of(index.root / name) != sha256
     ]
@@ -59,7 +62,7 @@ def verify_shard(index: Index, shard: Shard, tick: Callable[[], None]) -> list[s
         except DamagedTar as error:
             wrong.append(f"{shard.path}: {error}")
         if not np.array_equal(np.array(places, np.uint64).reshape(-1, 4), index.offsets(shard)):
-            wrong.append(f"{shard.path}{OFFSETS_SUFFIX}: it does not say where the samples of the tar are")
+            wrong.append(f"{shard.path}{OFFSETS_SUFFIX}: its offsets are not those of the samples in the tar")
         digests = []
         for key, (at, size, label_at, label_size) in zip(keys, places, strict=True):
             tick()
@@ -73,22 +76,22 @@ def verify_shard(index: Index, shard: Shard, tick: Callable[[], None]) -> list[s
                     decode_label(label, index.classes)
             except Exception as error:  # as in Samples: Pillow raises many kinds
                 wrong.append(f"{shard.path}: sample {key!r} cannot be decoded: {str(error) or type(error).__name__}")
-    return (wrong + _digests_otherwise(index, shard, digests))[:MOST]
+    return (wrong + _different_digests(index, shard, digests))[:MOST]
 
 
-def _digests_otherwise(index: Index, shard: Shard, digests: list[int]) -> list[str]:
-    """Whether the digests file says something else than these digests, which the samples of the tar have."""
+def _different_digests(index: Index, shard: Shard, digests: list[int]) -> list[str]:
+    """An error if the digests file differs from these digests, which are those of the samples in the tar."""
     name = shard.path + DIGESTS_SUFFIX
     if shard.digests_sha256 is None:
         there = (index.root / name).exists()
-        return [f"{name}: {INDEX_NAME} does not name it, so the digests in it are not looked at"] if there else []
+        return [f"{name}: it is not listed in {INDEX_NAME}, so its digests are not used"] if there else []
     if index.digests(shard).tolist() == digests:
         return []
     return [f"{name}: its digests are not those of the samples in the tar"]
 
 
-def _told_otherwise(index: Index) -> list[str]:
-    """Where the index says something else than what prepare wrote beside it; nothing for a set made otherwise."""
+def _differences_from_settings(index: Index) -> list[str]:
+    """An error for each value in which the index differs from prepare.json; [] for a set without prepare.json."""
     try:
         text = (index.root / SETTINGS).read_bytes()
     except FileNotFoundError:
@@ -96,9 +99,9 @@ def _told_otherwise(index: Index) -> list[str]:
     try:
         content = json.loads(text)
         settings, summary = content["settings"], content["summary"]
-        told: dict[str, Any] = {key: settings[key] for key in ("name", "image_size", "channels")}
-        told |= {"classes": len(settings["classes"]), "images": summary["images"], "bytes": summary["bytes"]}
-        told |= {"shards": summary["shards"]}
+        recorded: dict[str, Any] = {key: settings[key] for key in ("name", "image_size", "channels")}
+        recorded |= {"classes": len(settings["classes"]), "images": summary["images"], "bytes": summary["bytes"]}
+        recorded |= {"shards": summary["shards"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         return [f"{SETTINGS}: it is damaged"]
     found = {
@@ -107,7 +110,7 @@ def _told_otherwise(index: Index) -> list[str]:
         "bytes": sum(shard.bytes for shard in index.shards), "shards": len(index.shards),
     }  # fmt: skip
     return [
-        f"{INDEX_NAME}: it says {key} {found[key]}, where {SETTINGS} says {told[key]}"
+        f"{INDEX_NAME}: it has {key}={found[key]}, but {SETTINGS} has {key}={recorded[key]}"
         for key in found
-        if found[key] != told[key]
+        if found[key] != recorded[key]
     ]

@@ -1,18 +1,17 @@
-"""What a data set on disk is: WebDataset tars and one `index.json` that describes them.
+"""The format of a data set on disk: WebDataset tars, described by one `index.json`.
 
     root/index.json                  format version, name, image size, channels, classes, and the shards of all splits
     root/train-00000.tar             an ordinary WebDataset tar: key.png|jpg|webp|npy and key.cls|json
-    root/train-00000.tar.offsets     where the members of every sample lie in it, so that nothing needs scanning
-    root/train-00000.tar.xxh3        the digest of every sample, so that a changed one is noticed when it is read
+    root/train-00000.tar.offsets     the offsets of the members of every sample, so that the tar need not be scanned
+    root/train-00000.tar.xxh3        the digest of every sample, so that a changed sample is detected when it is read
 
-An offsets file is a row of four little-endian uint64 per sample: offset and size of the image, offset and size of the
-label (0, 0 without one). A digests file is one little-endian uint64 per sample: `sample_digest` of its bytes. Sets made
-before there were digests have no such files. The digests are no part of what a set is recognised by (`Index.digest`),
-and in index.json they stand apart from the shards, so that older programs read the set as well.
+An offsets file has four little-endian uint64 per sample: offset and size of the image, offset and size of the label
+(0, 0 without a label). A digests file has one little-endian uint64 per sample: the `sample_digest` of its bytes. Sets
+of earlier versions have no digests files. Digests are not part of `Index.digest`, and index.json lists them separately
+from the shards, so that earlier versions can read the set too.
 
-The folder may be a remote one (`remote`), of which the index alone is read here. This module reads the index and knows
-how to find a sample's bytes; it knows neither their meaning nor the order they are used in, and imports neither torch
-nor webdataset.
+The folder may be remote (`remote`); then only the index is read here. This module can find the bytes of a sample. It
+does not know what they mean or in which order they are used, and imports neither torch nor webdataset.
 """
 
 import hashlib
@@ -42,23 +41,30 @@ DIGESTS = "sample_digests"  # key of index.json: sha256 of the digests file, by 
 
 
 class MissingData(ValueError):
-    """There is no data set where `data.root` points; the message says how to make it."""
+    """There is no data set at `data.root`. The message says how to create it."""
 
 
 def sample_digest(image: bytes, label: bytes = b"") -> int:
-    """The digest of a sample: xxh3_64 of the bytes of its image, followed by those of its label."""
+    """The digest of a sample: xxh3_64 of the bytes of its image followed by those of its label."""
     return xxh3_64_intdigest(image + label if label else image)
 
 
 def shard_files(path: str) -> tuple[str, str, str]:
-    """The names of a tar, of its offsets and of its digests."""
+    """The names of a tar, of its offsets file and of its digests file."""
     return path, path + OFFSETS_SUFFIX, path + DIGESTS_SUFFIX
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: path relative to the root, split, number of samples, size in bytes, sha256 of it, of its offsets and of
-    its digests; the last is None in a set that has none."""
+    """One tar of a data set.
+
+    path: path relative to the root.
+    split: its split.
+    samples: number of samples.
+    bytes: size in bytes.
+    sha256, offsets_sha256, digests_sha256: sha256 of the tar, of its offsets file and of its digests file; the last is
+        None in a set without digests.
+    """
 
     path: str
     split: str
@@ -70,7 +76,7 @@ class Shard:
 
     @property
     def files(self) -> tuple[tuple[str, int, str], ...]:
-        """Name below the root, size in bytes and sha256 of the tar, of its offsets and, where it has them, digests."""
+        """Path below the root, size in bytes and sha256 of the tar, of its offsets and of its digests file, if any."""
         tar, offsets, digests = shard_files(self.path)
         files = (tar, self.bytes, self.sha256), (offsets, self.samples * OFFSETS_ROW.itemsize, self.offsets_sha256)
         if self.digests_sha256 is None:
@@ -79,7 +85,7 @@ class Shard:
 
     @property
     def record(self) -> dict[str, str | int]:
-        """What decides which samples it holds: all but the digests, which follow from it."""
+        """All fields except digests_sha256: they determine the samples, and the digests follow from them."""
         return {key: value for key, value in asdict(self).items() if key != "digests_sha256"}
 
 
@@ -105,9 +111,9 @@ def check_splits(splits: Sequence[str], of: str, split: str, held_out: str | Non
 
 @dataclass(frozen=True)
 class Index:
-    """A data set: square images of `image_size` pixels and `channels` channels, `classes` labels (0: unlabelled).
+    """A data set of square images with side `image_size`, `channels` channels and `classes` classes (0: no labels).
 
-    The root is a folder, or a remote one's URL (`remote.SCHEMES`).
+    The root is a folder, or a URL (`remote.SCHEMES`).
     """
 
     root: Path | str
@@ -119,11 +125,11 @@ class Index:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits there are, in the order of their first shard."""
+        """The splits, in the order of their first shard."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def of_split(self, split: str) -> tuple[Shard, ...]:
-        """The shards of one split; ValueError when there are none."""
+        """The shards of one split. Raises ValueError if there are none."""
         shards = tuple(shard for shard in self.shards if shard.split == split)
         if not shards:
             raise ValueError(
@@ -132,7 +138,7 @@ class Index:
         return shards
 
     def held_out_from(self, split: str) -> str | None:
-        """`held_out_from` of its splits."""
+        """The split of held-out images when `split` is the training split: validation, or else test, or else None."""
         return held_out_from(self.splits, split)
 
     def count(self, split: str) -> int:
@@ -141,40 +147,43 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """What tells this set from any other: a sha256 over the shards' own and what the index says of them."""
+        """The digest that identifies this set: a sha256 over the records of its shards, which include their sha256."""
         text = json.dumps([self.image_size, self.channels, self.classes, [shard.record for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def content(self) -> str:
-        """What is kept of the images, outside of the set or beside it, is kept under this: the digest of the set, and
-        of its samples' digests where it has them, for then these decide which bytes are sound, and not the sha256 of
-        the tars. Else a set with another's index could leave its features to be found by the other."""
+        """The key under which derived data, such as features, are stored.
+
+        It is the digest of the set, combined with its sample digests if it has them. In that case the sample digests
+        decide which bytes are valid, not the sha256 of the tars. Without them in the key, a set with a copied index
+        could use the features of another set.
+        """
         digests = [shard.digests_sha256 for shard in self.shards]
         if None in digests:
             return self.digest
         return hashlib.sha256(json.dumps([self.digest, digests]).encode()).hexdigest()
 
     def path(self, shard: Shard) -> Path:
-        """Where the tar of a set that is on this machine is."""
+        """Path of a shard's tar file (local data sets only)."""
         return self.root / shard.path
 
     def offsets(self, shard: Shard) -> np.ndarray:
-        """Where the shard's samples lie: uint64 (samples, 4), of a set that is on this machine."""
+        """The offsets of a shard: uint64 (samples, 4) (local data sets only)."""
         return offsets_of(Path(f"{self.path(shard)}{OFFSETS_SUFFIX}").read_bytes())
 
     def digests(self, shard: Shard) -> array:
-        """The digests of the shard's samples, of a set that is on this machine and has them."""
+        """The digests of the samples of a shard (local data sets with digests only)."""
         return digests_of(Path(f"{self.path(shard)}{DIGESTS_SUFFIX}").read_bytes())
 
 
 def offsets_of(data: bytes) -> np.ndarray:
-    """The content of an offsets file: uint64 (samples, 4). ValueError unless it is made of whole rows."""
+    """The content of an offsets file: uint64 (samples, 4). Raises ValueError unless it consists of whole rows."""
     return np.frombuffer(data, OFFSETS_ROW)
 
 
 def digests_of(data: bytes) -> array:
-    """The content of a digests file as an array of integers, which is looked up faster than NumPy's."""
+    """The content of a digests file as an `array`, whose elements are accessed faster than those of a NumPy array."""
     digests = array("Q", data)
     if sys.byteorder == "big":
         digests.byteswap()
@@ -182,20 +191,19 @@ def digests_of(data: bytes) -> array:
 
 
 def read_index(root: str | os.PathLike, make: str | None = None, access: Access = PATIENT) -> Index:
-    """The index of the data set in `root`, after checking that its files are there and have the sizes it states.
+    """Read the index of the data set in `root`, and check that all files exist and have the right sizes.
 
-    Contents are not read: that they are as recorded is seen when they are used (`shards`). Of a remote set only the
-    index is read.
+    The contents of the files are checked when they are used (`shards`). For a remote set only the index is read.
 
     Args:
-        root: the folder with `index.json`, or a remote one (the setting `data.root`).
-        make: the command that makes this data set, for the message when it is missing.
-        access: how patiently to read a remote index.
+        root: the folder with `index.json`, or a URL (the setting `data.root`).
+        make: the command that creates this data set, for the message when it is missing.
+        access: timeout and attempts for reading a remote index.
 
     Raises:
-        MissingData: no folder, no index in it, or a file named by the index is not there.
-        ValueError: not an index of this version, or a file's size differs from what the index states; a remote index
-            that cannot be read.
+        MissingData: the folder, the index or a file that the index names is missing.
+        ValueError: the index has another version or is damaged, a file has another size, or a remote index cannot be
+            read.
     """
     cure = f" Make it with: {make}" if make else " Make it with `python -m diffusion.prepare`, or set data.root."
     if is_remote(root):
@@ -211,7 +219,7 @@ def read_index(root: str | os.PathLike, make: str | None = None, access: Access 
 
 
 def _parsed(root: Path | str, text: bytes, cure: str) -> Index:
-    """The index that the text of index.json describes."""
+    """Parse the text of index.json."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -231,24 +239,24 @@ def _parsed(root: Path | str, text: bytes, cure: str) -> Index:
 
 
 def _check_files(index: Index, cure: str) -> None:
-    """MissingData or ValueError unless all files that the index names are there with their sizes."""
+    """Raise MissingData or ValueError unless all files that the index names exist and have the right sizes."""
     for name, size, _ in (file for shard in index.shards for file in shard.files):
         try:
             found = (index.root / name).stat().st_size
         except FileNotFoundError:
-            raise MissingData(f"data.root={index.root}: {name}, named by {INDEX_NAME}, is missing.{cure}") from None
+            raise MissingData(f"data.root={index.root}: {name}, listed in {INDEX_NAME}, is missing.{cure}") from None
         except OSError as error:
-            what = f"{name[:100]}, named by {INDEX_NAME}, cannot be looked at ({error.strerror})"
+            what = f"{name[:100]}, listed in {INDEX_NAME}, cannot be read ({error.strerror})"
             raise ValueError(f"data.root={index.root}: {what}.{cure}") from None
         if found != size:
             raise ValueError(
-                f"data.root={index.root}: shard file {name} has {found} bytes where {INDEX_NAME} states {size}: "
-                f"it is truncated or was replaced.{cure}"
+                f"data.root={index.root}: shard file {name} has {found} bytes, but {INDEX_NAME} states {size}: it was "
+                f"truncated or replaced.{cure}"
             )
 
 
 def write_index(index: Index) -> None:
-    """Write `index.json` at the index's root, atomically: it is there whole or not at all, and it comes last."""
+    """Write `index.json` to the root of the index, atomically. Write it after all other files."""
     _check_values(index)
     content = {"version": VERSION} | {f.name: getattr(index, f.name) for f in fields(index) if f.name != "root"}
     content["shards"] = [shard.record for shard in index.shards]
@@ -259,10 +267,9 @@ def write_index(index: Index) -> None:
 
 
 def _check_values(index: Index) -> None:
-    """AssertionError unless an index fulfils what every one does; a shard lies below the root, whatever the file
-    says."""
+    """Raise AssertionError unless the values of an index are valid. The path of a shard must be below the root."""
 
-    def need(holds: bool, what: str) -> None:  # an `assert` is left out by python -O
+    def need(holds: bool, what: str) -> None:  # python -O removes `assert`
         if not holds:
             raise AssertionError(what)
 

@@ -1,20 +1,23 @@
-"""The order of the samples: place in the endless stream -> (epoch, sample), computed and not stored.
+"""The order of the samples: a place in the endless stream -> (epoch, sample). It is computed, not stored.
 
-It is a function of (seed, epoch, global batch, lanes) alone. The rules, for n samples, global batches of B, C lanes:
+The order is a function of (seed, epoch, global batch, lanes) only. The rules, for n samples, batch size B and C lanes:
 
-- C divides B, and slot j of a global batch belongs to lane floor(j C / B). A rank takes neighbouring slots, hence
-  neighbouring lanes.
-- Each epoch shuffles the shards and lays them end to end. After e epochs lane c has handed out floor((e n + c) / C)
-  samples; these add up to e n (Hermite's identity), so the pieces of the lanes fill each epoch exactly, whatever n,
-  and no lane is more than one sample ahead. Lane c takes the c-th piece, contiguous along the shuffled shards, so all
-  ranks together read each shard about once.
-- Shards of unequal size are laid so that small ones come to lie across the borders of the eighths of the lanes.
+- C divides B. Slot j of a global batch belongs to lane floor(j C / B). A rank has neighbouring slots, and so
+neighbouring
+  lanes.
+- Each epoch shuffles the shards and puts them in a row. After e epochs lane c has delivered floor((e n + c) / C)
+samples.
+  The sum over the lanes is e n (Hermite's identity). So the pieces of the lanes fill each epoch exactly, for any n, and
+  no lane is more than one sample ahead. Lane c has the c-th piece, which is contiguous in the row of shards, so that
+  all ranks together read each shard about once.
+- With shards of unequal size, small shards are placed across the borders of the eighths of the lanes.
 - Within its piece a lane shuffles the samples in windows of WINDOW shards.
-- An epoch ends for each lane in turn, wherever that falls in a global batch: one batch may straddle two epochs.
-  Nothing is dropped, repeated or padded.
+- Each lane ends its epoch at its own place, so that one global batch can contain samples of two epochs. No sample is
+  dropped, repeated or padded.
 
-Look-ups cost a permutation of the shards per epoch and one of a window's samples per lane, also among 1e8 samples:
-milliseconds each, as long as a shard holds some ten thousand of them. This module knows counts, not files or ranks.
+A look-up needs one permutation of the shards per epoch, and one permutation of the samples of a window per lane. Each
+takes milliseconds, even for 1e8 samples, if a shard has about ten thousand samples. This module knows counts; it knows
+no files and no ranks.
 """
 
 from typing import NamedTuple
@@ -24,21 +27,21 @@ import numpy as np
 from diffusion.data.shards.layout import check_lanes
 from diffusion.noise import Stream, permutation
 
-WINDOW = 4  # shards: how far a lane's samples are mixed, and how many shards of a lane are in use at a time
-PARTS = 8  # of an epoch, whose borders cut small shards: what 2, 4 or 8 ranks read twice lies there
+WINDOW = 4  # shards per window: a lane shuffles within a window, and uses its shards at the same time
+PARTS = 8  # parts of an epoch whose borders should cut small shards only: 2, 4 or 8 ranks read these twice
 
 
 class Plan:
-    """The endless stream of one split.
+    """The order of the endless stream of one split.
 
     Args:
-        counts: samples of each shard, in the index's order; samples are numbered through in that order.
-        batch_size: images of a global batch, B.
+        counts: number of samples of each shard, in the order of the index. Samples are numbered in this order.
+        batch_size: B, images per global batch.
         lanes: C, a divisor of B.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
-        ValueError: the lanes do not divide the batch.
+        ValueError: the number of lanes does not divide the batch size.
     """
 
     def __init__(self, counts: np.ndarray | list[int], batch_size: int, lanes: int, seed: int) -> None:
@@ -48,14 +51,19 @@ class Plan:
         self.batch_size, self.lanes, self.seed = batch_size, lanes, seed
         self.first_sample = np.cumsum(self.counts) - self.counts
         self.num_samples = int(self.counts.sum())
-        self._epochs: dict[int, _Epoch] = {}  # the latest few
-        self._windows: dict[int, _Window] = {}  # the latest of each lane
+        self._epochs: dict[int, _Epoch] = {}  # cache of the latest epochs
+        self._windows: dict[int, _Window] = {}  # cache of the latest window of each lane
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, sample), each int64 and of the shape of `places`, int64 places in the endless stream.
+        """The epochs and the numbers of the samples at these places in the endless stream.
 
-        What costs is the number of times that lanes change from one ascending place to the next, so many batches are
-        best asked for at once.
+        The cost depends on the number of changes between lanes, so look up many batches in one call.
+
+        Args:
+            places: int64, any shape.
+
+        Returns:
+            epoch and sample, int64, in the shape of `places`.
         """
         places = np.asarray(places, dtype=np.int64)
         lane, turn = self._turns(places.ravel())
@@ -67,7 +75,7 @@ class Plan:
         breaks = (np.diff(lane) != 0) | (np.diff(epoch) != 0) | (np.diff(offset) != 1)
         starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(offset)]
         sample = np.empty_like(offset)
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):  # runs of one lane along one epoch
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):  # consecutive samples of one lane in one epoch
             while start < stop:
                 at = int(offset[start])
                 window = self._window(int(epoch[start]), int(lane[start]), at)
@@ -79,16 +87,20 @@ class Plan:
         return found[0].reshape(places.shape), found[1].reshape(places.shape)
 
     def _turns(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(lane, turn): the place is the turn-th sample that its lane hands out."""
+        """The lane of each place, and its turn: the place is sample number `turn` of its lane."""
         batch, slot = np.divmod(places, self.batch_size)
         share = self.batch_size // self.lanes
         return slot // share, batch * share + slot % share
 
     def ahead(self, places: np.ndarray) -> tuple[list[int], int]:
-        """What a rank will read: (shards, batches), of its slots of one global batch, `places` int64 (k,).
+        """The shards that a rank will read, from its slots of one global batch.
 
-        The shards are those of the windows that its lanes are in, then those of their next windows; the batches say
-        after how many global batches the first lane comes to its next window.
+        Args:
+            places: the places of its slots, int64 (k,).
+
+        Returns:
+            The numbers of the shards: those of the current windows of its lanes, then those of the next windows. And
+            the number of global batches after which the first lane reaches its next window.
         """
         present, coming, batches = {}, {}, []
         share = self.batch_size // self.lanes
@@ -107,7 +119,7 @@ class Plan:
         return [*present, *(shard for shard in coming if shard not in present)], min(batches)
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
-        """The shard's number for each sample number."""
+        """The number of the shard of each sample."""
         return np.searchsorted(self.first_sample, samples, side="right") - 1
 
     def _epoch(self, epoch: int) -> "_Epoch":
@@ -118,7 +130,7 @@ class Plan:
         return self._epochs[epoch]
 
     def _window(self, epoch: int, lane: int, offset: int) -> "_Window":
-        """The window of a lane's piece that holds `offset`."""
+        """The window of a lane's piece that contains `offset`."""
         known = self._windows.get(lane)
         if known is None or known.epoch != epoch or not 0 <= offset - known.begin < len(known.samples):
             known = self._windows[lane] = self._epoch(epoch).window(lane, offset)
@@ -126,7 +138,10 @@ class Plan:
 
 
 class _Window(NamedTuple):
-    """Up to WINDOW shards of a lane's piece of an epoch: its first offset in the piece, its samples, shuffled."""
+    """A window of up to WINDOW shards in a lane's piece of an epoch.
+
+    begin: its first offset in the piece. samples: numbers of its samples, shuffled. shards: numbers of its shards.
+    """
 
     epoch: int
     begin: int
@@ -135,7 +150,7 @@ class _Window(NamedTuple):
 
 
 class _Epoch:
-    """One epoch laid out: the shuffled shards end to end, and where the lanes' pieces begin on that line."""
+    """The layout of one epoch: the shuffled shards in a row, and the places in it at which the lanes' pieces begin."""
 
     def __init__(self, plan: Plan, epoch: int) -> None:
         self.plan, self.epoch = plan, epoch
@@ -148,28 +163,28 @@ class _Epoch:
         self.ends = np.cumsum(plan.counts[self.shards])
 
     def length(self, lane: int) -> int:
-        """Samples that the lane hands out in this epoch."""
+        """Number of samples that the lane delivers in this epoch."""
         return int(self.lane_begins[lane + 1] - self.lane_begins[lane])
 
     def _places(self, lane: int, offset: int) -> tuple[int, range]:
-        """The number of the lane's window around `offset`, and the places of its shards on the line."""
+        """The number of the lane's window that contains `offset`, and the places of its shards in the row."""
         begin, end = int(self.lane_begins[lane]), int(self.lane_begins[lane + 1])
         first, at, last = np.searchsorted(self.ends, (begin, begin + offset, end - 1), side="right").tolist()
         number = (at - first) // WINDOW
         return number, range(first + number * WINDOW, min(first + (number + 1) * WINDOW, last + 1))
 
     def shards_around(self, lane: int, offset: int) -> list[int]:
-        """The shards of the lane's window around `offset`; none if the lane hands out nothing."""
+        """The shards of the lane's window that contains `offset`; [] if the lane delivers no samples."""
         return [int(self.shards[place]) for place in self._places(lane, offset)[1]] if self.length(lane) else []
 
     def window(self, lane: int, offset: int) -> _Window:
-        """The lane's window around `offset`."""
+        """The lane's window that contains `offset`."""
         plan, begin, end = self.plan, int(self.lane_begins[lane]), int(self.lane_begins[lane + 1])
         number, places = self._places(lane, offset)
         pieces, opening = [], end
         for place in places:
             shard, stop = self.shards[place], int(self.ends[place])
-            start = stop - int(plan.counts[shard])  # of the shard, on the epoch's line
+            start = stop - int(plan.counts[shard])  # where the shard begins in the row of the epoch
             inside = np.arange(max(start, begin), min(stop, end), dtype=np.int64)
             pieces.append(inside + (plan.first_sample[shard] - start))
             opening = min(opening, int(inside[0]))
@@ -179,17 +194,20 @@ class _Epoch:
 
 
 def _lay_out(shuffled: np.ndarray, counts: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """The shuffled shards in a row, with small ones across the borders (ascending places on the row, the last its end).
+    """Put the shuffled shards in a row, with small ones across the borders.
 
-    A shard that would cross the next border waits; the first of those behind it that fit go before, and when none does,
-    the smallest crosses.
+    A shard that would cross the next border is postponed. The first later shard that fits goes before it; if none fits,
+    the smallest one crosses the border.
+
+    Args:
+        borders: ascending places in the row; the last one is its end.
     """
     waiting, row, filled = shuffled, [], 0
     for border in borders.tolist():
         while filled < border:
             sizes = counts[waiting]
             ends = filled + np.cumsum(sizes)
-            whole = int(np.searchsorted(ends, border, side="right"))  # so many fit one after another
+            whole = int(np.searchsorted(ends, border, side="right"))  # number of shards that fit before the border
             if not whole:
                 fitting = np.flatnonzero(filled + sizes <= border)
                 chosen = fitting[0] if len(fitting) else np.argmin(sizes)

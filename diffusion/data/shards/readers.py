@@ -1,18 +1,18 @@
-"""Open shards: any bytes of a tar by their offset, where its samples lie, and whether they still are what they were.
+"""Open shards: reading bytes of a tar by their offset, the offsets of its samples, and detection of changes.
 
-On a local or mounted file system a shard is read in place; a remote one out of a local cache (`remote`), where it is
-fetched whole when it is first wanted.
+On a local or mounted file system a shard is read in place. A remote shard is downloaded completely when it is first
+needed, and read from a local cache (`remote`).
 
-A shard that changes while it is in use is noticed (`DataChanged`):
+A shard that changes while it is in use is detected (`DataChanged`):
 
-    sets with digests         every sample that is read must have its digest
-    sets without              the whole tar must have its sha256 when it is first opened; after each read its signature
-                              (`changes`) must be the one it had then
-    both, in a local folder   `glance` looks at the signatures of all shards that were opened, once a second, also when
-                              decoded images are kept and nothing is read; `look` at those of all shards
+    sets with digests         every sample that is read must match its digest
+    sets without              the whole tar must match its sha256 when it is first opened; after each read its signature
+                              (`changes`) must be unchanged
+    both, in a local folder   `glance` checks the signatures of all opened shards, at most once per second, even if
+                              decoded images are cached and nothing is read; `look` checks those of all shards
 
-Where a signature is another one, the content decides. Offsets and digests are read when a shard is opened, and must
-have their sha256. This module knows no images.
+If a signature has changed, the content is compared. Offsets and digests are read when a shard is opened, and must match
+their sha256. This module knows no images.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from diffusion.data.shards.index import INDEX_NAME, Index, Shard, digests_of, of
 from diffusion.data.shards.remote import FileCache, Prefetcher, address
 
 TOUCHED = 2.0  # seconds after which a cached shard in use is marked as used again
-LOOKED = 1.0  # seconds between two glances at the signatures of the shards, for all processes of a rank together
-GLANCE = 500  # shards that are looked at in one glance
-PROBES = 16  # samples that are looked at to tell a replaced shard from a damaged sample
-CURE = "Restore that file: copy it back, or remove it and prepare the set again. Then start the same command."
+LOOKED = 1.0  # seconds between two glances, for all processes of a rank together
+GLANCE = 500  # largest number of shards that are checked in one glance
+PROBES = 16  # samples that are checked to distinguish a replaced shard from a damaged sample
+CURE = "Restore that file: copy it back, or remove it and prepare the set again. Then run the same command."
 
 
 class ShardReader(Protocol):
     """An open shard.
 
-    `offsets` is uint64 (samples, 4): offset and size of the image, offset and size of the label. `digests` holds the
-    digest of each sample, or is None.
+    offsets: uint64 (samples, 4): offset and size of the image, offset and size of the label.
+    digests: the digest of each sample, or None.
     """
 
     offsets: np.ndarray
@@ -58,39 +58,41 @@ class ShardReader(Protocol):
 
 
 class Shards(Protocol):
-    """Where the shards of a data set are opened."""
+    """Opens the shards of a data set and detects changes."""
 
     def open(self, shard: Shard) -> ShardReader:
-        """Open one; OSError or ValueError when it cannot be, DataChanged when it is not what the index says."""
+        """Open a shard. Raises OSError or ValueError if that fails, and DataChanged if it differs from the index."""
 
     def announce(self, shards: list[Shard]) -> None:
-        """What will be opened soon, the first needed first."""
+        """Announce the shards that will be opened soon, in the order in which they are needed."""
 
     def wrong(self, shard: Shard, afresh: bool = False) -> DataChanged | None:
-        """What is wrong with a shard, by its content; None if nothing is any more, and then it is to be opened anew.
-        `afresh` reads all of it, even if nothing shows that it has changed."""
+        """Compare the content of a shard with the index. Returns an error, or None if it is valid.
+
+        If it is valid, the caller must open it again. `afresh` reads all of it, even if its signature is unchanged.
+        """
 
     def glance(self) -> None:
-        """A cheap look at the shards in use, to be taken often. Raises DataChanged."""
+        """Check the shards in use. It is cheap; call it often. Raises DataChanged."""
 
     def look(self, shards: Iterable[Shard], unopened: bool) -> None:
-        """A look at these shards, with those or without those that have not been opened. Raises DataChanged."""
+        """Check these shards. `unopened`: also those that have not been opened. Raises DataChanged."""
 
 
 def changed(index: Index, name: str, found: str, whole: bool = True) -> DataChanged:
-    """That a file of the set is not what the index says."""
+    """The error for a file of the set that differs from the index. `found` is a clause that says how."""
     return DataChanged(f"data.root={index.root}: shard {name} has changed: {found}. {CURE}", whole)
 
 
 def named(shard: Shard, offsets: np.ndarray, place: int, read: Callable[[int, int], bytes]) -> str:
-    """A sample for a message: its place in the shard, and what its header in the tar calls it."""
+    """The name of a sample for a message: its number in the shard, and its file name in the tar."""
     header = max(int(offsets[place][0]) - 512, 0)
     name = read(header, 100).split(bytes(1))[0].decode(errors="replace") if header < shard.bytes else ""
     return f"sample {place}" + (f" ({name!r})" if name else "")
 
 
 def differing(shard: Shard, reader: ShardReader, places: Iterable[int], read: Callable[[int, int], bytes]) -> list[int]:
-    """The samples at these places that do not have their digests."""
+    """Those of the samples at these places that do not match their digests."""
     found = []
     for place in places:
         at, size, label_at, label_size = reader.offsets[place].tolist()
@@ -103,18 +105,18 @@ def differing(shard: Shard, reader: ShardReader, places: Iterable[int], read: Ca
 def wrong_samples(
     index: Index, shard: Shard, reader: ShardReader, places: Sequence[int], read: Callable[[int, int], bytes]
 ) -> DataChanged | None:
-    """That these samples do not have their digests, or that no sample of those looked at has; None if all have them."""
+    """The error if some or all of these samples do not match their digests; None if all of them match."""
     found = differing(shard, reader, places, read)
     if not found:
         return None
-    what = "the digest recorded when the set was made"
+    what = "the digest recorded when the set was created"
     if len(found) == len(places) > 1:
-        return changed(index, shard.path, f"its samples do not have {what}")
-    return changed(index, shard.path, f"{named(shard, reader.offsets, found[0], read)} does not have {what}", False)
+        return changed(index, shard.path, f"its samples do not match {what}")
+    return changed(index, shard.path, f"{named(shard, reader.offsets, found[0], read)} does not match {what}", False)
 
 
 def wrong_sample(index: Index, shard: Shard, reader: ShardReader, place: int) -> DataChanged:
-    """What is said of a sample without its digest: that it is damaged, or that its shard is another one."""
+    """The error for a sample that does not match its digest: the sample is damaged, or its shard was replaced."""
     step = max(shard.samples // PROBES, 1)
     others = wrong_samples(index, shard, reader, range(place % step, shard.samples, step), reader.read)
     if others is not None and others.whole:
@@ -123,7 +125,7 @@ def wrong_sample(index: Index, shard: Shard, reader: ShardReader, place: int) ->
 
 
 def table(data: bytes, sha256: str) -> bytes | None:
-    """The content of a file of offsets or digests if it has its sha256."""
+    """The content of a file of offsets or digests if it matches its sha256, else None."""
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
@@ -131,8 +133,8 @@ class LocalShards:
     """The shards of a data set in a folder.
 
     Args:
-        index: of the set.
-        tolerant: whether a shard with damaged samples is no error as a whole: they are met when they are read.
+        index: index of the set.
+        tolerant: a shard with some damaged samples is not an error; each of them is an error when it is read.
     """
 
     def __init__(self, index: Index, tolerant: bool = False) -> None:
@@ -145,23 +147,23 @@ class LocalShards:
         return LocalShard(self, shard)
 
     def announce(self, shards: list[Shard]) -> None:
-        """The operating system reads ahead by itself."""
+        """Do nothing: the operating system reads ahead."""
 
     def recognises(self, shard: Shard, *found: os.stat_result) -> bool:
-        """Whether this is the file whose content was checked, or with digests the one that was opened first."""
+        """Whether this is the file whose content was checked or, with digests, the file that was opened first."""
         return self._known.recognises(self._numbers[shard.path], *found)
 
     def note(self, shard: Shard, found: os.stat_result) -> None:
-        """Take a shard with digests as it is found: they tell at each read whether it is sound."""
+        """Note the signature of a shard with digests. Its content need not be checked: each read compares a digest."""
         self._known.note(self._numbers[shard.path], found)
 
     def wrong(self, shard: Shard, afresh: bool = False) -> DataChanged | None:
-        """As `Shards.wrong`. OSError if the file is there and cannot be read."""
+        """As `Shards.wrong`. Raises OSError if the file exists but cannot be read."""
 
         def complaint(descriptor: int) -> DataChanged | None:
             size = os.fstat(descriptor).st_size
             if size != shard.bytes:
-                return changed(self.index, shard.path, f"it has {size} bytes, and {INDEX_NAME} says {shard.bytes}")
+                return changed(self.index, shard.path, f"it has {size} bytes, but {INDEX_NAME} states {shard.bytes}")
             if shard.digests_sha256 is None:
                 return self._other_sha256(shard, descriptor)
             return self._other_samples(shard, descriptor)
@@ -174,23 +176,23 @@ class LocalShards:
             return self.gone(shard.path)
 
     def gone(self, name: str) -> DataChanged:
-        """That a file of the set is not there."""
-        return changed(self.index, name, "the file is gone")
+        """The error for a missing file of the set."""
+        return changed(self.index, name, "the file is missing")
 
     def _other_sha256(self, shard: Shard, descriptor: int) -> DataChanged | None:
         with open(descriptor, "rb", closefd=False) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
                 return None
-        return changed(self.index, shard.path, f"it does not have the sha256 in {INDEX_NAME}")
+        return changed(self.index, shard.path, f"it does not match the sha256 in {INDEX_NAME}")
 
     def _other_samples(self, shard: Shard, descriptor: int) -> DataChanged | None:
-        """DataChanged if samples do not have their digests, all of them where the set may have damaged ones."""
+        """The error if samples do not match their digests; if `tolerant`, only if no sample does."""
         read = lambda offset, size: os.pread(descriptor, size, offset)  # noqa: E731
         wrong = wrong_samples(self.index, shard, Tables(self, shard), range(shard.samples), read)
         return None if wrong is None or self.tolerant and not wrong.whole else wrong
 
     def glance(self) -> None:
-        """Look at the shards that have been opened, if nobody has for a second."""
+        """Check the opened shards, unless they were checked within the last second."""
         now = time.monotonic()
         if now - self._glanced[0] < LOOKED:
             return
@@ -201,7 +203,7 @@ class LocalShards:
         self.look([self.index.shards[number] for number in noted.tolist()], unopened=False)
 
     def look(self, shards: Iterable[Shard], unopened: bool) -> None:
-        """As `Shards.look`. A file system that does not answer is left to whoever reads."""
+        """As `Shards.look`. If the file system reports another error, the next read will raise it."""
         noted = set(self._known.noted().tolist())
         for shard in shards:
             number = self._numbers[shard.path]
@@ -233,14 +235,14 @@ class Tables:
             except GONE:
                 raise shards.gone(name) from None
             if data is None:
-                raise changed(shards.index, name, f"it does not have the sha256 in {INDEX_NAME}")
+                raise changed(shards.index, name, f"it does not match the sha256 in {INDEX_NAME}")
             found.append(data)
         self.offsets = offsets_of(found[0])
         self.digests = digests_of(found[1]) if len(found) > 1 else None
 
 
 class LocalShard:
-    """A shard on a local or mounted file system. `pread` has no position, so forked processes may share it."""
+    """A shard on a local or mounted file system. Forked processes can share it, because `pread` needs no position."""
 
     def __init__(self, shards: LocalShards, shard: Shard) -> None:
         self._shards, self._shard, self._path = shards, shard, shards.index.path(shard)
@@ -262,23 +264,23 @@ class LocalShard:
         return os.pread(self._file, size, offset)
 
     def unchanged(self) -> bool:
-        """Whether the open file and the one of its name are those that were checked."""
+        """Whether the open file and the file at its path are the one that was checked."""
         try:
             return self._shards.recognises(self._shard, os.fstat(self._file), os.stat(self._path))
         except GONE:
             return False
 
     def close(self) -> None:
-        """Close the file; it is closed at the latest when nobody has this object any more."""
+        """Close the file. It is also closed when this object is deleted."""
         self._closed()
 
 
 class CachedShards:
-    """The shards of a remote data set. Their copies in the cache are what can change; a copy that has is fetched again.
+    """The shards of a remote data set, in a local cache. A copy that has changed is downloaded again.
 
     Args:
-        index: of the set; its root is remote.
-        cache: where the files are kept.
+        index: index of the set, whose root is remote.
+        cache: the cache of the files.
     """
 
     def __init__(self, index: Index, cache: FileCache) -> None:
@@ -290,7 +292,7 @@ class CachedShards:
         return CachedShard(self, shard)
 
     def announce(self, shards: list[Shard]) -> None:
-        """Fetch them in the background."""
+        """Download these shards in the background."""
         self._prefetcher.want([file for shard in shards for file in self.files(shard)])
 
     def files(self, shard: Shard) -> list[tuple[str, int, str]]:
@@ -302,21 +304,24 @@ class CachedShards:
         return self._known.recognises(self._numbers[shard.path], *found)
 
     def wrong(self, shard: Shard, afresh: bool = False) -> DataChanged | None:
-        """As `Shards.wrong`: a copy without its sha256 is removed and fetched again, so that in the end nothing is.
-        Unreachable if it cannot be fetched, or the file of the server has changed."""
+        """As `Shards.wrong`. A copy that does not match its sha256 is removed and downloaded again.
+
+        Raises:
+            Unreachable: it cannot be downloaded, or the file on the server has changed.
+        """
         tar = self.files(shard)[0]
 
         def complaint(descriptor: int) -> DataChanged | None:
             with open(descriptor, "rb", closefd=False) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
                     return None
-            return changed(self.index, shard.path, "its copy on this machine does not have its sha256")
+            return changed(self.index, shard.path, "its copy on this machine does not match its sha256")
 
         for last in (False, True):
             path = self.cache.path(*tar)
             try:
                 wrong = self._known.check(self._numbers[shard.path], path, complaint, shard.sha256, afresh)
-            except FileNotFoundError:  # taken away by the cache
+            except FileNotFoundError:  # the cache has removed it
                 continue
             if wrong is None or last:
                 return wrong
@@ -324,15 +329,18 @@ class CachedShards:
         return None
 
     def glance(self) -> None:
-        """A copy that is gone is fetched again, and one that has changed is noticed when it is read."""
+        """Do nothing: a missing copy is downloaded again, and a changed one is detected when it is read."""
 
     def look(self, shards: Iterable[Shard], unopened: bool) -> None:
-        """As `glance`."""
+        """Do nothing, as `glance`."""
 
 
 class CachedShard:
-    """A remote shard, read from its copy. The copy is opened for each read, so that the cache can take it away at any
-    time and its bytes are free at once; one that is gone is fetched again."""
+    """A remote shard, read from its local copy.
+
+    The copy is opened for each read, so that the cache can remove it at any time and the disk space is free at once. A
+    missing copy is downloaded again.
+    """
 
     def __init__(self, shards: CachedShards, shard: Shard) -> None:
         self._shards, self._shard, self._cache, self._used = shards, shard, shards.cache, time.monotonic()
@@ -345,16 +353,16 @@ class CachedShard:
             raise wrong
 
     def _table(self, url: str, size: int, sha256: str) -> bytes:
-        """The content of a small file, fetched again if its copy has changed."""
+        """The content of a small file. It is downloaded again if its copy has changed."""
         for _ in range(3):
             try:
                 data = table(self._cache.path(url, size, sha256).read_bytes(), sha256)
-            except FileNotFoundError:  # taken away by the cache
+            except FileNotFoundError:  # the cache has removed it
                 continue
             if data is not None:
                 return data
             self._cache.discard(sha256)
-        raise changed(self._shards.index, url, "its copies on this machine do not keep their sha256")
+        raise changed(self._shards.index, url, "its copies on this machine do not match its sha256")
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes [offset, offset + size), fewer where the file ends."""
@@ -381,4 +389,4 @@ class CachedShard:
             return False
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no file is open."""

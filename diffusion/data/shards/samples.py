@@ -1,7 +1,7 @@
-"""Samples by number: read by their offset and decoded.
+"""Access to samples by number: they are read by their offset and decoded.
 
-Nothing is ever unpickled: an image is PNG, JPEG, WebP or a plain .npy array, a label is an integer or JSON. This module
-knows what a sample is; it knows neither the order samples are used in nor where shards come from.
+Nothing is unpickled: an image is PNG, JPEG, WebP or a plain .npy array, a label is an integer or JSON. This module
+knows the format of a sample. It knows neither the order of the samples nor where shards come from.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from diffusion.data.shards.remote import Unreachable
 from diffusion.files import Unwritable, shortage
 from diffusion.settings import Share, settings
 
-CACHE_BYTES = 1 << 30  # what `auto` keeps of decoded images, at most, per rank
-NPY_HEADER = 1024  # bytes, at most
-READ_TOGETHER = 32  # samples: their encoded bytes are held at one time
-OPEN_SHARDS = 320  # 64 lanes with windows of 4 shards, and some; a process may usually have 1024 files
-Allocate = Callable[[tuple[int, ...]], Tensor]  # a shape -> memory for it, uint8
+CACHE_BYTES = 1 << 30  # largest cache of decoded images with `auto`, per rank
+NPY_HEADER = 1024  # largest header of a .npy file, in bytes
+READ_TOGETHER = 32  # samples whose encoded bytes are read before they are decoded
+OPEN_SHARDS = 320  # more than 64 lanes with windows of 4 shards; the usual limit of a process is 1024 open files
+Allocate = Callable[[tuple[int, ...]], Tensor]  # returns a uint8 tensor of a shape
 
 
 def _new(shape: tuple[int, ...]) -> Tensor:
@@ -40,10 +40,12 @@ def _new(shape: tuple[int, ...]) -> Tensor:
 
 
 def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
-    """PNG, JPEG, WebP, or .npy of uint8 (C, H, W) -> uint8 (C, H, W). Told apart by their first bytes, never unpickled.
+    """Decode PNG, JPEG, WebP, or .npy of uint8 (C, H, W), to uint8 (C, H, W).
+
+    The format is detected from the first bytes. Nothing is unpickled.
 
     Raises:
-        ValueError: another size than the data set's. Damaged data raise what PIL and NumPy raise.
+        ValueError: the size or type is wrong. For damaged data, PIL and NumPy raise their own errors.
     """
     shape = (channels, image_size, image_size)
     if data.startswith(b"\x93NUMPY"):
@@ -66,7 +68,7 @@ def decode_image(data: bytes, channels: int, image_size: int) -> np.ndarray:
 
 
 def _array(data: bytes) -> np.ndarray:
-    """.npy -> the array. What its header promises is not believed before the bytes are there: it could be terabytes."""
+    """Decode .npy data. The size in the header is compared with the data first, because it could be terabytes."""
     stream = io.BytesIO(data)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -79,38 +81,38 @@ def _array(data: bytes) -> np.ndarray:
 
 
 def decode_label(data: bytes, classes: int) -> int:
-    """The text of an integer (.cls), or JSON with the integer as `label` -> the integer.
+    """Decode a label: the text of an integer (.cls), or JSON with an integer `label`.
 
     Raises:
-        ValueError: anything else, or outside [0, classes).
+        ValueError: it is neither, or is outside [0, classes).
     """
     label = json.loads(data)
     if isinstance(label, dict):
         label = label.get("label")
     if type(label) is not int or not 0 <= label < classes:
-        raise ValueError(f"the label {label!r}, expected an integer in [0, {classes})")
+        raise ValueError(f"its label is {label!r}, expected an integer in [0, {classes})")
     return label
 
 
 @settings("data")
 class Samples(Dataset):
-    """The decoded samples of one split, by number, in the index's order: `samples[i] -> (image, label or None)`.
+    """The decoded samples of one split, by number in the order of the index: `samples[i] -> (image, label or None)`.
 
     Args:
-        index: the data set.
-        split: which part of it.
-        cache: `memory` keeps decoded images, so that each is decoded once and not every epoch; `none` does not;
-            `auto` does when all of the split takes at most `cache_bytes`. The memory is shared with worker processes
-            forked later, not between ranks.
+        index: the index of the data set.
+        split: the split.
+        cache: `memory` keeps decoded images in memory, so that each image is decoded only once; `none` does not; `auto`
+            does if the whole split takes at most `cache_bytes`. The memory is shared with worker processes that are
+            forked later, but not between ranks.
         cache_bytes: the limit of `auto`.
-        shards: where shards are opened; None: in the index's folder.
-        on_bad_sample: what `batch` does about one that cannot be decoded or does not have its digest: `error`, or
-            `skip`: the next one of its shard that is sound stands in, which depends on no rank, worker or order. A
-            shard that is gone, replaced or, in a set without digests, changed at all is an error in any case.
-        max_bad_share: share of the split that may be bad before `skip` is an error as well.
+        shards: opens the shards; None means those in the folder of the index.
+        on_bad_sample: what `batch` does with a sample that cannot be decoded or does not match its digest. `error`
+            raises an error. `skip` uses the next valid sample of the same shard, independent of ranks, workers and
+            order. If a shard is missing or replaced, or has changed in a set without digests, it is always an error.
+        max_bad_share: largest share of the split that `skip` may skip.
 
     Raises:
-        ValueError: no such split, or a value that is not allowed.
+        ValueError: the split does not exist, or a value is not allowed.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Samples(Dataset):
         self.counts = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self._first, self._count = np.cumsum(self.counts) - self.counts, int(self.counts.sum())
         self._where = shards or LocalShards(index, tolerant=on_bad_sample == "skip")
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()  # the least lately used first
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()  # the least recently used first
         self._bad = shared(np.bool_, len(self))
         self._cache = None
         if cache == "memory" or (cache == "auto" and math.prod(self._shape(len(self))) <= cache_bytes):
@@ -141,36 +143,42 @@ class Samples(Dataset):
         return count, self.index.channels, self.index.image_size, self.index.image_size
 
     def announce(self, numbers: list[int]) -> None:
-        """The numbers of shards that will be read soon, the first needed first."""
+        """Announce the shards, by number, that will be read soon, in the order in which they are needed."""
         self._where.announce([self.shards[number] for number in numbers])
 
     def look(self, unopened: bool = True) -> None:
-        """Look whether the shards of the split are what they were, with those or without those not opened yet.
+        """Check that the shards of the split have not changed. Only sets in a local folder are checked.
+
+        Args:
+            unopened: also check the shards that have not been opened yet.
 
         Raises:
-            DataChanged: one is not; a set that is not in a folder is not looked at.
-            Unreachable: the set is remote and cannot be had.
+            DataChanged: a shard has changed.
         """
         self._where.look(self.shards, unopened)
 
     # ---- one sample ----
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int | None]:
-        """uint8 (C, H, W), not to be written to, and the class, None in a data set without.
+        """The image, uint8 (C, H, W), which must not be written to, and its label; None in a set without labels.
 
         Raises:
             IndexError: no sample has this number.
-            BadSample: it cannot be read or decoded; a DataChanged if it is not the one that the set was made with.
-            Unreachable: its shard is remote and cannot be had. Unwritable: or has no room on this machine.
+            BadSample: it cannot be read or decoded; DataChanged if it has changed since the set was created.
+            Unreachable: its remote shard cannot be read.
+            Unwritable: there is no space to store its remote shard.
         """
         ((image, label),) = self._decoded(np.array([number]))
         return image, (label if self.index.classes else None)
 
     def _decoded(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """The image and the class (0 in a data set without) of each, out of the cache or the tar. Some are read, and
-        compared with their digests, before the first of them is decoded, which is faster than in turn."""
+        """The image and the label (0 in a set without labels) of each sample, from the cache or the tar.
+
+        READ_TOGETHER samples are read and compared with their digests before they are decoded. This is faster than
+        alternating.
+        """
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self._count:
-            raise IndexError(f"a sample in [{numbers.min()}, {numbers.max()}] of {self._count}")
+            raise IndexError(f"sample numbers from {numbers.min()} to {numbers.max()} are outside [0, {self._count})")
         shards = np.searchsorted(self._first, numbers, side="right") - 1
         where = list(zip(numbers.tolist(), shards.tolist(), (numbers - self._first[shards]).tolist(), strict=True))
         for start in range(0, len(where), READ_TOGETHER):
@@ -195,16 +203,16 @@ class Samples(Dataset):
                 yield image, label
 
     def _fail(self, which: int, place: int, error: Exception) -> NoReturn:
-        """Raise what a sample could not be had for: the error, or what it says of the sample."""
+        """Raise the error itself, or a BadSample if the sample is the cause."""
         if isinstance(error, (Unreachable, Unwritable, DataChanged)) or shortage(error):
-            raise error  # no fault of the sample
+            raise error  # the sample is not the cause
         raise self._complaint(which, place, error) from error
 
     def _bytes(self, which: int, place: int) -> tuple[bytes, bytes]:
-        """The image and the label (empty in a data set without) of a sample as the set was made with them, encoded.
+        """The encoded image and label (empty in a set without labels) of a sample, unchanged since the set was created.
 
         Raises:
-            DataChanged: they are not any more.
+            DataChanged: they have changed.
             OSError, ValueError: they cannot be read.
         """
         try:
@@ -213,7 +221,7 @@ class Samples(Dataset):
             if reader.digests is None:
                 if reader.unchanged():
                     return found
-            # sample_digest, written out: the call would cost more than the digest
+            # sample_digest inline, because the call would cost more than the digest
             elif xxh3_64_intdigest(image + label if label else image) == reader.digests[place]:
                 return found
         except (Unreachable, DataChanged):
@@ -223,9 +231,9 @@ class Samples(Dataset):
         return self._bytes_again(which, place)
 
     def _bytes_again(self, which: int, place: int) -> tuple[bytes, bytes]:
-        """`_bytes` where a closer look is needed: what is wrong, or whether only the file is another one."""
+        """`_bytes` after a failure: find what is wrong, or read again if the file was replaced by an identical one."""
         problem: Exception | None = None
-        for _ in range(3):  # again if the file was replaced by the same one
+        for _ in range(3):  # repeat if the file was replaced by an identical one
             try:
                 reader = self._reader(which)
                 image, label = self._stored(which, reader, place)
@@ -247,7 +255,7 @@ class Samples(Dataset):
         raise problem or changed(self.index, self.shards[which].path, "it is being written to")
 
     def _stored(self, which: int, reader: ShardReader, place: int) -> tuple[bytes, bytes]:
-        """The image and the label (empty in a data set without) of a sample as they are found, encoded."""
+        """The encoded image and label (empty in a set without labels) of a sample, unchecked."""
         at, size, label_at, label_size = reader.offsets[place].tolist()
         image = self._read(which, reader, at, size)
         return image, (self._read(which, reader, label_at, label_size) if self.index.classes else b"")
@@ -263,20 +271,22 @@ class Samples(Dataset):
 
     def _read(self, which: int, reader: ShardReader, offset: int, size: int) -> bytes:
         if not 0 < size <= self.shards[which].bytes - offset:
-            raise ValueError(f"its offsets state {size} bytes at {offset}, the shard has {self.shards[which].bytes}")
+            raise ValueError(
+                f"its offsets state {size} bytes at {offset}, but the shard has {self.shards[which].bytes} bytes"
+            )
         data = reader.read(offset, size)
         if len(data) != size:
-            raise ValueError(f"met {len(data)} bytes at offset {offset}, expected {size}")
+            raise ValueError(f"got {len(data)} bytes at offset {offset}, expected {size}")
         return data
 
     def _complaint(self, which: int, place: int, error: Exception) -> BadSample:
-        """What went wrong, and where: a DataChanged if the shard is not as it was written."""
+        """The error of a bad sample, which names it; a DataChanged if its shard has changed."""
         name, end, shard = f"sample {place}", "", self.shards[which]
         with contextlib.suppress(OSError, IndexError):
             if reader := self._open.get(which):
                 if reader.digests is None and (wrong := self._where.wrong(shard, afresh=True)):
                     return wrong
-                name, end = named(shard, reader.offsets, place, reader.read), " The sample is as written."
+                name, end = named(shard, reader.offsets, place, reader.read), " The sample has not changed."
         return BadSample(
             f"data.root={self.index.root}: cannot read {name} of shard {shard.path}: "
             f"{str(error) or type(error).__name__}.{end}"
@@ -285,17 +295,20 @@ class Samples(Dataset):
     # ---- many ----
 
     def batch(self, numbers: np.ndarray, allocate: Allocate = _new) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images uint8 (b, C, H, W) in any memory layout; labels int64 (b,) if there are classes; and if bad samples
-        are skipped, bool (b,): where another one stands in.
+        """Read the samples with these numbers.
 
         Args:
             numbers: int64 (b,).
-            allocate: gives the memory for the images; new memory unless given.
+            allocate: returns the memory for the images; new memory by default.
+
+        Returns:
+            Images, uint8 (b, C, H, W) in any memory layout; labels, int64 (b,), or None in a set without labels; and,
+            if bad samples are skipped, bool (b,): whether another sample is used, else None.
 
         Raises:
-            BadSample: one cannot be decoded and is not to be skipped, or too many have been.
-            DataChanged: a shard is gone or replaced, or a sample has changed and is not to be skipped.
-            Unreachable: a remote shard cannot be had.
+            BadSample: a sample cannot be decoded and must not be skipped, or too many were skipped.
+            DataChanged: a shard is missing or replaced, or a sample has changed and must not be skipped.
+            Unreachable: a remote shard cannot be read.
         """
         self._where.glance()
         labels = torch.zeros(len(numbers), dtype=torch.int64)
@@ -306,7 +319,7 @@ class Samples(Dataset):
             torch.index_select(self._cache.labels, 0, chosen, out=labels)
         else:
             count, channels, height, width = self._shape(len(numbers))
-            images = allocate((count, height, width, channels)).permute(0, 3, 1, 2)  # as pictures are decoded
+            images = allocate((count, height, width, channels)).permute(0, 3, 1, 2)  # the layout of decoded images
             pixels = images.numpy()
             classes = labels.numpy()
             if stand_ins is None:
@@ -319,7 +332,7 @@ class Samples(Dataset):
         return images, (labels if self.index.classes else None), stand_ins
 
     def _readable(self, number: int) -> tuple[np.ndarray, int | None, bool]:
-        """This sample and False, or the one that stands in for it and True."""
+        """Image and label of this sample and False, or those of the sample that replaces it and True."""
         which = int(np.searchsorted(self._first, number, side="right")) - 1
         first, count = int(self._first[which]), int(self.counts[which])
         round_its_shard = (first + (number - first + i) % count for i in range(count))
@@ -343,9 +356,9 @@ class Samples(Dataset):
 
 
 class _Cache:
-    """Decoded images in shared memory: a forked worker's images are there for all the others.
+    """Decoded images in memory that is shared by all forked workers.
 
-    Two workers may decode one sample at once; both write the same bytes.
+    Two workers may decode the same sample at the same time; both write the same bytes.
     """
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
@@ -354,6 +367,7 @@ class _Cache:
         self.known = shared(np.bool_, shape[0])
 
     def keep(self, number: int, image: np.ndarray, label: int) -> None:
+        """Store a sample."""
         self.images[number].numpy()[:] = image
         self.labels[number] = label
-        self.known[number] = True  # after its content
+        self.known[number] = True  # last, when the content is complete

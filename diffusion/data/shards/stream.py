@@ -1,15 +1,15 @@
-"""Samples -> batches, in the order of the plan.
+"""Batches of samples, in the order of the plan.
 
-    Source (which samples, in order) -> map (read, decode, put together)          a webdataset pipeline
+    Source (which samples, in order) -> map (read, decode, collate)          a webdataset pipeline
 
 A batch is
 
     image     uint8 (b, C, H, W), in any memory layout
     label     int64 (b,), if the data set has classes
-    position  int64 (b,): place in the endless stream, step * B + slot, which the training noise is keyed by
-    stand_in  bool (b,), if bad samples are skipped: another sample is in the place of one that cannot be decoded
+    position  int64 (b,): place in the endless stream, step * B + slot, from which the training noise is computed
+    stand_in  bool (b,), if bad samples are skipped: whether this sample replaces one that cannot be decoded
 
-This module knows one rank's part of the work; it does not know who trains on it.
+This module knows the part of one rank. It does not know the training.
 """
 
 import atexit
@@ -34,35 +34,34 @@ from diffusion.data.shards.remote import Unreachable
 from diffusion.data.shards.samples import BadSample, Samples
 from diffusion.files import Unwritable
 
-PLANNED = 8192  # places that are looked up at once
+PLANNED = 8192  # places that are looked up in one call
 
 
 class Work(NamedTuple):
-    """A micro-batch to be made: places in the endless stream and numbers of samples, int64 (b,) each."""
+    """A micro-batch to be read: places in the endless stream and numbers of samples, int64 (b,) each."""
 
     places: np.ndarray
     numbers: np.ndarray
 
 
 class Failed(NamedTuple):
-    """What a loader process hands over in place of a batch that it could not make."""
+    """What a loader process returns instead of a batch that it could not read."""
 
     error: Exception
 
 
 class Source(IterableDataset):
-    """This rank's micro-batches to be made, from number `start` on, without end.
+    """The endless sequence of micro-batches of this rank, from number `start` on.
 
-    `start` counts the micro-batches consumed before; what lies before it is neither read nor decoded. Of W loader
-    workers, worker w serves micro-batches start + w, start + w + W, ...: `DataLoader` collects from its workers in
-    turn, so they arrive in order.
+    Micro-batches before `start` are neither read nor decoded. With W loader workers, worker w serves micro-batches
+    start + w, start + w + W, ... `DataLoader` takes batches from its workers in turn, so that they arrive in order.
 
     Args:
         plan: the order.
-        layout: this rank's slots.
-        start: see above.
-        announce: told the numbers of the shards that will be read, the first needed first, whenever they change:
-            those of the windows this rank's lanes are in, and of their next ones.
+        layout: the slots of this rank.
+        start: number of micro-batches consumed before.
+        announce: called with the numbers of the shards that will be read, in the order in which they are needed,
+            whenever they change. They are those of the current and the next windows of this rank's lanes.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Source(IterableDataset):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         block = max(1, PLANNED // self.layout.micro_batch_size)
-        news_at = 0  # the global batch at which other shards will be wanted
+        news_at = 0  # the global batch at which the shards change
         for begin in itertools.count(self.start + first, stride * block):
             micro_steps = range(begin, begin + stride * block, stride)
             places = np.stack([self.layout.places(micro_step) for micro_step in micro_steps])
@@ -89,14 +88,16 @@ class Source(IterableDataset):
 
 
 class Slots:
-    """Memory in which loader processes hand images over: shared and without a name, so that neither the open files of a
-    process nor the room of /dev/shm limit it. To be made before the processes are forked.
+    """Shared memory through which loader processes pass images.
 
-    A process uses its SLOTS places in turn. DataLoader asks it for a further batch when one of its PREFETCHED has been
-    taken, and that is copied before the next is asked for: a place is not written to again before.
+    It is anonymous, so that it is not limited by the number of open files or the size of /dev/shm. Create it before the
+    processes are forked.
+
+    A process uses its SLOTS places in turn. DataLoader requests a further batch from a process after one of its
+    PREFETCHED batches has been taken and copied. So no place is overwritten before it has been copied.
     """
 
-    PREFETCHED = 2  # batches of each process that are made ahead
+    PREFETCHED = 2  # batches that each process prepares ahead
     SLOTS = PREFETCHED + 1
     _known: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()
     _numbers = itertools.count()
@@ -105,39 +106,41 @@ class Slots:
         self.number, self._size, self._turn = next(self._numbers), size, itertools.count()
         self._bytes = torch.frombuffer(mmap.mmap(-1, max(workers * self.SLOTS * size, 1)), dtype=torch.uint8)
         self._known[self.number] = self
-        self.last = 0  # the place that was used last, in bytes
+        self.last = 0  # offset in bytes of the last place used
 
     def room(self, shape: tuple[int, ...]) -> Tensor:
-        """The next place of this loader process, uint8."""
+        """The next place of this loader process, as a uint8 tensor of this shape."""
         info = get_worker_info()
         self.last = (info.id * self.SLOTS + next(self._turn) % self.SLOTS) * self._size
         return self._bytes[self.last : self.last + math.prod(shape)].view(shape)
 
     @classmethod
     def view(cls, number: int, at: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """The images at offset `at` in the memory with this number."""
         return cls._known[number]._bytes.as_strided(shape, strides, at)
 
 
 class Sent:
-    """A batch on its way from a loader process: small arrays, and where its images are."""
+    """A batch sent by a loader process: small arrays, and the place of its images in the shared memory."""
 
     def __init__(self, slots: Slots, images: Tensor, small: dict[str, np.ndarray]) -> None:
         self.images, self.small = (slots.number, slots.last, images.shape, images.stride()), small
 
     def taken(self) -> dict[str, Tensor | np.ndarray]:
+        """The batch, with a copy of the images."""
         return {"image": Slots.view(*self.images).clone()} | self.small
 
     def pin_memory(self) -> dict[str, Tensor | np.ndarray]:
-        """Called by DataLoader's thread for page-locked memory."""
+        """The batch, with the images copied to page-locked memory. Called by the pinning thread of DataLoader."""
         return {"image": Slots.view(*self.images).pin_memory()} | self.small
 
 
 class Decoder:
-    """Work -> a batch, or what prevented it."""
+    """Reads and decodes a micro-batch: Work -> a batch, or the error."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
-        self.slots: Slots | None = None  # in a loader process
+        self.slots: Slots | None = None  # only with loader processes
 
     def __call__(self, work: Work) -> dict[str, Tensor | np.ndarray] | Sent | Failed:
         try:
@@ -153,7 +156,7 @@ class Decoder:
 
 
 def ignore_signals(worker: int) -> None:
-    """Loader workers get the signals sent to the process group as well; only the trainer is to act on them."""
+    """Ignore signals in a loader worker. Signals reach the whole process group, but only the trainer handles them."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -164,17 +167,17 @@ def _as_it_is(batch: object) -> object:
 
 
 class StreamLoader(DataLoader):
-    """A rank's micro-batches, in order and without end, decoded by `num_workers` processes (0: by this one).
+    """The endless sequence of micro-batches of a rank, decoded by `num_workers` processes (0: by this process).
 
-    Workers are forked: they share the cache and the pages of the index with this process, start at once, and touch
-    no accelerator, which is what forbids forking otherwise.
+    Workers are forked. They start at once and share the cache and the index with this process. Forking is safe here,
+    because the workers do not use the accelerator.
 
     Args:
         samples: the decoded samples of a split.
-        plan: their order.
-        layout: this rank's part of each global batch.
-        start: number of micro-batches consumed before, or a function that gives it when an iterator is made.
-        num_workers: loader processes.
+        plan: the order of the samples.
+        layout: the part of this rank in each global batch.
+        start: number of micro-batches consumed before, or a function that returns it when an iterator is created.
+        num_workers: number of loader processes.
         pin_memory: put batches into page-locked memory, for faster copies to a GPU.
     """
 
@@ -192,7 +195,7 @@ class StreamLoader(DataLoader):
         self.decoder, self._size = Decoder(samples), layout.micro_batch_size * pixels
         super().__init__(
             DataPipeline(self.source, mapped(self.decoder)),
-            batch_size=None,  # the pipeline makes the batches
+            batch_size=None,  # the pipeline collates the batches
             collate_fn=_as_it_is,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -202,16 +205,19 @@ class StreamLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Raises BadSample, Unreachable, Unwritable, or OSError and MemoryError of a process that has run out of
-        something, here, whatever process met it."""
+        """Iterate over the batches.
+
+        Raises:
+            BadSample, Unreachable, Unwritable, OSError, MemoryError: in this process, also if it occurred in a worker.
+        """
         self.source.start = self.begin() if callable(self.begin) else self.begin
         self.decoder.slots = Slots(self.num_workers, self._size) if self.num_workers else None
-        slots = self.decoder.slots  # kept while batches come, whoever else iterates
+        slots = self.decoder.slots  # keep this memory while this iterator is in use
         batches = super().__iter__()
         known = weakref.ref(batches)
 
         def end() -> None:
-            """Workers heed no SIGTERM, by which multiprocessing would end them, and wait for them without end."""
+            """End the workers. They ignore SIGTERM, so that multiprocessing would wait for them for ever."""
             if slots and (left := known()) is not None:
                 left._shutdown_workers()
 

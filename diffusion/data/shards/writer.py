@@ -1,8 +1,8 @@
-"""Writing data sets: samples -> WebDataset tars, their offsets and digests, and last of all the index.
+"""Writing of data sets: samples -> WebDataset tars, their offsets and digests, and finally the index.
 
-The bytes depend on the samples alone (fixed times and owners, members sorted), so writing the same samples twice, or
-from two processes at once, gives the same files. A file is there whole or not at all. This module knows the format;
-it does not know where the images come from.
+The bytes depend on the samples only (fixed times and owners, sorted members). So writing the same samples twice, or
+from two processes at once, gives the same files. Files are written atomically. This module knows the format; it does
+not know where the images come from.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ from diffusion.data.shards.index import (
 from diffusion.files import replacing
 
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "npy")
-_BLOCK = 512  # a tar is made of blocks: one of header before each member, whose data are padded to whole blocks
+_BLOCK = 512  # bytes per block of a tar: each member has one header block, and its data are padded to whole blocks
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 (C, H, W), C = 1 or 3 -> the bytes of a PNG, without loss."""
+    """Encode uint8 (C, H, W), C = 1 or 3, as PNG, which is lossless. Returns the bytes."""
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in (1, 3), (image.dtype, image.shape)
     encoded = io.BytesIO()
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(encoded, "PNG")
@@ -42,12 +42,12 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 class ShardFile:
-    """One tar, its offsets and its digests being written; all are in place when the `with` block ends without an error.
+    """Context that writes one tar, its offsets file and its digests file. They appear when it ends without an error.
 
     Args:
-        root: the data set's folder, which exists.
+        root: folder of the data set, which must exist.
         name: file name of the tar.
-        split: the split it belongs to.
+        split: the split of its samples.
     """
 
     def __init__(self, root: Path, name: str, split: str) -> None:
@@ -59,35 +59,35 @@ class ShardFile:
 
     @property
     def samples(self) -> int:
-        """Samples written so far."""
+        """Number of samples written so far."""
         return len(self._rows)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tar so far, without its closing blocks."""
+        """Size of the tar so far in bytes, without its final blocks."""
         return self._end
 
     def write(self, key: str, extension: str, image: bytes, label: int | None = None) -> None:
         """Append one sample: `key.extension` and, with a label, `key.cls`.
 
         Raises:
-            ValueError: an extension that is not an image's, a key with a dot or met before in this shard.
+            ValueError: the extension is unknown, or the key contains a dot or occurs twice in this shard.
         """
         if extension not in IMAGE_EXTENSIONS:
             raise ValueError(
-                f"{self.name}: sample {key}: the extension {extension!r} must be one of {IMAGE_EXTENSIONS}."
+                f"{self.name}: sample {key}: the extension {extension!r} must be one of {', '.join(IMAGE_EXTENSIONS)}."
             )
         if "." in key or key in self._keys:
-            raise ValueError(f"{self.name}: the sample key {key!r} holds a dot or occurs twice.")
+            raise ValueError(f"{self.name}: the sample key {key!r} contains a dot or occurs twice.")
         members = {extension: image} | ({} if label is None else {"cls": b"%d" % label})
         self._keys.add(key)
         self._tar.write({"__key__": key} | members)
         where = {"cls": (0, 0)}
-        for member in sorted(members):  # the order TarWriter writes them in
+        for member in sorted(members):  # TarWriter writes them in this order
             size = len(members[member])
             where[member] = (self._end + _BLOCK, size)
             self._end += _BLOCK + -(-size // _BLOCK) * _BLOCK
-        assert self._tar.tarstream.offset == self._end, f"tarfile did not lay out {key} in whole blocks"
+        assert self._tar.tarstream.offset == self._end, f"tarfile did not write {key} in whole blocks"
         self._rows.append(where[extension] + where["cls"])
         self._digests.append(sample_digest(image, members.get("cls", b"")))
 
@@ -111,13 +111,13 @@ class ShardFile:
         self._stack.__exit__(kind, error, trace)
 
     def entry(self) -> Shard:
-        """What the index says of it, once it is written."""
+        """The entry of this shard in the index. Call it after the context has ended."""
         digests = (file.hash.hexdigest() for file in (self._file, *self._tables))
         return Shard(self.name, self.split, len(self._rows), self._file.size, *digests)
 
 
 class _Hashed:
-    """A file to write to that knows the sha256 and the number of the bytes it was given."""
+    """A file to write to that computes the sha256 and the number of its bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.size = file, hashlib.sha256(), 0
@@ -129,21 +129,21 @@ class _Hashed:
 
 
 class ShardWriter:
-    """Writes a data set: a new shard whenever one is full or the split changes, and at the end the index.
+    """Writes a data set. It starts a new shard when one is full or the split changes, and writes the index at the end.
 
         with ShardWriter(root, "digits", image_size=8, channels=1, classes=10) as writer:
             writer.write(pixels, label)
 
-    After an error nothing of it is left. An index found in the folder is removed first: its shards are replaced.
+    After an error no files are left. An existing index in the folder is removed first, because its shards are replaced.
 
     Args:
-        root: the folder to write into, made when absent.
+        root: folder to write to; it is created if it is missing.
         name: name of the data set.
-        image_size: side of the square images, in pixels.
+        image_size: side of the square images in pixels.
         channels: 1 or 3.
         classes: number of classes; 0 for images without labels.
-        max_samples: samples in a shard, at most.
-        max_bytes: bytes of a shard; a shard that has reached them is closed.
+        max_samples: largest number of samples per shard.
+        max_bytes: size in bytes at which a shard is closed.
     """
 
     def __init__(
@@ -162,23 +162,24 @@ class ShardWriter:
         self.max_samples, self.max_bytes = max_samples, max_bytes
         self._shards: list[Shard] = []
         self._current: ShardFile | None = None
-        self._written: dict[str, int] = {}  # samples by split
+        self._written: dict[str, int] = {}  # number of samples by split
 
     def write(
         self, image: np.ndarray | bytes, label: int | None = None, split: str = "train", extension: str = "png"
     ) -> None:
-        """Append a sample: pixels uint8 (C, H, W), stored as PNG, or an encoded image and its extension.
+        """Append a sample: pixels uint8 (C, H, W), which are stored as PNG, or an encoded image with its extension.
 
         Raises:
-            ValueError: pixels of another shape than the data set's, or a label outside [0, classes).
+            ValueError: the pixels have the wrong shape or type, or the label is outside [0, classes).
         """
         if isinstance(image, np.ndarray):
             shape = (self.channels, self.image_size, self.image_size)
             if image.shape != shape or image.dtype != np.uint8:
-                raise ValueError(f"{self.name}: met an image {image.dtype} {image.shape}, expected uint8 {shape}.")
+                raise ValueError(f"{self.name}: got an image {image.dtype} {image.shape}, expected uint8 {shape}.")
             image, extension = encode_png(image), "png"
         if (label is None) != (self.classes == 0) or (label is not None and not 0 <= label < self.classes):
-            raise ValueError(f"{self.name}: met the label {label} in a data set of {self.classes} classes.")
+            expected = f"an integer from 0 to {self.classes - 1}" if self.classes else "None, because classes=0"
+            raise ValueError(f"{self.name}: got label={label}, expected {expected}.")
         shard = self._current
         if shard and (shard.split != split or shard.samples >= self.max_samples or shard.bytes >= self.max_bytes):
             self._close_shard()
