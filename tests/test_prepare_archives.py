@@ -196,14 +196,14 @@ def test_methods_that_unpack_without_bound_are_refused_by_name(method, name, tmp
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         archive.writestr("a.png", coded(1))
     (entry,) = open_source(tmp_path / "x.zip").entries()
-    with pytest.raises(BadEntry, match=f"compressed by {name}: make the zip with deflate"):
+    with pytest.raises(BadEntry, match=f"compressed by {name}: create the zip with deflate"):
         entry.read()
 
 
 @pytest.mark.parametrize(
     "at, width, value, complaint",
     [(8, 2, 1, "it is encrypted"), (24, 4, 999_999, "999,999 bytes: the zip is damaged|is damaged"),
-     (42, 4, 7, "its place in the zip is damaged"), (16, 4, 7, "Bad CRC"), (10, 2, 99, "compressed by method 99")],
+     (42, 4, 7, "its data in the zip are damaged"), (16, 4, 7, "Bad CRC"), (10, 2, 99, "compressed by method 99")],
 )  # fmt: skip
 def test_a_member_that_is_not_as_stated_is_bad(at, width, value, complaint, tmp_path):
     data = filled(tmp_path / "x.zip", {"a.png": coded(1), "b.png": coded(2)}, "zip").read_bytes()
@@ -221,7 +221,7 @@ def test_a_member_that_is_not_as_stated_is_bad(at, width, value, complaint, tmp_
 def test_a_directory_that_swallows_members_is_refused(tmp_path):
     data = filled(tmp_path / "x.zip", {f"{n}.png": coded(n) for n in range(9)}, "zip").read_bytes()
     (tmp_path / "x.zip").write_bytes(with_field(data, 28, 2, 5 + 2 * 51))  # a name as long as two entries
-    with pytest.raises(ValueError, match=r"x\.zip is damaged or truncated: 7 members where it states 9"):
+    with pytest.raises(ValueError, match=r"x\.zip is damaged or truncated: it has 7 members, but states 9"):
         open_source(tmp_path / "x.zip")
 
 
@@ -236,7 +236,7 @@ def test_a_table_of_labels_that_cannot_be_read_is_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"dataset.json") + 15] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"source=.*x\.zip: 'dataset\.json' cannot be used: its place in the zip"):
+    with pytest.raises(ValueError, match=r"source=.*x\.zip: 'dataset\.json' cannot be used: its data in the zip"):
         open_source(path)
 
 

@@ -31,9 +31,9 @@ def test_lsun_gives_its_values_in_the_order_of_its_keys(tmp_path):
 def test_an_lmdb_that_is_cut_off_empty_or_none_is_refused(tmp_path):
     whole = (lsun(tmp_path / "a") / "data.mdb").read_bytes()
     for name, data, complaint in [
-        ("cut", whole[: len(whole) // 2], "it is cut off"),
+        ("cut", whole[: len(whole) // 2], "it is truncated"),
         ("text", b"no database at all" * 1000, "is not an LMDB"),
-        ("none", b"", "is not an LMDB|cut off|empty"),
+        ("none", b"", "is not an LMDB|truncated|empty"),
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.mdb").write_bytes(data)

@@ -78,7 +78,7 @@ def test_verify_reads_a_tar_whose_header_lies(size, small, call):
     path.write_bytes(data)
     sealed(small, "train-00002.tar")
     status, output = call("prepare", "task=verify", "out=data/x")
-    assert status == 1 and re.search(r"train-00002\.tar: from byte [\d,]+ on it is no tar", output), output
+    assert status == 1 and re.search(r"train-00002\.tar: from byte [\d,]+ on it is not a valid tar", output), output
 
 
 @pytest.mark.parametrize(

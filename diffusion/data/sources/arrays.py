@@ -1,4 +1,4 @@
-"""Images as arrays: uint8 pixels in memory or mapped from an .npz, in their own order."""
+"""Sources of image arrays: uint8 pixels in memory, or memory-mapped from an .npz, in their order in the array."""
 
 import io
 import math
@@ -12,14 +12,15 @@ import numpy as np
 
 from diffusion.data.sources.members import opened_zip, unpacked
 from diffusion.data.sources.source import MOST_CLASSES, Entry
+from diffusion.progress import counted
 
 HEADS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-MOST_HELD = 1 << 33  # bytes of a compressed array, which is held in memory
+MOST_HELD = 1 << 33  # largest compressed array in bytes, which has to be in memory
 CHUNK = 1 << 22
 
 
 class Arrays(NamedTuple):
-    """One split: uint8 (N, H, W, C), a label each or None, and what its keys begin with."""
+    """One split: uint8 (N, H, W, C), labels (N,) or None, and the prefix of its keys."""
 
     split: str
     images: np.ndarray
@@ -28,14 +29,14 @@ class Arrays(NamedTuple):
 
 
 class ArraySource:
-    """A `Source` over arrays. `kind` and `classes` as there."""
+    """A `Source` over arrays. `kind` and `classes` are as in `Source`."""
 
     def __init__(self, kind: str, classes: tuple[str, ...], parts: Sequence[Arrays]) -> None:
         self.kind, self.classes, self.parts = kind, classes, parts
         self.ignored: list[str] = []
 
     def entries(self, start: int | None = None) -> Iterator[Entry]:
-        """The images, part after part."""
+        """The images, one part after the other."""
         first = 0
         for part in self.parts:
             for row in range(max((start or 0) - first, 0), len(part.images)):
@@ -45,20 +46,20 @@ class ArraySource:
 
 
 def npz_arrays(path: Path) -> tuple[str, tuple[str, ...], list[Arrays]] | None:
-    """The arguments of `ArraySource` for an .npz in the layout of ADM's samples; None for any other zip.
+    """The arguments of `ArraySource` for an .npz in the format of ADM's samples; None for any other zip.
 
-    `arr_0` is uint8 (N, H, W, C); `arr_1`, if there, N integer labels. What np.savez stored is mapped, not read;
-    what np.savez_compressed stored is held in memory.
+    `arr_0` is uint8 (N, H, W, C). The optional `arr_1` has N integer labels. Files of np.savez are memory-mapped; files
+    of np.savez_compressed are read into memory.
 
     Raises:
-        ValueError: the arrays are of another kind.
+        ValueError: the arrays have another type or shape.
     """
     with opened_zip(path) as archive:
         names = archive.namelist()
         if not names or not all(name.endswith(".npy") for name in names):
             return None
         if "arr_0.npy" not in names:
-            raise ValueError(f"source={path}: an .npz with {', '.join(names[:4])}; arr_0 is needed.")
+            raise ValueError(f"source={path}: arr_0 is needed, but this .npz has {', '.join(names[:4])}.")
         images = _array(path, archive, "arr_0.npy")
         labels = _array(path, archive, "arr_1.npy") if "arr_1.npy" in names else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
@@ -72,9 +73,11 @@ def npz_arrays(path: Path) -> tuple[str, tuple[str, ...], list[Arrays]] | None:
                 f"source={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)} integers from 0 on."
             )
         if labels.max() >= MOST_CLASSES:
-            raise ValueError(f"source={path}: arr_1 has the label {labels.max()}; 0 is the first.")
+            raise ValueError(
+                f"source={path}: arr_1 has the label {labels.max()}, expected labels below {MOST_CLASSES}."
+            )
         classes = tuple(str(n) for n in range(int(labels.max()) + 1))
-    return f".npz of {len(images):,} images", classes, [Arrays("train", images, labels, "")]
+    return f".npz of {counted(len(images), 'image', 'images')}", classes, [Arrays("train", images, labels, "")]
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -83,19 +86,19 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         if member.compress_type == zipfile.ZIP_STORED:
             return _mapped(path, archive, member)
         if member.file_size > MOST_HELD:
-            raise ValueError(f"{member.file_size:,} compressed bytes: save it by np.savez, which can be mapped")
+            raise ValueError(f"{member.file_size:,} compressed bytes: save it by np.savez, which can be memory-mapped")
         data = unpacked(archive, member)
         shape, order, dtype, start = _head(io.BytesIO(data), len(data))
         return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
-    except Exception as error:  # on a damaged head numpy raises ValueError, and what Python's own parser raises
+    except Exception as error:  # for a damaged header numpy raises ValueError and errors of Python's parser
         what = str(error) or type(error).__name__
         raise ValueError(f"source={path}: {name.removesuffix('.npy')} cannot be read: {what}.") from error
 
 
 def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """The array of a stored member, mapped from the file after its CRC was found to be right."""
+    """The array of an uncompressed member, memory-mapped after its CRC has been checked."""
     with archive.open(member) as file:
-        while file.read(CHUNK):  # to the end, where zipfile compares the CRC
+        while file.read(CHUNK):  # zipfile compares the CRC at the end
             pass
     with open(path, "rb") as file:
         file.seek(member.header_offset)
@@ -106,7 +109,7 @@ def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np
 
 
 def _head(file: BinaryIO, size: int) -> tuple[tuple[int, ...], str, np.dtype, int]:
-    """(shape, order, dtype, bytes of the head) of an .npy of `size` bytes; ValueError unless they hold just that."""
+    """Shape, order, dtype and header size of an .npy of `size` bytes. Raises ValueError if they are inconsistent."""
     begin = file.tell()
     version = np.lib.format.read_magic(file)
     if version not in HEADS:

@@ -1,8 +1,8 @@
-"""CIFAR-10 as its makers distribute it: the python and the binary archive, as .tar.gz or unpacked.
+"""The source for CIFAR-10 as it is distributed: the python or the binary archive, as .tar.gz or unpacked.
 
-Krizhevsky 2009. The batches of the python archive are pickles. They are read by an unpickler that knows five names,
-and even those stand for objects of this file that merely hold what they are given: no function that a pickle names is
-ever called, whatever it names, and nothing but such objects is changed.
+Krizhevsky 2009. The batches of the python archive are pickles. They are read by an unpickler that knows five names.
+Even these are replaced by classes of this file that only store their arguments. So no function that a pickle names is
+called, and no other object is changed.
 """
 
 import gzip
@@ -24,15 +24,15 @@ BINARY = {f"{name}.bin": split for name, split in PYTHON.items()}
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 PIXELS = 3 * 32 * 32
 BATCH_BYTES = 1 << 25  # one batch has 31 MB
-ARCHIVE_BYTES = 1 << 30  # unpacked; both archives have 184 MB. What has more is another one
-STEPS = 1_000_000  # of a batch's pickle, which has about 40,000: each may take memory
+ARCHIVE_BYTES = 1 << 30  # largest unpacked archive; both archives have 184 MB
+STEPS = 1_000_000  # largest number of opcodes of a pickle, each of which may use memory; a batch has about 40,000
 
 
 def cifar_source(path: Path) -> ArraySource | None:
-    """The 50,000 training and 10,000 test images of an archive or a folder; None where there is no batch of them.
+    """The 50,000 training images and 10,000 test images of an archive or a folder; None if it has no batch of CIFAR-10.
 
     Raises:
-        ValueError: a batch is missing or is not what it should be.
+        ValueError: a batch is missing or damaged.
     """
     found = _in_folder(path) if path.is_dir() else _in_tar(path)
     if not found:
@@ -42,13 +42,16 @@ def cifar_source(path: Path) -> ArraySource | None:
             continue
         missing = sorted(batches.keys() - found.keys())
         if missing:
-            raise ValueError(f"source={path}: this {form} archive of CIFAR-10 lacks {', '.join(missing)}.")
+            raise ValueError(
+                f"source={path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in this {form} "
+                "archive of CIFAR-10."
+            )
         parts = []
         for name, split in batches.items():
             try:
                 parts.append(Arrays(split, *read(found[name]), f"{name.removesuffix('.bin')}-"))
-            except Exception as error:  # whatever a damaged pickle raises
-                raise ValueError(f"source={path}: {name} is no batch of CIFAR-10: {error}.") from error
+            except Exception as error:  # a damaged pickle can raise anything
+                raise ValueError(f"source={path}: {name} is not a batch of CIFAR-10: {error}.") from error
         return ArraySource(f"CIFAR-10, the {form} archive", CLASSES, parts)
     return None
 
@@ -79,28 +82,28 @@ def _in_tar(path: Path) -> dict[str, bytes]:
 
 
 def _too_large(path: Path, name: str) -> ValueError:
-    return ValueError(f"source={path}: {name} is no batch of CIFAR-10: it has more than {BATCH_BYTES:,} bytes.")
+    return ValueError(f"source={path}: {name} is not a batch of CIFAR-10: it has more than {BATCH_BYTES:,} bytes.")
 
 
 def binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a label and 3072 pixels -> uint8 (N, 32, 32, 3) and N labels."""
+    """Read rows of a label and 3072 pixels: uint8 (N, 32, 32, 3) and N labels."""
     if not data or len(data) % (1 + PIXELS):
-        raise ValueError(f"{len(data):,} bytes are not rows of {1 + PIXELS}")
+        raise ValueError(f"{len(data):,} bytes are not rows of {1 + PIXELS:,} bytes")
     rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + PIXELS)
     return _images(rows[:, 1:], rows[:, 0])
 
 
 def python_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled batch -> uint8 (N, 32, 32, 3) and N labels."""
+    """Read a pickled batch: uint8 (N, 32, 32, 3) and N labels."""
     for step, _ in enumerate(pickletools.genops(data)):
         if step > STEPS:
-            raise ValueError(f"a pickle of more than {STEPS:,} steps")
+            raise ValueError(f"its pickle has more than {STEPS:,} opcodes")
     content = PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     if not isinstance(content, Mapping):
-        raise ValueError("it holds no table of data and labels")
+        raise ValueError("it has no table of data and labels")
     pixels, labels = content.get(b"data"), content.get(b"labels")
     if not isinstance(pixels, HeldArray) or not isinstance(labels, list):
-        raise ValueError("it holds no data and labels")
+        raise ValueError("it has no data and labels")
     if not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
         raise ValueError("a label is outside 0..9")
     return _images(pixels.bytes_of(len(labels), PIXELS), np.array(labels, np.uint8))
@@ -112,21 +115,21 @@ def _images(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
-# ---- pickles without their power ----
+# ---- reading pickles without executing them ----
 
 
 class HeldDtype:
-    """Stands for numpy.dtype in a pickle: holds the type's name."""
+    """Replaces numpy.dtype in a pickle. It stores the name of the type."""
 
     def __init__(self, name: Any = None, *_: Any) -> None:
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and alignment: of no meaning for uint8."""
+        """Ignore byte order and alignment, which do not matter for uint8."""
 
 
 class HeldArray:
-    """Stands for a pickled array: holds its state."""
+    """Replaces a pickled array. It stores its state."""
 
     def __init__(self, *_: Any) -> None:
         self.state: Any = None
@@ -135,7 +138,7 @@ class HeldArray:
         self.state = state
 
     def bytes_of(self, rows: int, columns: int) -> np.ndarray:
-        """uint8 (rows, columns); ValueError when it is another array."""
+        """The array, uint8 (rows, columns). Raises ValueError if it has another type or shape."""
         if not isinstance(self.state, tuple) or len(self.state) != 5:
             raise ValueError("the array has no content")
         _, shape, dtype, fortran, data = self.state
@@ -147,16 +150,17 @@ class HeldArray:
 
 
 def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
-    """Stands for _codecs.encode, by which pickles of protocol 2 write bytes."""
+    """Replaces _codecs.encode, with which pickles of protocol 2 write bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"it encodes by {encoding!r}")
+        raise pickle.UnpicklingError(f"it uses the encoding {encoding!r}, expected latin1")
     return text.encode("latin1")
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """An unpickler for dicts, lists, numbers, bytes and uint8 arrays. Any name but theirs is refused.
+    """An unpickler for dicts, lists, numbers, bytes and uint8 arrays. Any other name is an error.
 
-    The one written in Python: the faster one takes as much memory as a pickle of ten bytes asks for.
+    It derives from the Python implementation. The faster C implementation would allocate as much memory as a pickle of
+    ten bytes requests.
     """
 
     KNOWN = {
@@ -171,13 +175,13 @@ class PlainUnpickler(pickle._Unpickler):
         try:
             return self.KNOWN[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not called") from None
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it names an object outside itself")
+        raise pickle.UnpicklingError("it names an external object")
 
     def load_build(self) -> None:
-        """Give an object its state; pickle's own would also set attributes of a class or a function."""
+        """Set the state of an object. pickle's version would also set attributes of a class or a function."""
         state, held = self.stack.pop(), self.stack[-1]
         if not isinstance(held, HeldArray | HeldDtype):
             raise pickle.UnpicklingError(f"it changes a {type(held).__name__}")

@@ -1,7 +1,7 @@
-"""Named files in a folder, a zip or a tar, read where they lie.
+"""Named files in a folder, a zip or a tar, read in place.
 
-No path is ever made of an archive's names, nothing is extracted, and no more is read than was asked for: what an
-archive states of itself is not believed. This module knows containers; it does not know which members are images.
+Names in an archive are never used as paths, nothing is extracted, and no more is read than was requested, because the
+sizes that an archive states may be wrong. This module knows containers. It does not know which members are images.
 """
 
 import io
@@ -16,15 +16,17 @@ from typing import Protocol
 from diffusion.data.sources.source import BadEntry
 from diffusion.data.sources.tar import compression_of, members_of_tar
 
-ZIP_END = 22 + 2**16  # bytes of a zip's end, whose comment may have 65,535
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # bzip2 and LZMA cannot be unpacked in bounded memory
+ZIP_END = 22 + 2**16  # largest end record of a zip in bytes; its comment may have 65,535
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # bzip2 and LZMA cannot be unpacked with limited memory
 
 
 class Members(Protocol):
     """Named files, in a folder or an archive.
 
     Attributes:
-        left_out: what is there beside them and cannot be read as a file: a name, and why in brackets.
+        path: path of the folder or archive.
+        kind: "folder", "zip" or "tar".
+        left_out: other entries that cannot be read as files: their names, with the reason in brackets.
     """
 
     path: Path
@@ -32,14 +34,14 @@ class Members(Protocol):
     left_out: list[str]
 
     def names(self) -> list[str]:
-        """Their names, with `/` between the parts."""
+        """The names, with `/` between the parts."""
 
     def read(self, name: str, most: int) -> bytes:
-        """One of them; BadEntry when it cannot be read or has more than `most` bytes."""
+        """The content of a file. Raises BadEntry if it cannot be read or has more than `most` bytes."""
 
 
 class SharedFile(io.RawIOBase):
-    """A file for reading whose position is in this object and not in the descriptor: forked processes may share it."""
+    """A file for reading that forked processes can share: its position is in this object, not in the descriptor."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class SharedFile(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """What there is of the next bytes: memory is taken for these alone, whatever size is asked for."""
+        """The next bytes. Memory is allocated only for bytes that exist, for any requested size."""
         left = max(self._size - self._at, 0)
         data = os.pread(self._file, left if size is None or size < 0 else min(size, left), self._at)
         self._at += len(data)
@@ -73,10 +75,10 @@ class SharedFile(io.RawIOBase):
 
 
 class FolderMembers:
-    """The files below a folder, hidden ones left out. A link to a file is that file, a link to a folder is left out.
+    """The files below a folder. Links to files are followed, links to folders are not.
 
     Raises:
-        ValueError: a folder below cannot be listed.
+        ValueError: a subfolder cannot be listed.
     """
 
     kind = "folder"
@@ -99,7 +101,7 @@ class FolderMembers:
 
     def read(self, name: str, most: int) -> bytes:
         try:
-            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)  # otherwise a pipe would block
             with open(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
@@ -111,7 +113,7 @@ class FolderMembers:
 
 
 def opened_zip(path: Path) -> zipfile.ZipFile:
-    """A zip with its directory read; ValueError when that is damaged. Members are still to be judged."""
+    """Open a zip and read its directory. Raises ValueError if that is damaged. Members are not checked."""
     file = SharedFile(path)
     try:
         archive = zipfile.ZipFile(file)
@@ -119,36 +121,36 @@ def opened_zip(path: Path) -> zipfile.ZipFile:
         end = file.read()
         stated = int.from_bytes(end[end.rindex(b"PK\5\6") + 10 :][:2], "little")
         met = len(archive.infolist())
-        if stated not in (met % 2**16, 2**16 - 1):  # many begin anew, or say it elsewhere
-            raise zipfile.BadZipFile(f"{met:,} members where it states {stated:,}")
-    except Exception as error:  # beside BadZipFile, zipfile raises ValueError, NotImplementedError, struct.error
+        if stated not in (met % 2**16, 2**16 - 1):  # large numbers wrap around, or are stated elsewhere
+            raise zipfile.BadZipFile(f"it has {met:,} members, but states {stated:,}")
+    except Exception as error:  # zipfile raises BadZipFile, ValueError, NotImplementedError and struct.error
         raise ValueError(f"source={path} is damaged or truncated: {error}. Download it again.") from error
     return archive
 
 
 def unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """The content of a member, of which no more than its stated size is unpacked.
+    """The content of a member. No more than its stated size is unpacked.
 
     Raises:
-        BadEntry: it is encrypted, packed by another method than deflate, or damaged.
+        BadEntry: it is encrypted, compressed by another method than deflate, or damaged.
     """
     if member.flag_bits & 1:
         raise BadEntry("it is encrypted")
     if member.compress_type not in METHODS:
         method = zipfile.compressor_names.get(member.compress_type, f"method {member.compress_type}")
-        raise BadEntry(f"it is compressed by {method}: make the zip with deflate, or unpack it")
+        raise BadEntry(f"it is compressed by {method}: create the zip with deflate, or unpack it")
     try:
         with archive.open(member) as file:
-            data = file.read(member.file_size)  # and not read(), which unpacks first and then looks at the size
+            data = file.read(member.file_size)  # read() without a size would unpack everything before checking the size
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
-        raise BadEntry(f"its place in the zip is damaged: {str(error) or type(error).__name__}") from error
+        raise BadEntry(f"its data in the zip are damaged: {str(error) or type(error).__name__}") from error
     if len(data) != member.file_size:
         raise BadEntry(f"{len(data):,} of {member.file_size:,} bytes: the zip is damaged")
     return data
 
 
 class ZipMembers:
-    """The members of a zip, stored or deflated. Of two with one name the later counts, as everywhere.
+    """The members of a zip, stored or deflated. If a name occurs twice, the last one is used.
 
     Raises:
         ValueError: its directory is damaged.
@@ -175,10 +177,11 @@ class ZipMembers:
 
 
 class TarMembers:
-    """The regular files of an uncompressed tar; links and devices are left out. Of two with one name the later counts.
+    """The regular files of an uncompressed tar, without links and devices. If a name occurs twice, the last is used.
 
     Raises:
-        ValueError: it is compressed. DamagedTar (a ValueError): as `members_of_tar`.
+        ValueError: the tar is compressed.
+        DamagedTar: as `members_of_tar` (a ValueError).
     """
 
     kind = "tar"
@@ -207,17 +210,17 @@ class TarMembers:
         self._file.seek(offset)
         data = self._file.read(size)
         if len(data) != size:
-            raise BadEntry(f"{len(data):,} of {size:,} bytes: the tar is cut off")
+            raise BadEntry(f"{len(data):,} of {size:,} bytes: the tar is truncated")
         return data
 
 
 def _kind(member: tarfile.TarInfo) -> str:
     if member.issparse():
-        return "a file with holes"
+        return "a sparse file"
     return "a link" if member.issym() or member.islnk() else "a device"
 
 
 def _within(data: bytes, size: int, most: int) -> bytes:
     if size > most:
-        raise BadEntry(f"more than {most:,} bytes, which no image of max_pixels needs")
+        raise BadEntry(f"more than {most:,} bytes, too large for an image of max_pixels")
     return data

@@ -1,4 +1,4 @@
-"""A path -> the source of images that it is."""
+"""Opening a path as a source of images."""
 
 import gzip
 import os
@@ -16,16 +16,16 @@ from diffusion.data.sources.tar import DamagedTar, begins_as_tar, compression_of
 
 
 def open_source(path: str | os.PathLike, labels_from: str = "auto", max_bytes: int = 1 << 29) -> Source:
-    """The source that a path is: told by what is there, not by its name.
+    """Open a path as a source. The kind of source is detected from the content, not from the name.
 
     Args:
-        path: an LMDB as LSUN distributes it; a CIFAR-10 archive, python or binary, .tar.gz or unpacked; an .npz; a
-            folder, .zip or .tar of images.
-        labels_from: `auto` (dataset.json, else folders), `none`, `folders`, or a JSON or CSV file; for files of images.
-        max_bytes: an encoded image may have, at most.
+        path: an LMDB of LSUN; a CIFAR-10 archive, python or binary, as .tar.gz or unpacked; an .npz; or a folder, .zip
+            or .tar of images.
+        labels_from: for image files: `auto` (dataset.json, else folders), `none`, `folders`, or a JSON or CSV file.
+        max_bytes: largest size of an encoded image.
 
     Raises:
-        ValueError: nothing is there, or it is none of these, or damaged, or empty.
+        ValueError: the path does not exist, is none of these, or is damaged or empty.
     """
     path = Path(path)
     if path.name == "data.mdb":
@@ -39,18 +39,18 @@ def open_source(path: str | os.PathLike, labels_from: str = "auto", max_bytes: i
             if (path / "data.mdb").is_file():
                 return LmdbSource(path, max_bytes)
             return cifar_source(path) or FileSource(FolderMembers(path), labels_from, max_bytes)
-        if begins_as_tar(path):  # before zips, which are known by their ends: a tar may end in one
+        if begins_as_tar(path):  # before zips, which are recognised by their end: a tar may end with a zip
             return cifar_source(path) or FileSource(TarMembers(path), labels_from, max_bytes)
         if zipfile.is_zipfile(path):
             arrays = npz_arrays(path)
             return ArraySource(*arrays) if arrays else FileSource(ZipMembers(path), labels_from, max_bytes)
         if by := compression_of(path):
-            raise ValueError(f"source={path} is compressed by {by}: unpack it first.")
+            raise ValueError(f"source={path} is compressed by {by}. Unpack it first.")
     except (DamagedTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"source={path} is damaged or truncated: {error}. Download it again.") from error
     except OSError as error:
         raise ValueError(f"source={path} cannot be read: {error}.") from error
     raise ValueError(
         f"source={path} is neither an LMDB (a folder with data.mdb), nor a folder, .zip or .tar of images, nor an "
-        f".npz, nor a CIFAR-10 archive; if it is a download, it may be cut off."
+        f".npz, nor a CIFAR-10 archive. If it was downloaded, it may be truncated."
     )
