@@ -83,11 +83,18 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                     signals.over()
 
         def called() -> None:
+            if {"-sc", "--shell-completion"} & set(sys.argv[1:]):
+                complete()
+                return
             with ExitStack() as stack:
                 with refusing():
                     folders, flags, words = config_folders(*split_words(sys.argv[1:]))
                     stack.enter_context(searching(folders))
                 compose_and_run(flags, words)
+
+        def complete() -> None:
+            """Hydra's completion of a command line, and its installation in a shell."""
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(lambda cfg: None)()
 
         def compose_and_run(flags: list[str], words: list[str]) -> None:
             doc = sys.modules[main.__module__].__doc__ or ""

@@ -16,6 +16,7 @@ LAYERS = {
     "lab": 4,
     "build": 5, "command": 5,
     "run": 6, "library": 6, "benchmark": 6, "__init__": 7,
+    "entry": 7, "__main__": 8,
     "train": 7, "sample": 7, "evaluate": 7, "prepare": 7, "report": 7, "lab/__main__": 7, "benchmark/__main__": 7,
 }  # fmt: skip
 # What each may import from outside beside the standard library.
