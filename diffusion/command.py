@@ -39,6 +39,12 @@ PLACEHOLDERS = {"out": "FOLDER", "checkpoint": "PATH", "task": "NAME", "name": "
 PLACEHOLDERS |= {"data.image_size": "PIXELS", "extractor.name": "NAME", "extractor.target": "package.module.function"}
 
 
+def for_a_shell(message: str) -> str:
+    """Return a message with the lists to be typed in quotes: zsh takes brackets for a pattern."""
+    typed = re.compile(r"(?<![\w.'\"+])\+{0,2}[a-z][\w.]*=\[[^\s\]]*\]")
+    return typed.sub(lambda found: f"'{found[0]}'" if found.start() else found[0], message)  # the first one was met
+
+
 @contextmanager
 def refusing(debug: bool = False) -> Iterator[None]:
     """A ValueError, or an error of Hydra's, while a command checks and builds: one message, exit status 2."""
@@ -53,7 +59,7 @@ def refusing(debug: bool = False) -> Iterator[None]:
         if not isinstance(cause, Refusal) and isinstance(cause, HydraException | OmegaConfBaseException):
             key = getattr(cause, "full_key", None)
             message = (f"{key}: " if key else "") + message.splitlines()[0]
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {for_a_shell(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -108,17 +114,19 @@ def command(config_name: str, experiment: str | None = None) -> Callable:
                     print(help_text(config_name, doc, words), end="")
                     return
                 sweep = "-m" in flags or "--multirun" in flags
+                if not (sweep and config_name == "train"):  # whose sweeps take flags of sbatch
+                    check_flags(flags, sys.argv[1:])
                 if sweep and config_name == "train":
                     from diffusion.config import sweep as sweeps  # which imports take seconds
 
                     flags, words = sweeps.sweep_words(flags, words)
+                    check_flags(flags, sys.argv[1:])
                     if sweeps.ON_SLURM in words:
                         from diffusion.distributed import submission
 
                         submission.prepare(lambda overrides: sweeps.on_slurm(sweeps.run_of(overrides)))
                 else:
                     words = check_words(config_name, words, sweep)
-                check_flags(flags)
                 if sweep and config_name != "train":
                     from diffusion.config.sweep import check_jobs
 

@@ -688,6 +688,7 @@ def test_checkpoints_are_read_and_built_from_in_one_place():
             "benchmark/loader_sides.py",
             "benchmark/__main__.py",
             "lab/__main__.py",
+            "entry.py",
         },
         "load": {"build/door.py", "run.py"},
     }
@@ -716,7 +717,7 @@ def test_untrusted_settings_are_of_a_type_that_nothing_is_built_from():
             use(config)
     for content, mention in (
         (["a"], "holds list"), ({"data": {"root": 3}}, "data.root=3"), ({1: 2}, "a key that is not text"),
-        ({"a": {1, 2}}, "holds a set"), ({"name": "x" * 30_000}, "characters"), ({"paper": {"fid": "3"}}, "paper.fid"),
+        ({"a": {1, 2}}, "a value of type set"), ({"name": "x" * 30_000}, "characters"), ({"paper": {"fid": "3"}}, "paper.fid"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(mention)):
             Recorded(content, "here")

@@ -17,7 +17,7 @@ E = "evaluate checkpoint=x"
 # The words of a command, and what the message says beside the setting, which is the last word.
 WRONG = {
     # lists and single values
-    f"{X} labels=3,7": "a list is written in brackets: labels=[3,7]",
+    f"{X} labels=3,7": "a list is written in brackets: 'labels=[3,7]'",
     "train metrics=fid,is": "metrics=[fid,is]",
     f"{E} task=sweep sweep.eta=0,1": "sweep.eta=[0,1]",
     "train ema.decays=0.5,0.6": "ema.decays=[0.5,0.6]",
@@ -30,7 +30,7 @@ WRONG = {
     "train model.multipliers=[1,true]": "a list of integers",
     "train model.multipliers=null": "a value is needed, a list of integers",
     "train model.attention_resolutions=[x]": "a list of integers",
-    "train model.attention_resolutions=[3]": "have 8, 4",
+    "train model.attention_resolutions=[3]": "the resolutions are 8, 4",
     "train optimizer.betas=[]": "a list of 2 numbers",
     "train optimizer.betas=[0.9,0.99,0.999]": "a list of 2 numbers",
     "train optimizer.betas=[0.9,1.0]": "two numbers in [0, 1)",

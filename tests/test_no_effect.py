@@ -34,6 +34,7 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("sample", ["checkpoint=x", "out=y", "sampler=predictor_corrector", "sampler.visits=1"],
      "sampler.corrector.snr=0.2", "sampler.visits=1"),
     ("sample", ["checkpoint=x", "out=y", "sampler.max_calls=9"], "sampler.num_steps=7", "sampler.max_calls=9"),
+    ("sample", ["checkpoint=x", "out=y"], "sampler.rho=3", "Give sampler.spacing=karras sampler.rho=3"),
     ("train", ["sampler.spacing=[900,1]"], "sampler.num_steps=7", "gives the times themselves"),
     ("train", ["callbacks=none"], "metrics=[is]", "callbacks=none"),
     ("train", ["callbacks=none"], "extractor.weights=x", "callbacks=none"),

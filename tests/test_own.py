@@ -91,7 +91,7 @@ def test_it_resumes_to_the_same_bits(run):
 )
 def test_each_command_loads_it_when_its_module_is_trusted_and_else_names_the_cure(run, name, words, place):
     without = ended(start(place, name, f"checkpoint={run}", *words), 2)
-    assert "model._target_=own_network.DiT" in without and "give trust=[own_network]" in without
+    assert "model._target_=own_network.DiT" in without and "give 'trust=[own_network]'" in without
     assert without.count("\n") == 1
     ended(start(place, name, f"checkpoint={run}", *words, "trust=[own_network]"))
 

@@ -66,7 +66,7 @@ def test_debug_adds_the_traceback(command):
 @pytest.mark.parametrize("name", ["train", "sample", "evaluate", "prepare", "report"])
 def test_help_shows_what_can_be_set(name, command):
     done = command(name, "--help", check=0)
-    assert f"python -m diffusion.{name}" in done.stdout and "debug: false" in done.stdout
+    assert f"python -m diffusion.{name}" in done.stdout and "debug=false" in done.stdout
 
 
 @pytest.fixture(scope="module")

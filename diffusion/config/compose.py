@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.composer import compose, groups, searched
 from diffusion.config.values import check_word, fit_all, kind_at
-from diffusion.config.words import nearest, parse, plain, quote_path, shown
+from diffusion.config.words import home_path, nearest, parse, plain, quote_path, shown
 from diffusion.errors import Refusal
 
 # ---- words ----
@@ -59,7 +59,7 @@ def check_words(config_name: str, words: list[str], sweep: bool = False) -> list
     In a sweep a comma separates values, so paths are left as they are written.
     """
     known, chosen, settings = groups(), [], []
-    words = list(words) if sweep else [quote_path(w) for w in words]
+    words = [home_path(w) if sweep else quote_path(w) for w in words]
     for i, word in enumerate(list(words)):
         override = parse(word)
         name = override.key_or_group

@@ -29,7 +29,8 @@ FLAGS += ("-sc", "--shell-completion", "-i", "--info")
 
 def nearest(word: str, allowed: list[str]) -> str:
     """' Did you mean ...?' where a name is near enough, else nothing."""
-    for name in difflib.get_close_matches(word, allowed, n=1, cutoff=0.6):
+    same = [name for name in allowed if name.casefold() == word.casefold()]
+    for name in same or difflib.get_close_matches(word, allowed, n=1, cutoff=0.6):
         return f" Did you mean {name}?"
     return ""
 
@@ -39,9 +40,32 @@ def quote_path(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null"):
         return word
-    if value.startswith("${") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return word
+    value = at_home(value)
+    if value.startswith("${") or is_quoted(value):
+        return f"{key}={value}"
     return f"{key}={quoted(value)}"
+
+
+def home_path(word: str) -> str:
+    """`out=~/a` -> `out=/home/me/a`, of a path key; nothing else is changed, as in a sweep a comma separates values."""
+    key, equals, value = word.partition("=")
+    if not equals or key.lstrip("+") not in PATH_KEYS or "," in value:
+        return word
+    return f"{key}={at_home(value)}"
+
+
+def is_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+
+
+def at_home(value: str) -> str:
+    """Return a path as it is typed, in quotes or not, with the home folder in the place of `~`, which no shell replaces
+    behind an equals sign."""
+    inner = value[1:-1] if is_quoted(value) else value
+    if inner != "~" and not inner.startswith("~/"):
+        return value
+    found = str(Path(inner).expanduser())
+    return quoted(found) if is_quoted(value) else found
 
 
 def quoted(value: str) -> str:
@@ -97,15 +121,22 @@ def search_word(folders: Sequence[str]) -> str:
     return f"hydra.searchpath=[{','.join(map(quoted, folders))}]"
 
 
-def check_flags(flags: list[str]) -> None:
-    """Refuse flags that Hydra does not have, whose parser would answer with its own grammar."""
+def check_flags(flags: list[str], argv: list[str]) -> None:
+    """Refuse flags that Hydra does not have, whose parser would answer with its own grammar.
+
+    Args:
+        argv: the whole command line.
+    """
     words = iter(flags)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag not in FLAGS:
+            key = flag.lstrip("-").replace("-", "_")
+            after = argv[argv.index(word) + 1 :][:1]
+            value = value if equals else after[0] if after and not re.match(r"-|[\w.]+=", after[0]) else "VALUE"
             raise Refusal(
-                f"{word}: unknown flag. Settings are key=value, without dashes; --help lists them, --cfg job shows "
-                f"them composed, -m begins a sweep."
+                f"{word}: unknown flag. Settings are given without dashes: did you mean {key}={value}? --help lists "
+                f"the settings, --cfg job shows them composed, -m begins a sweep."
             )
         if flag in FLAGS_WITH_VALUE and not equals and (value := next(words, "")) == "":
             raise Refusal(f"{flag} needs a value after it.")
