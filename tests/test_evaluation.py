@@ -208,6 +208,19 @@ def test_a_sweep_is_a_table_of_fid_over_steps_and_eta_and_goes_on(run, call, tmp
     assert rows(tmp_path / "r.jsonl")["fid"]["value"] == pytest.approx(float(found["1.0", "4"]["fid"]), rel=1e-9)
 
 
+def test_samplers_of_a_sweep_are_told_by_their_words(run, call, tmp_path):
+    words = [f"checkpoint={run}", "task=sweep", "sweep.num_steps=[2,3]", "sweep.eta=[]", "sweep.large=false"]
+    words += ["num_images=20", "sweep.samplers=['heun','heun clip_x0=false']", "out=sweep"]
+    status, output = call("evaluate", *words)
+    assert status == 0 and "3 of 4: heun clip_x0=false, 2 steps" in output, output
+    with open(tmp_path / "sweep" / "sweep.csv", newline="") as file:
+        found = {(row["words"], row["num_steps"]): float(row["fid"]) for row in csv.DictReader(file)}
+    assert found.keys() == {(name, steps) for name in ("heun", "heun clip_x0=false") for steps in "23"}
+    table = [line for line in output.splitlines() if line.startswith("heun")]
+    assert len(table) == 2 and table[1].startswith("heun clip_x0=false  ")
+    assert all(f"{found['heun', steps]:.2f}" in table[0] for steps in "23")
+
+
 def test_a_point_of_a_sweep_is_of_one_reference_and_one_number_of_images(run, call, tmp_path):
     """And the table shows the points that were asked for, whatever else the file holds."""
     np.savez(tmp_path / "real.npz", arr_0=np.arange(20 * 64, dtype=np.uint8).reshape(20, 8, 8, 1))
@@ -354,6 +367,26 @@ WRONG = {
     "nothing to overwrite": (["overwrite=true"], "overwrite=true is for samples=FOLDER"),
     "samples of a sweep": (["task=sweep", "samples=s", "out=sweep"], "of a sweep no samples are kept"),
     "half a step": (["task=sweep", "sweep.num_steps=[2.5]", "out=sweep"], "sweep.num_steps=[2.5]"),
+    "a sweep over times that are given": (
+        ["task=sweep", "sampler.spacing=[900,300]", "out=sweep"],
+        "sampler.spacing=[900,300] gives the times themselves, the same for every number of sweep.num_steps",
+    ),
+    "times among its samplers": (
+        ["task=sweep", "sweep.samplers=['heun spacing=[900,300]']", "out=sweep"],
+        "sweep.samplers: 'heun spacing=[900,300]': spacing=[900,300] gives the times themselves",
+    ),
+    "a budget among its samplers": (
+        ["task=sweep", "sweep.samplers=['heun max_calls=10']", "out=sweep"],
+        "sweep.samplers: 'heun max_calls=10': max_calls=10 has no effect: sweep.num_steps sets the number of steps.",
+    ),
+    "steps among its samplers": (
+        ["task=sweep", "sweep.samplers=['heun num_steps=10']", "out=sweep"],
+        "sweep.samplers: 'heun num_steps=10': num_steps=10 has no effect: sweep.num_steps",
+    ),
+    "a point twice": (
+        ["task=sweep", "sweep.eta=[0.5]", "sweep.num_steps=[3]", "sweep.samplers=['ddim eta=0.5']", "out=sweep"],
+        "The sweep has a point twice: ddim eta=0.5, 3 steps, and ddim eta=0.5, 3 steps, are the same sampling.",
+    ),
     "a sweep of nothing": (["task=sweep", "sweep.num_steps=[]", "out=sweep"], "The sweep has no point"),
     "an eta outside": (
         ["task=sweep", "sweep.eta=[2.0]", "out=sweep"],

@@ -251,6 +251,18 @@ def test_every_idea_names_functions_that_say_what_they_do():
         (["task=errors", "samplers=[ddim,predictor_corrector]"], "give corrector.norms=expected"),
         (["task=errors", "sampler=predictor_corrector"], "give corrector.norms=expected"),
         (["task=errors", "toy=modes", "errors.num_steps=[20]"], "errors.num_steps=[20]: give two or more"),
+        (
+            ["task=errors", "samplers=['ddim spacing=quadratic clip_x0=true']"],
+            "samplers: 'ddim spacing=quadratic clip_x0=true': spacing=quadratic has no effect: all samplers of the",
+        ),
+        (
+            ["task=errors", "samplers=['heun max_calls=3']"],
+            "max_calls=3 has no effect: errors.num_steps sets",
+        ),
+        (["task=modes", "samplers=['ddim num_steps=7']"], "num_steps=7 has no effect: modes.num_steps sets"),
+        (["task=reverse", "samplers=['ddim clip_x0=false']"], "clip_x0=false has no effect: the denoiser is the exact"),
+        (["task=modes", "samplers=[ancestral_learned]"], "'ancestral_learned': variance=learned needs a network that"),
+        (["task=errors", "sampler=ancestral_learned"], "sampler: variance=learned needs a network that has learned it"),
         (["task=modes", "samplers=['ddim eta=2']"], "sampler.eta=2 is outside [0, 1]"),
         (["task=modes", "samplers=[]"], "samplers=[] is empty: give some of the group sampler"),
         (["task=reverse", "samplers=[langevin]"], "samplers: none of them goes from noise to data"),

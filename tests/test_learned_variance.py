@@ -82,6 +82,10 @@ def test_an_untrained_network_starts_half_way_between_the_two_variances(hybrid):
     "words, mentions",
     [
         (["sampler=ancestral_learned"], ["sampler.variance=learned", "objective=hybrid"]),
+        (
+            ["sampler=predictor_corrector", "sampler.predictor.variance=learned"],
+            ["sampler.predictor.variance=learned", "objective=hybrid"],
+        ),
         (["objective=hybrid", "objective.variance=small"], ["objective.variance=small", "objective=epsilon"]),
         (["objective=bound", "objective.variance=learnt"], ["objective.variance=learnt", "small, large, learned"]),
         (["objective=hybrid", "objective.vlb_weight=0"], ["objective.vlb_weight=0", "above 0"]),

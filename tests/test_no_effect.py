@@ -10,6 +10,7 @@ from conftest import inside, rows
 from omegaconf import OmegaConf, open_dict
 
 from diffusion.build.prepare import model_words
+from diffusion.build.sampling import chosen_sampler
 from diffusion.config.check import check
 from diffusion.config.compose import Typed, composed_of_options
 from diffusion.config.composer import groups
@@ -33,6 +34,10 @@ IDLE = [  # (command, words that hold, a word without effect, what the refusal s
     ("train", ["sampler.num_steps=1000"], "sampler.spacing=trailing", "sampler.num_steps=1000"),
     ("sample", ["checkpoint=x", "out=y", "sampler=predictor_corrector", "sampler.visits=1"],
      "sampler.corrector.snr=0.2", "sampler.visits=1"),
+    ("sample", ["checkpoint=x", "out=y"], "sampler.rho=3",
+     "sampler.spacing=linear. Give sampler.spacing=karras sampler.rho=3"),
+    ("sample", ["checkpoint=x", "out=y", "sampler=ancestral"], "sampler.rho=3", "sampler.spacing=linear"),
+    ("evaluate", SWEEP, "sampler.rho=3", "sampler.spacing=linear"),
     ("sample", ["checkpoint=x", "out=y", "sampler.max_calls=9"], "sampler.num_steps=7", "sampler.max_calls=9"),
     ("sample", ["checkpoint=x", "out=y"], "sampler.rho=3", "Give sampler.spacing=karras sampler.rho=3"),
     ("train", ["sampler.spacing=[900,1]"], "sampler.num_steps=7", "gives the times themselves"),
@@ -165,11 +170,43 @@ def test_each_row_of_the_table_is_met(idle):
         ("evaluate", [*IMAGES, "num_images=50000", "sampler=ddim"]),
         ("evaluate", [*EVALUATE, "metrics=[fid,bits_per_dim]", "guidance=classifier_free", "likelihood.num_images=3"]),
         ("evaluate", [*SWEEP, "sampler.spacing=quadratic", "metrics=[fid]"]),
+        ("evaluate", [*SWEEP, "sampler.spacing=karras", "sampler.rho=3"]),
+        ("sample", ["checkpoint=x", "out=y", "sampler.spacing=karras", "sampler.rho=3"]),
+        ("train", ["sampler.rho=7"]),
         ("report", ["runs=x", "out=y"]),
     ],
 )
 def test_what_has_an_effect_or_holds_anyway_is_taken(command, words):
     assert checked(command, words)  # not refused
+
+
+HERE = {"num_steps": "the list has its own"}
+
+
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        (
+            "heun num_steps=7",
+            "samplers: 'heun num_steps=7': num_steps=7 has no effect: the list has its own. Leave",
+        ),
+        ("ddim rho=3", "samplers: 'ddim rho=3': sampler.rho=3 has no effect: sampler.spacing=linear"),
+        (
+            "predictor_corrector visits=1 corrector.snr=1",
+            "sampler.corrector.snr=1 has no effect: with",
+        ),
+    ],
+)
+def test_a_setting_without_effect_in_the_words_of_a_sampler_is_refused(words, refused):
+    with pytest.raises(Refusal) as found:
+        chosen_sampler(words, "samplers", HERE)
+    assert refused in str(found.value)
+
+
+@pytest.mark.parametrize("words", ["heun num_steps=25", "ddim spacing=karras rho=3", "ddim eta=0.5 rho=7.0"])
+def test_one_that_has_an_effect_or_holds_anyway_is_taken_there(words):
+    made, plan = chosen_sampler(words, "samplers", HERE)
+    assert callable(made) and plan.rho == (3 if "rho=3" in words else 7)
 
 
 def test_a_scale_of_guidance_that_no_one_has_typed_is_no_other_than_that_of_what_is_done():

@@ -364,6 +364,26 @@ def test_a_sweep_of_other_data_stands_alone():
     assert sweep_table_text(one).split() == "FID 7 steps η = 0.3 5.50".split()
 
 
+def test_samplers_of_one_class_are_lines_of_their_own(tmp_path):
+    """By their words; a row of a former version has none."""
+    names = {"heun": "heun", "heun clip_x0=false": "heun", "ddim eta=0.5 spacing=karras": "ddim", "": "ddim"}
+    rows = [
+        {"words": words, "sampler": sampler, "eta": 0.5 if sampler == "ddim" else "", "num_steps": steps, "nfe": steps,
+         "fid": 10 * k + steps / 100, "data": "cifar10"}
+        for k, (words, sampler) in enumerate(names.items()) for steps in (10, 20)
+    ]  # fmt: skip
+    lines = sweep_table_text(rows).splitlines()[2:6]
+    starts = ["η = 0.5", "ddim eta=0.5 spacing=karras", "heun ", "heun clip_x0=false"]
+    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    assert [line.split()[-2 if "[" in line else -1] for line in lines] == ["30.20", "20.20", "0.20", "10.20"]
+    assert "30.10 [16.66]" in lines[0] and "20.10 [16.66]" in lines[1]
+    chart = sweep_chart(rows)
+    assert len([s for s in chart.series if s.tag.startswith("run-")]) == 4
+    assert {s.tag for s in chart.series if s.tag.startswith("published-")} == {"published-0", "published-1"}
+    former = [{k: v for k, v in row.items() if k != "words"} for row in rows[:2]]
+    assert sweep_table_text(former).splitlines()[2].startswith("heun ")
+
+
 def test_rows_without_a_score_are_left_out_and_of_two_the_later_counts(tmp_path):
     rows = [{"eta": 0, "num_steps": 10, "fid": v, "nfe": 10} for v in (9.0, 8.0, "", "nan", "oops")]
     rows += [{"eta": "", "num_steps": 10, "fid": 1.0}, {"eta": 0, "fid": 2.0}, {}]

@@ -220,6 +220,24 @@ def test_batches_of_the_former_program_are_used(run, call, stopped, tmp_path):
     assert status == 0 and "20 of them existed" in output and "Batch sizes 10 and 20 were mixed" in output, output
 
 
+def test_steps_are_recorded_as_they_are_asked_for_and_a_former_record_goes_on(run, call, stopped, tmp_path):
+    """Levels, and their visits beside; former versions said six steps of three levels that are visited twice."""
+    words = ["sample", f"checkpoint={run}", "num_images=20", "out=s", "trainer.accelerator=cpu", "batch_size=8"]
+    words += ["sampler=predictor_corrector", "sampler.num_steps=3"]
+    stopped(8, *words)
+    path = tmp_path / "s" / ".batches" / "about.json"
+    about = json.loads(path.read_text())
+    assert (about["sampling"]["num_steps"], about["sampling"]["visits"], len(about["sampling"]["times"])) == (3, 2, 7)
+    about["sampling"]["num_steps"] = 6
+    path.write_text(json.dumps(about, sort_keys=True))
+    status, output = call(*words)
+    assert status == 0 and "predictorcorrector, 3 steps of 2 visits" in output and "8 of them were there" in output
+    scored = ["evaluate", f"checkpoint={run}", *words[4:], "num_images=20", "metrics=[fid]", "out=r.jsonl"]
+    assert call(*scored)[0] == 0
+    found = rows(tmp_path / "r.jsonl")["fid"]
+    assert (found["num_steps"], found["visits"], found["nfe"]) == (3, 2, 6)
+
+
 def test_of_a_sampler_that_looks_at_the_batch_the_batch_size_decides(run, call, stopped):
     norms = lambda kind: lambda levels: LangevinCorrector(levels, norms=kind)  # noqa: E731
     known = {kind: PredictorCorrector(ve_geometric(10), LangevinCorrector, norms(kind)) for kind in ("batch", "image")}
