@@ -111,7 +111,8 @@ class Sampler(ABC):
             denoise: any denoiser, guided, clipped or exact.
             x: at times[0]; pure noise is N(0, schedule.std(times[0])^2).
             times: where to go, as `process.grids.times` gives them; with 0 as the last, x0 is returned.
-            randn: fresh noise like its argument, asked for in the same order whatever the batch.
+            randn: fresh noise like its argument, asked for in the same order whatever the batch. If it has a method
+                `between(t, s)`, each step draws from what that gives for its two times.
         """
         for visit in self.walk(denoise, x, times, randn):
             x = visit.x

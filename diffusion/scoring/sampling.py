@@ -62,7 +62,8 @@ class Sampling:
 
     @property
     def num_steps(self) -> int:
-        """Levels that a walk visits, as the setting counts them: of several steps at each, `about` says the visits."""
+        """Levels that a walk visits, as the setting counts them: of several steps at each, `about` says the visits.
+        Former versions recorded all steps, those that stay included."""
         return steps_of(self.times)
 
     def labels_of(self, numbers: Tensor) -> Tensor | None:
