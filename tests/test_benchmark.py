@@ -62,7 +62,7 @@ def test_nothing_compared_is_trivial():
 
 def test_what_is_no_number_does_not_hold():
     assert not Comparison("digits", "GPU", "loss", float("nan"), 1.0).holds
-    assert "DOES NOT HOLD" in Comparison("digits", "GPU", "loss", 2.0, 1.0).line()
+    assert "FAILED" in Comparison("digits", "GPU", "loss", 2.0, 1.0).line()
 
 
 @pytest.mark.slow
@@ -93,19 +93,19 @@ def pretended(monkeypatch):
 
 def test_all_of_it_holds(pretended, call, tmp_path):
     status, output = call("benchmark", "task=gpu_check", "out=figures.json")
-    assert status == 0 and "All of it holds." in output and "2.00 steps/s, 256 images/s" in output
+    assert status == 0 and "All checks passed." in output and "2.00 steps/s, 256 images/s" in output
     found = json.loads((tmp_path / "figures.json").read_text())
     assert len(found["comparisons"]) == 12 and found["holds"] and found["host_waits"] is None
     for row in found["comparisons"]:
         assert f"{row['experiment']}, {row['way']}: {row['figure']}" in output and f"{row['difference']:.2e}" in output
 
 
-@pytest.mark.parametrize("difference, waits, said", [(0.1, "a copy", "the host wait: a copy"), (2.0, None, "DOES NOT")])
+@pytest.mark.parametrize("difference, waits, said", [(0.1, "a copy", "the host wait: a copy"), (2.0, None, "FAILED")])
 def test_what_does_not_hold_is_exit_1(difference, waits, said, pretended, call):
     pretended.setattr(gpu_check, "compare", lambda *_: [Comparison("digits", "GPU", "loss", difference, 1.0)])
     pretended.setattr(gpu_check, "host_waits", lambda *_: waits)
     status, output = call("benchmark", "task=gpu_check")
-    assert status == 1 and said in output and "Not all of it holds." in output
+    assert status == 1 and said in output and "Not all checks passed." in output
 
 
 def test_what_makes_the_host_wait_is_reported(monkeypatch):

@@ -1,10 +1,9 @@
-"""What it costs the loader to compare every sample with its digest, and to look once a second whether shards changed.
+"""The cost of comparing every sample with its digest, and of checking once per second whether shards have changed.
 
-Batches of fixed samples are made with the checks and without, in this process, each batch in turn and in turned order,
-round after round; small PNGs and photos as JPEGs. The cost of a batch is the least CPU time that it took in any round:
-other work on the machine takes the processor and its caches from one side or the other, and only ever makes it longer.
-The figure is the sum of these costs with the checks over that without. Left out is what the loader does beside, which
-is the same for both and would make the ratio smaller.
+Batches of fixed samples are read with and without the checks, in this process, in alternating order, for many rounds:
+small PNGs, and photos as JPEGs. The cost of a batch is the smallest CPU time of all rounds, because other work on the
+machine can only make it longer. The figure is the sum of these costs with the checks, divided by the sum without. Other
+work of the loader is left out; it is the same for both and would make the ratio smaller.
 """
 
 import io
@@ -30,14 +29,14 @@ LIMIT = 1.01
 
 
 class UnwatchedShards(LocalShards):
-    """Shards that nobody looks at."""
+    """Shards that are not checked for changes."""
 
     def glance(self) -> None:
         pass
 
 
 class UncheckedSamples(Samples):
-    """Samples that are taken as they are read."""
+    """Samples that are not compared with their digests."""
 
     def _bytes(self, which: int, place: int) -> tuple[bytes, bytes]:
         return self._stored(which, self._reader(which), place)
@@ -54,7 +53,7 @@ def write_pngs(root: Path, images: int, size: int) -> None:
 
 
 def costs(root: Path, batch_size: int, rounds: int) -> tuple[float, float]:
-    """CPU seconds per image with the checks, and without."""
+    """CPU seconds per image, with and without the checks."""
     index = read_index(root)
     sides = Samples(index), UncheckedSamples(index, shards=UnwatchedShards(index))
     batches = np.arange(index.count("train") // batch_size * batch_size).reshape(-1, batch_size)
@@ -70,7 +69,7 @@ def costs(root: Path, batch_size: int, rounds: int) -> tuple[float, float]:
 
 
 def main(settings: Digests, out: Path | None, say: Callable[[str], None]) -> int:
-    """The task `digests` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
+    """The task `digests` of `diffusion.benchmark`. Returns the exit status, 0 if the limit is met."""
     figures = {}
     with tempfile.TemporaryDirectory(prefix="digests_") as folder, one_thread():
         for name, write, size in (("PNG", write_pngs, SMALL_SIZE), ("JPEG", write_photos, settings.image_size)):
@@ -81,8 +80,8 @@ def main(settings: Digests, out: Path | None, say: Callable[[str], None]) -> int
             figures[f"{name} {size}x{size}"] = {"ratio": ratio, "with": checked, "without": unchecked}
             say(
                 f"{name} {size}x{size}: {1e6 * checked:,.2f} us of CPU time per image with the checks, "
-                f"{1e6 * unchecked:,.2f} us without, ratio {ratio:.4f}. At most {LIMIT:g}: "
-                f"{'holds' if ratio <= LIMIT else 'does not hold'}"
+                f"{1e6 * unchecked:,.2f} us without, ratio {ratio:.4f}. Limit {LIMIT:g}: "
+                f"{'passed' if ratio <= LIMIT else 'FAILED'}"
             )
     if out is not None:
         write_atomically(out, json.dumps({"machine": machine()} | figures, indent=1) + "\n")

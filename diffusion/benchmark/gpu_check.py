@@ -1,8 +1,8 @@
-"""Does the GPU compute what the CPU computes, without making the host wait, and how fast does it train?
+"""Check of a GPU: whether it computes what the CPU computes, whether the host has to wait, and how fast it trains.
 
-Training and sampling are the runs' own code (`Run`, `DiffusionModule`, `build.sampled`), in float32 with TF32 off and
-in bf16 with channels_last, held against float32 on the CPU. All draws are functions of counters (noise.py), so both see
-the same images, times and noise. The tolerances are given with their reasons beside them.
+Training and sampling use the code of runs. They run in float32 with TF32 off, and in bf16 with channels_last, and are
+compared with float32 on the CPU. All random numbers are functions of counters (noise.py), so that both have the same
+images, times and noise. The reasons for the tolerances are given beside them.
 """
 
 import functools
@@ -42,7 +42,7 @@ NO_GPU = 3  # exit status
 
 
 class Way(NamedTuple):
-    """Where and in which precision a network runs, in the words of conf/trainer."""
+    """A device and precision: its name, and its settings of conf/trainer."""
 
     name: str
     words: tuple[str, ...]
@@ -54,10 +54,10 @@ GPU_BF16 = Way("GPU bf16", ("trainer=gpu",))
 
 
 class Tolerances(NamedTuple):
-    """Largest differences, relative unless said otherwise.
+    """The largest allowed differences, relative unless stated otherwise.
 
-    step: of the loss, of the gradient's norm, and of the gradient, |g - g'| / |g| over all parameters as one vector.
-    update: of the change of the weights that clipping and the optimizer make of one and the same gradient.
+    step: of the loss, of the gradient norm, and of the gradient, |g - g'| / |g| over all parameters as one vector.
+    update: of the change of the weights by clipping and the optimizer, for the same gradient.
     sample: root mean square over the pixels of images in [-1, 1].
     levels: mean absolute difference of the uint8 images.
     """
@@ -68,17 +68,17 @@ class Tolerances(NamedTuple):
     levels: float
 
 
-# Another order of summation, over the 10^4 to 10^6 terms of a convolution's gradient, costs float32 (24 bits, 6e-8)
-# about two digits. The update is float32 on every way, a few roundings of weights a thousand times larger than it.
+# Summing the 10^4 to 10^6 terms of the gradient of a convolution in another order loses about two digits of float32 (24
+# bits, 6e-8). The update is float32 on every device: a few roundings of weights that are a thousand times larger.
 FLOAT32 = Tolerances(step=1e-4, update=1e-4, sample=1e-3, levels=0.02)
-# bf16 has 8 bits, 4e-3 a rounding; some tens of layers one after another make up to a few per cent of it. In a sample
-# of an untrained network most pixels end at the clip, -1 or 1, and a few at the other one: bf16 on a CPU is 0.02 away
-# from float32 (cifar10), 0.08 (digits, guided), where the images' standard deviation is 0.9.
+# bf16 has 8 bits, 4e-3 per rounding. Over tens of layers this adds up to a few per cent. In a sample of an untrained
+# network most pixels are clipped to -1 or 1, and a few end at the other one. On a CPU, bf16 differs from float32 by
+# 0.02 (cifar10) and 0.08 (digits, guided); the standard deviation of the images is 0.9.
 BF16 = Tolerances(step=5e-2, update=1e-4, sample=0.15, levels=6.0)
 
 
 class Comparison(NamedTuple):
-    """One figure of one way beside the CPU's; `difference` must not be above `tolerance`."""
+    """One figure compared with that of the CPU. `difference` must not be above `tolerance`."""
 
     experiment: str
     way: str
@@ -91,17 +91,19 @@ class Comparison(NamedTuple):
         return self.difference <= self.tolerance  # false for nan
 
     def line(self) -> str:
-        verdict = "" if self.holds else "  DOES NOT HOLD"
+        verdict = "" if self.holds else "  FAILED"
         title = f"{self.experiment}, {self.way}: {self.figure}"
         return f"  {title:64} {self.difference:9.2e}   at most {self.tolerance:.0e}{verdict}"
 
 
-# ---- what is compared ----
+# ---- the comparison ----
 
 
 def awaken(network: nn.Module) -> None:
-    """Bring the layers that start as good as zero (1e-5 of the others) to the others' size: a fresh network outputs
-    nothing, and nothing flows back through it."""
+    """Scale the layers that are initialised to almost zero (1e-5 of the others) to the size of the others.
+
+    Otherwise the output of a new network is almost zero, and so are most gradients.
+    """
     with torch.no_grad():
         for p in network.parameters():
             if 0 < p.abs().max() < 1e-4:
@@ -109,8 +111,10 @@ def awaken(network: nn.Module) -> None:
 
 
 def build_run(experiment: str, way: Way, *more: str) -> Parts:
-    """The parts of the experiment's run, its network awake and on its device; no dropout, and the whole learning rate
-    at once. more: settings."""
+    """The parts of a run of the experiment, without dropout and without learning rate warmup.
+
+    Its network is on its device, and scaled by `awaken`. more: further settings.
+    """
     words = [f"+experiment={experiment}", "callbacks=none", "model.dropout=0", "lr_schedule.warmup_steps=0", *way.words]
     run = parts_of([*words, *more])
     awaken(run.denoiser.network)
@@ -119,7 +123,7 @@ def build_run(experiment: str, way: Way, *more: str) -> Parts:
 
 
 def random_batch(run: Parts, size: int) -> dict[str, Tensor]:
-    """Random images at positions 0 ... size - 1, with labels, as the loader would hand them to the module."""
+    """A batch of random images at positions 0 ... size - 1, with labels, as the loader returns it."""
     described = run.described
     shape = (size, described.channels, described.image_size, described.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -129,7 +133,7 @@ def random_batch(run: Parts, size: int) -> dict[str, Tensor]:
 
 
 class Step(NamedTuple):
-    """One training step: loss, gradient, and the change of the weights that was made of `gradient_used`."""
+    """One training step: its loss, its gradient, and the change of the weights."""
 
     loss: float
     gradient: Tensor
@@ -137,10 +141,10 @@ class Step(NamedTuple):
 
 
 def training_step(experiment: str, way: Way, gradient_used: Tensor | None = None) -> Step:
-    """A step of the module and its optimizer. Vectors are float64 on the CPU, all parameters one after another.
+    """Run one step of the module and its optimizer. Vectors are float64 on the CPU, over all parameters.
 
     Args:
-        gradient_used: the gradient that is clipped and handed to the optimizer; None for the step's own.
+        gradient_used: the gradient for clipping and the optimizer; None means that of the step.
     """
     run = build_run(experiment, way)
     module = run.training.module
@@ -161,11 +165,12 @@ def training_step(experiment: str, way: Way, gradient_used: Tensor | None = None
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
+    """All tensors as one float64 vector on the CPU."""
     return torch.cat([x.detach().to("cpu", torch.float64).flatten() for x in tensors])
 
 
 def ddim_sample(experiment: str, way: Way) -> Tensor:
-    """Images (BATCH, C, H, W) float32 on the CPU, before they are rounded to uint8: as `generate` makes them."""
+    """Sample images, float32 (BATCH, C, H, W) on the CPU, before rounding to uint8, in the same way as `generate`."""
     run = build_run(experiment, way, "sampler=ddim", f"sampler.num_steps={STEPS_OF_DDIM}")
     device, network = run.place.device, run.denoiser.network.eval()
     sampler, times = run.recipe.sampler_of(run.denoiser.schedule)
@@ -180,7 +185,7 @@ def ddim_sample(experiment: str, way: Way) -> Tensor:
 
 
 def compare(experiment: str, way: Way, allowed: Tolerances, reference: Way = CPU) -> list[Comparison]:
-    """A training step and a DDIM sample on one way, held against another."""
+    """Compare a training step and a DDIM sample on one device with those on another."""
     known, known_images = _references(experiment, reference)
     step, images = training_step(experiment, way, gradient_used=known.gradient), ddim_sample(experiment, way)
     norm, levels = known.gradient.norm(), (to_uint8(images).int() - to_uint8(known_images).int()).abs().float()
@@ -202,7 +207,7 @@ def _references(experiment: str, way: Way) -> tuple[Step, Tensor]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 means float32: no TF32 in matrix products and convolutions."""
+    """Context without TF32 in matrix products and convolutions."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -212,11 +217,11 @@ def exact_float32() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-# ---- does the host wait ----
+# ---- waiting of the host ----
 
 
 def host_waits(experiment: str, way: Way) -> str | None:
-    """What makes the host wait for the GPU within a training step, EMA included; None if nothing does."""
+    """The operation that makes the host wait for the GPU in a training step, including the EMA, or None."""
     run = build_run(experiment, way)
     module = run.training.module
     configured = module.configure_optimizers()
@@ -235,7 +240,7 @@ def host_waits(experiment: str, way: Way) -> str | None:
         ramp.step()
         ema.on_train_batch_end(SimpleNamespace(global_step=number), module)
 
-    for number in (1, 2):  # tables move to the device, the optimizer makes its state
+    for number in (1, 2):  # tables are copied to the device, and the optimizer creates its state
         step(number)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -249,11 +254,11 @@ def host_waits(experiment: str, way: Way) -> str | None:
     return None
 
 
-# ---- how fast ----
+# ---- speed ----
 
 
 def write_random_images(root: Path, described: Described) -> None:
-    """A data set of this image size, channels and classes, of noise."""
+    """Write a data set of noise with this image size, channels and classes."""
     random, shape = np.random.default_rng(0), (described.channels, described.image_size, described.image_size)
     classes = described.num_classes
     with ShardWriter(root, described.name, shape[1], shape[0], classes, max_samples=IMAGES // 16) as writer:
@@ -262,12 +267,13 @@ def write_random_images(root: Path, described: Described) -> None:
 
 
 def timed_training(experiment: str, steps: int, *words: str) -> dict[str, float]:
-    """`python -m diffusion.train +experiment=...` on random images, in a temporary folder: what its metrics.csv says.
+    """Run `python -m diffusion.train +experiment=...` on random images in a temporary folder. Returns its figures.
 
-    Rates are medians over the rows but the first, which holds the warming up. `seconds` is the whole command.
+    Rates are medians over the rows of metrics.csv, without the first row, which includes the warmup. `seconds` is for
+    the whole command.
 
     Args:
-        steps: of the optimizer; at least two rows' worth, 2 log_every.
+        steps: optimizer steps; at least two rows, 2 * log_every.
         words: further settings.
     """
     run = parts_of([f"+experiment={experiment}", "callbacks=none", *words])
@@ -298,7 +304,7 @@ def timed_training(experiment: str, steps: int, *words: str) -> dict[str, float]
 
 
 def machine() -> dict[str, Any] | None:
-    """The GPU and what drives it; None without one."""
+    """The GPU and the versions of its software; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     about = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -308,14 +314,14 @@ def machine() -> dict[str, Any] | None:
 
 
 def main(asked: GpuCheck, out: Path | None, say: Callable[[str], None]) -> int:
-    """Compare, look, time; say it, write it to `out`. Returns 0 if all holds, 1 if not, 3 without a GPU."""
+    """Run all checks, print the figures and write them to `out`. Returns 0 if all pass, 1 if not, 3 without a GPU."""
     about = machine()
     if about is None:
-        say("task=gpu_check needs a CUDA device and torch sees none here: nothing was compared.")
+        say("task=gpu_check needs a CUDA device, but torch finds none. Nothing was compared.")
         return NO_GPU
     found: dict[str, Any] = {"machine": about, "comparisons": []}
     say(f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}")
-    say("Differences from float32 on the CPU, relative unless said otherwise")
+    say("Differences from float32 on the CPU, relative unless stated otherwise")
     holds = True
     for experiment in EXPERIMENTS:
         for way, allowed in ((GPU, FLOAT32), (GPU_BF16, BF16)):
@@ -338,5 +344,5 @@ def main(asked: GpuCheck, out: Path | None, say: Callable[[str], None]) -> int:
     if out is not None:
         write_atomically(out, json.dumps(found, indent=2) + "\n")
         say(f"Figures: {out}")
-    say("All of it holds." if holds else "Not all of it holds.")
+    say("All checks passed." if holds else "Not all checks passed.")
     return 0 if holds else 1

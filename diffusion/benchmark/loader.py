@@ -1,14 +1,16 @@
-"""What our loader costs beside others, on this machine, now.
+"""Comparison of our loader with others on this machine.
 
-Photos: JPEGs in shards, decoded by worker processes; against torch's DataLoader that decodes the same bytes from
-memory, a plain webdataset pipeline, and MosaicML streaming where `loader.peers_python` has it. Small images: a set that
-is kept in memory decoded, without workers; against rows of one uint8 tensor. Each side runs as often as the others, in
-turn and in turned order, because a machine's speed drifts; a figure is the median over the alternations of our rate or
-cost over the peer's within one alternation. An alternation of the photos is made of short turns, so that all sides meet
-the same disturbances, and after every third one all processes are started anew, because one and the same loader costs
-some per cent more or less by how its memory happens to lie. What is counted is in the head of loader_peers.py.
+Photos are JPEGs in shards, decoded by worker processes. The peers are torch's DataLoader that decodes the same bytes
+from memory, a plain webdataset pipeline, and MosaicML streaming if `loader.peers_python` has it. Small images are a set
+that is kept decoded in memory, without workers. The peer is rows of one uint8 tensor.
 
-The files are read from the page cache: they have been written or read just before.
+All loaders run equally often, alternating and in alternating order, because the speed of a machine drifts. A figure is
+the median over the alternations of our rate or cost divided by that of the peer in the same alternation. An alternation
+of the photos consists of short turns, so that all loaders have the same disturbances. After every third alternation all
+processes are restarted, because the memory layout of a process changes the cost of a loader by a few per cent.
+loader_peers.py describes what is measured.
+
+The files are read from the page cache, because they have just been written or read.
 """
 
 import contextlib
@@ -35,10 +37,11 @@ from diffusion.config.words import PACKAGE
 from diffusion.data.shards.index import Index
 from diffusion.errors import Refusal
 from diffusion.files import write_atomically
+from diffusion.progress import counted
 from diffusion.scoring.scores import commit
 
 SMALL_BATCH = 128
-TURN, LIFE = 8, 3  # batches that a side gives before the next one does; alternations of one set of processes
+TURN, LIFE = 8, 3  # batches per turn of a loader; alternations after which the processes are restarted
 PEERS = {
     "memory": "torch's DataLoader, bytes in memory",
     "webdataset": "webdataset",
@@ -48,7 +51,7 @@ PEERS = {
 
 
 class Bar(NamedTuple):
-    """A figure and what it may be at most, or must be at least: ours / the peer's."""
+    """A figure and its limit: the largest or the smallest allowed ratio of ours to the peer's."""
 
     figure: str
     unit: str
@@ -62,7 +65,7 @@ class Bar(NamedTuple):
 
 
 BARS = (
-    Bar("photos, CPU time an image", "ms", "cpu_ms", "memory", 1.08, at_most=True),
+    Bar("photos, CPU time per image", "ms", "cpu_ms", "memory", 1.08, at_most=True),
     Bar("photos", "images/s", "images_per_second", "memory", 0.9),
     Bar("photos", "images/s", "images_per_second", "webdataset", 1.0),
     Bar("photos", "images/s", "images_per_second", "mosaicml", 1.0),
@@ -71,7 +74,7 @@ BARS = (
 
 
 class Comparison(NamedTuple):
-    """A bar and what was measured: medians of both sides, and of ours / the peer's with its smallest and largest."""
+    """A limit and the measurements: medians of both loaders, and the median, minimum and maximum of their ratio."""
 
     bar: Bar
     ours: float
@@ -87,7 +90,7 @@ class Comparison(NamedTuple):
     def line(self) -> str:
         title, digits = f"{self.bar.figure}, {self.bar.unit}; {PEERS[self.bar.peer]}", 2 if self.bar.unit == "ms" else 0
         numbers = f"{self.ours:11,.{digits}f} {self.theirs:11,.{digits}f} {self.ratio:6.2f} {self.spread():>15}"
-        return f"  {title:66}{numbers}   {self.bar.text():16}{'' if self.holds else 'DOES NOT HOLD'}".rstrip()
+        return f"  {title:66}{numbers}   {self.bar.text():16}{'' if self.holds else 'FAILED'}".rstrip()
 
     def spread(self) -> str:
         return f"{self.low:.2f} .. {self.high:.2f}"
@@ -98,11 +101,11 @@ class Comparison(NamedTuple):
         return figures | {"bar": self.bar.text(), "holds": self.holds}
 
 
-Measured = dict[str, list[dict[str, float]]]  # side -> a measurement for each alternation
+Measured = dict[str, list[dict[str, float]]]  # loader -> one measurement per alternation
 
 
 def compare(bar: Bar, measured: Measured) -> Comparison:
-    """Our measurements against the peer's, alternation by alternation."""
+    """Compare our measurements with those of the peer, for each alternation."""
     ours, theirs = ([m[bar.measure] for m in measured[side]] for side in ("ours", bar.peer))
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     median = statistics.median
@@ -113,11 +116,11 @@ def compare(bar: Bar, measured: Measured) -> Comparison:
 
 
 class Side:
-    """A loader in a process of its own, which is asked for measurements.
+    """A loader in its own process, which is queried for measurements.
 
     Args:
-        command: what starts it; it answers as loader_peers.serve does.
-        log: a file for what it says otherwise.
+        command: the command that starts it. It must answer like loader_peers.serve.
+        log: file for its other output.
     """
 
     def __init__(self, command: list[str], log: Path) -> None:
@@ -134,10 +137,10 @@ class Side:
             )
 
     def ask(self, question: str = "") -> Any:
-        """Its answer to a question, or without one to none: what it says of itself when it is ready.
+        """The answer of the process to a question. Without a question: its description, when it is ready.
 
         Raises:
-            RuntimeError: it has failed; the message ends with how.
+            RuntimeError: the process has failed; the message contains its output.
         """
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{question}\n" if question else "")
@@ -153,7 +156,7 @@ class Side:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End it: it ends by itself when nothing more can be asked. After a failure there is nothing to wait for."""
+        """End the process. It ends when its input is closed; after a failure it is killed."""
         if kind is not None:
             self.process.kill()
         with contextlib.suppress(BrokenPipeError):
@@ -168,7 +171,7 @@ class Side:
 
 @contextlib.contextmanager
 def sides(index: Index, loader: Loader, scratch: Path) -> Iterator[dict[str, Side]]:
-    """The loaders of the photos, in processes of their own, started at the same time."""
+    """Context with the loaders of the photos, each in its own process, started at the same time."""
     settings = {
         "root": str(index.root),
         "tars": [str(Path(index.root) / shard.path) for shard in index.shards],
@@ -195,7 +198,7 @@ def sides(index: Index, loader: Loader, scratch: Path) -> Iterator[dict[str, Sid
 
 
 def measured_photos(index: Index, loader: Loader, scratch: Path) -> tuple[Measured, dict[str, Any]]:
-    """(measurements by side, what each side says of itself and what memory its workers take)."""
+    """The measurements by loader, and the description of each loader with the memory of its workers."""
     measured: Measured = {}
     for begin in range(0, loader.rounds, LIFE):
         with sides(index, loader, scratch) as started:
@@ -214,24 +217,24 @@ def measured_photos(index: Index, loader: Loader, scratch: Path) -> tuple[Measur
 
 
 def check_same_work(about: dict[str, Any], shape: list[int]) -> None:
-    """RuntimeError unless all sides hand out batches of this shape, of uint8."""
+    """Raise RuntimeError unless all loaders return uint8 batches of this shape."""
     for name, said in about.items():
         if (said["shape"], said["dtype"]) != (shape, "torch.uint8"):
-            raise RuntimeError(f"{name} hands out {said['dtype']} {said['shape']}, expected torch.uint8 {shape}.")
+            raise RuntimeError(f"{name} returns {said['dtype']} {said['shape']}, expected torch.uint8 {shape}.")
 
 
 def turns(batches: int) -> list[int]:
-    """The batches of an alternation, cut into turns."""
+    """The numbers of batches of the turns of an alternation."""
     return [min(TURN, batches - done) for done in range(0, batches, TURN)]
 
 
 def in_turn(names: list[str], number: int) -> list[str]:
-    """Forwards, backwards, forwards, ..."""
+    """The names in alternating order: forwards for even numbers, backwards for odd ones."""
     return names if number % 2 == 0 else names[::-1]
 
 
 def figures(sums: dict[str, float]) -> dict[str, float]:
-    """Images/s and milliseconds of CPU time an image, from what Stopwatch.measure counted."""
+    """Images/s, and milliseconds of CPU time per image, from sums of the results of Stopwatch.measure."""
     return {
         "images_per_second": sums["images"] / sums["seconds"],
         "cpu_ms": 1e3 * sums["cpu_seconds"] / sums["decoded"],
@@ -243,7 +246,7 @@ def figures(sums: dict[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """torch computes with one thread."""
+    """Context in which torch uses one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -253,8 +256,10 @@ def one_thread() -> Iterator[None]:
 
 
 def measured_small(index: Index, rounds: int) -> Measured:
-    """An epoch of batches of 128 in each alternation, from our loader that has decoded all of them before, and from
-    one tensor (n, C, H, W) by a random permutation; in this process, without workers, with one thread."""
+    """Time an epoch of batches of 128 in each alternation, in this process, without workers, with one thread.
+
+    The loaders are ours, which has decoded all images before, and rows of one tensor (n, C, H, W) in random order.
+    """
     total = index.count("train")
     batches = iter(stream_loader(index, SMALL_BATCH, seed=0, cache="memory"))
     first = [next(batches)["image"] for _ in range(-(-total // SMALL_BATCH) + 1)]
@@ -287,7 +292,11 @@ def measured_small(index: Index, rounds: int) -> Measured:
 
 
 def check_loader(loader: Loader) -> None:
-    """Refuse a data set that is not there, too small a one, and an interpreter without MosaicML streaming."""
+    """Check the settings of the task.
+
+    Raises:
+        Refusal: a data set is missing or too small, or the interpreter does not have MosaicML streaming.
+    """
     for key, images in (("root", loader.images), ("cifar_root", loader.cifar_images)):
         root = getattr(loader, key)
         if root is not None:
@@ -297,49 +306,53 @@ def check_loader(loader: Loader) -> None:
                 raise Refusal(str(e).replace("data.root", f"loader.{key}")) from e
             found = index.count("train")
             if key == "cifar_root" and found < SMALL_BATCH:
-                raise Refusal(f"loader.{key}={root} has {found} images to train on: {SMALL_BATCH} are needed.")
+                raise Refusal(
+                    f"loader.{key}={root} has {counted(found, 'training image', 'training images')}, but at least "
+                    f"{SMALL_BATCH} are needed."
+                )
     python = loader.peers_python
     if python is None:
         return
-    cure = "Make an environment that has it with bash launch/loader_peers.sh, or leave the setting out."
+    cure = "Create an environment that has it with bash launch/loader_peers.sh, or leave the setting out."
     question = "import importlib.metadata as m; print(m.version('mosaicml-streaming'))"
     try:
         done = subprocess.run([str(python), "-I", "-c", question], capture_output=True, text=True)
     except OSError as e:
         raise Refusal(f"loader.peers_python={python} cannot be run ({e.strerror}). {cure}") from e
     if done.returncode:
-        raise Refusal(f"loader.peers_python={python} has no MosaicML streaming. {cure}")
+        raise Refusal(f"loader.peers_python={python} does not have MosaicML streaming. {cure}")
 
 
 def introduction(index: Index, loader: Loader) -> str:
+    """A line that describes the measurement of the photos."""
     images, size = index.count("train"), sum(shard.bytes for shard in index.shards)
     return (
         f"Photos: {images:,} of {index.image_size}x{index.image_size} in {len(index.shards)} shards, "
-        f"{size / images / 1e3:.1f} kB an image; {loader.num_workers} workers, batch {loader.batch_size}, "
+        f"{size / images / 1e3:.1f} kB per image; {loader.num_workers} workers, batch {loader.batch_size}, "
         f"{loader.rounds} alternations of {loader.batches} batches"
     )
 
 
 def memory_line(about: dict[str, Any]) -> str:
-    """PSS and RSS of the largest worker of each side."""
+    """A line with PSS and RSS of the largest worker of each loader."""
     largest = {name: max(said["workers"], key=lambda w: w["pss"]) for name, said in about.items() if said["workers"]}
     if not largest:
-        return "Memory of a worker: there are none"
+        return "Memory per worker: there are no workers"
     parts = [f"{name} {memory['pss']:,.0f} ({memory['rss']:,.0f})" for name, memory in largest.items()]
-    return f"Memory of a worker, MB PSS (RSS): {', '.join(parts)}"
+    return f"Memory per worker, MB PSS (RSS): {', '.join(parts)}"
 
 
 def main(loader: Loader, out: Path | None, say: Callable[[str], None]) -> int:
-    """Measure, say it, write it to `out`. Returns 0 if all bars hold, 1 if one does not."""
+    """Measure, print the figures and write them to `out`. Returns 0 if all limits are met, 1 if one is not."""
     with tempfile.TemporaryDirectory(prefix="loader_benchmark_") as scratch:
         photos, about = run_photos(loader, Path(scratch), say)
         small = run_small(loader, Path(scratch), say)
     comparisons = [compare(bar, found) for found in (photos, small) for bar in BARS if bar.peer in found]
-    say(f"  {'':66}{'ours':>11} {'theirs':>11} {'ratio':>6} {'min .. max':>15}   bar")
+    say(f"  {'':66}{'ours':>11} {'theirs':>11} {'ratio':>6} {'min .. max':>15}   limit")
     for comparison in comparisons:
         say(comparison.line())
     if "mosaicml" not in about:
-        say(f"  Left out: {PEERS['mosaicml']}. Make its environment with bash launch/loader_peers.sh, and give")
+        say(f"  Left out: {PEERS['mosaicml']}. Create its environment with bash launch/loader_peers.sh, and give")
         say("  loader.peers_python=.venv-peers/bin/python.")
     say(memory_line(about))
     holds = all(comparison.holds for comparison in comparisons)
@@ -349,11 +362,12 @@ def main(loader: Loader, out: Path | None, say: Callable[[str], None]) -> int:
         found |= {"sides": about, "photos": photos, "small": small}
         write_atomically(out, json.dumps(found, indent=2) + "\n")
         say(f"Figures: {out}")
-    say("All bars hold." if holds else "Not all bars hold.")
+    say("All limits are met." if holds else "Not all limits are met.")
     return 0 if holds else 1
 
 
 def run_photos(loader: Loader, scratch: Path, say: Callable[[str], None]) -> tuple[Measured, dict[str, Any]]:
+    """Measure the photos."""
     if loader.root is None:
         write_photos(scratch / "photos", loader.images, loader.image_size)
     index = subset(str(loader.root or scratch / "photos"), loader.images)
@@ -362,16 +376,17 @@ def run_photos(loader: Loader, scratch: Path, say: Callable[[str], None]) -> tup
 
 
 def run_small(loader: Loader, scratch: Path, say: Callable[[str], None]) -> Measured:
+    """Measure the small images."""
     if loader.cifar_root is None:
         write_small(scratch / "small", loader.cifar_images)
     index = subset(str(loader.cifar_root or scratch / "small"), loader.cifar_images)
     images, size = index.count("train"), index.image_size
-    say(f"Small: {images:,} images of {size}x{size}, batch {SMALL_BATCH}, {loader.rounds} alternations of an epoch")
+    say(f"Small: {images:,} images of {size}x{size}, batch {SMALL_BATCH}, {loader.rounds} alternations of one epoch")
     return measured_small(index, loader.rounds)
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and how busy it was."""
+    """The processor, its load average, and the commit."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     about = {"cpu": models[0].partition(":")[2].strip() if models else "unknown", "cpus": os.cpu_count()}
     return about | {"load_average": os.getloadavg()[0], "commit": commit()}

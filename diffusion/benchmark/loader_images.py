@@ -1,4 +1,4 @@
-"""Data sets for the loader's benchmark: the same images on every machine, which cost what real ones cost to decode."""
+"""Data sets for the benchmark of the loader: the same images on every machine, as expensive to decode as real ones."""
 
 import io
 from pathlib import Path
@@ -12,9 +12,9 @@ SHARDS, SMALL_SIZE = 8, 32
 
 
 def photo(number: int, size: int) -> bytes:
-    """A JPEG like a photo's in what it costs to decode: smooth fields, finer and weaker ones, and grain in places.
+    """A JPEG that is as expensive to decode as a photo: smooth fields of several scales, with grain in some places.
 
-    256 x 256 pixels take some 20 to 40 kB. The same number gives the same pixels.
+    At 256 x 256 pixels it has about 20 to 40 kB. The same number gives the same pixels.
     """
     random = np.random.default_rng(number)
 

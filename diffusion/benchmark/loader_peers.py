@@ -1,18 +1,20 @@
-"""One loader in a process of its own: its batches, and what they cost in seconds, in CPU time and in memory.
+"""Measurement of one loader in its own process: the seconds, CPU time and memory that its batches take.
 
     python -I diffusion/benchmark/loader_peers.py JSON        MosaicML streaming, in an environment that has it
 
-Runs without the rest of the package, because MosaicML streaming needs an older numpy than it: of what is imported here
-only torch, NumPy, Pillow and the peer itself are not in the standard library. The other loaders (loader_sides.py) are
-measured by the same functions:
+This file runs without the rest of the package, because MosaicML streaming needs an older numpy. It imports only torch,
+NumPy, Pillow, the peer and the standard library. The other loaders (loader_sides.py) are measured by the same
+functions:
 
-- A loader is at rest when its workers have decoded ahead what they may and wait. It is brought to rest, and from there
-  `ahead` + `batches` batches are taken and it is brought to rest again. As many batches are decoded between the two
-  rests as were taken, so CPU time is that of this process and of its workers, user and system, from rest to rest, over
-  the images of all of these batches: nothing is decoded for free, and nothing is counted that is not handed out.
-- The clock runs over the last `batches` of them. The first `ahead`, which were decoded before, are taken before it
-  starts, which takes milliseconds; when it stops the workers have as little of the next ones as when it started.
-- Processes are started, files opened and the first batches taken before the first rest.
+- A loader is idle when its workers have decoded all batches that they may decode ahead. The measurement waits until it
+is
+  idle, takes `ahead` + `batches` batches, and waits until it is idle again. In this time as many batches are decoded as
+  were taken. The CPU time per image is that of this process and its workers, user and system, divided by the images of
+  all these batches. So every decoded image is counted exactly once.
+- The clock runs during the last `batches` batches. The first `ahead` batches, which were decoded before, are taken
+before
+  it starts, which takes milliseconds. When it stops, the workers have decoded as little ahead as when it started.
+- Before the first measurement, processes are started, files are opened and the first batches are taken.
 """
 
 import ctypes
@@ -36,16 +38,16 @@ import numpy as np
 from PIL import Image, features
 from torch.utils.data import DataLoader
 
-PREFETCH = 2  # batches decoded ahead by each worker: the default of torch's DataLoader
+PREFETCH = 2  # batches decoded ahead by each worker, the default of torch's DataLoader
 LOOK_SECONDS, REST_SHARE, REST_SECONDS = 0.05, 0.1, 60.0
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "npy")
 
 
-# ---- what is in the tars ----
+# ---- reading the tars ----
 
 
 def stored(tars: Iterable[str | os.PathLike]) -> Iterator[tuple[bytes, int]]:
-    """(bytes of the image, label or 0) of every sample in the tars, in their order."""
+    """The bytes of the image, and the label or 0, of every sample in the tars, in their order."""
     for path in tars:
         with tarfile.open(path, "r:") as tar:
             members = ((*m.name.partition(".")[::2], tar.extractfile(m).read()) for m in tar if m.isfile())
@@ -62,7 +64,7 @@ def label_of(sample: dict[str, Any]) -> int:
 
 
 def decode(data: bytes, channels: int, image_size: int) -> np.ndarray:
-    """What `diffusion.data`'s decode_image does, for an environment without it: -> uint8 (C, H, W)."""
+    """Decode an image to uint8 (C, H, W). A copy of `decode_image` for an environment without the package."""
     if data.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(data), allow_pickle=False)
     else:
@@ -73,11 +75,11 @@ def decode(data: bytes, channels: int, image_size: int) -> np.ndarray:
     return array
 
 
-# ---- what a loader costs ----
+# ---- measuring a loader ----
 
 
 def cpu_seconds(process: int) -> float:
-    """User and system time of a running process and of all of its threads so far, to the nanosecond.
+    """User and system time of a running process, with all its threads, to the nanosecond.
 
     Raises:
         OSError: there is no such process.
@@ -90,26 +92,26 @@ def cpu_seconds(process: int) -> float:
 
 
 def memory_mb(process: int) -> dict[str, float]:
-    """RSS and PSS of a process in MB of 10^6 bytes. PSS shares each page out among all processes that have it."""
+    """RSS and PSS of a process in MB of 10^6 bytes. PSS divides each shared page among the processes that use it."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     kib = {name.rstrip(":"): int(number) for name, number, *_ in map(str.split, lines)}
     return {"rss": kib["Rss"] * 1024 / 1e6, "pss": kib["Pss"] * 1024 / 1e6}
 
 
 class Stopwatch:
-    """Takes a loader's batches and says what they cost; how is in the head of this module.
+    """Takes batches from a loader and measures what they cost, as described above.
 
     Args:
-        batches: an iterable of dictionaries with `image`, without end or long enough.
-        ahead: batches that may be decoded ahead; 0 without workers.
+        batches: an iterable of dictionaries with `image`, endless or long enough.
+        ahead: number of batches that may be decoded ahead; 0 without workers.
     """
 
     def __init__(self, batches: Iterable[dict[str, Any]], ahead: int) -> None:
-        others = {process.pid for process in multiprocessing.active_children()}  # none of the loader's
+        others = {process.pid for process in multiprocessing.active_children()}  # not workers of the loader
         self.ahead, self._iterator = ahead, iter(batches)
         first = next(self._iterator)["image"]
         self.shape, self.dtype = tuple(first.shape), str(first.dtype)
-        for _ in range(ahead):  # every worker has handed out a batch, and opened its files
+        for _ in range(ahead):  # then every worker has returned a batch and opened its files
             next(self._iterator)
         self._workers = [p.pid for p in multiprocessing.active_children() if p.pid not in others]
         self.rest()
@@ -118,10 +120,10 @@ class Stopwatch:
         return time.process_time() + sum(map(cpu_seconds, self._workers))
 
     def rest(self) -> None:
-        """Wait until the workers have nothing left to do: until all of them take next to no CPU time.
+        """Wait until the workers are idle: until all of them use almost no CPU time.
 
         Raises:
-            RuntimeError: they do not come to rest.
+            RuntimeError: they do not become idle within REST_SECONDS.
         """
         workers, give_up = self._workers, time.monotonic() + REST_SECONDS
         before, busy = {w: cpu_seconds(w) for w in workers}, bool(workers)
@@ -135,7 +137,7 @@ class Stopwatch:
             before = now
 
     def measure(self, batches: int) -> dict[str, float]:
-        """Take this many batches: `images` and the `seconds` they took; `decoded` images and their `cpu_seconds`."""
+        """Take batches, and return `images` and their `seconds`, `decoded` images and their `cpu_seconds`."""
         self.rest()
         cpu, ahead, images = self._cpu(), 0, 0
         for _ in range(self.ahead):
@@ -153,25 +155,26 @@ class Stopwatch:
         }
 
     def about(self) -> dict[str, Any]:
-        """What it hands out, and what with."""
+        """Shape and dtype of the batches, and versions of the libraries."""
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow")}
         versions |= {"python": platform.python_version(), "libjpeg": features.version("libjpeg_turbo")}
         return {"shape": self.shape, "dtype": self.dtype, "versions": versions}
 
     def memory(self) -> list[dict[str, float]]:
-        """Of each worker, at rest."""
+        """The memory of each idle worker."""
         self.rest()
         return [memory_mb(worker) for worker in self._workers]
 
 
 def serve(make: Callable[[], tuple[Stopwatch, str]]) -> None:
-    """Answer the lines of the standard input, a line of JSON each, until it ends.
+    """Answer each line of the standard input with a line of JSON, until the input ends.
 
-    First comes what is measured; then "N" is answered with the cost of N batches, and "memory" with that of the
-    workers. A failure is answered with {"error": ...}, and ends it. What else prints goes to the standard error.
+    The first line of output describes the loader. Then "N" is answered with the cost of N batches, and "memory" with
+    the memory of the workers. A failure is answered with {"error": ...}, and ends the process. All other output goes to
+    the standard error.
 
     Args:
-        make: builds the loader: its watch, and its name and version.
+        make: builds the loader; returns its Stopwatch, and its name and version.
     """
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
@@ -184,7 +187,7 @@ def serve(make: Callable[[], tuple[Stopwatch, str]]) -> None:
             answer(watch.about() | {"peer": peer})
             for line in sys.stdin:
                 answer(watch.memory() if line.strip() == "memory" else watch.measure(int(line)))
-        except Exception:  # whoever asked waits for an answer: this process may outlive its failure, for its workers
+        except Exception:  # the caller waits for an answer, and this process may wait for its workers
             answer({"error": traceback.format_exc()})
 
 
@@ -192,15 +195,15 @@ def serve(make: Callable[[], tuple[Stopwatch, str]]) -> None:
 
 
 def write_mds(tars: list[str], folder: str) -> None:
-    """The same bytes in MosaicML's own format."""
-    streaming = importlib.import_module("streaming")  # by name: measured here, no part of the package
+    """Write the same samples in the format of MosaicML."""
+    streaming = importlib.import_module("streaming")  # by name, because it is not a dependency of the package
     with streaming.MDSWriter(out=folder, columns={"image": "bytes", "label": "int"}) as writer:
         for image, label in stored(tars):
             writer.write({"image": image, "label": label})
 
 
 def mosaicml(settings: dict[str, Any]) -> DataLoader:
-    """Its shuffling dataset under torch's DataLoader; one long epoch, so that no pause between two is measured."""
+    """Its shuffled dataset with torch's DataLoader. One long epoch, so that no pause between epochs is measured."""
     streaming = importlib.import_module("streaming")
     channels, image_size = settings["channels"], settings["image_size"]
 
@@ -220,7 +223,7 @@ def mosaicml(settings: dict[str, Any]) -> DataLoader:
 
 
 def loader_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What all peers' DataLoaders are given."""
+    """The arguments of the DataLoader that are the same for all peers."""
     workers = {"num_workers": settings["num_workers"]}
     if workers["num_workers"]:
         workers |= {"multiprocessing_context": "fork", "prefetch_factor": PREFETCH}

@@ -2,9 +2,9 @@
 
     python -m diffusion.benchmark.loader_sides JSON
 
-Each runs in a process of its own, which loader_benchmark starts and questions. All decode with `decode_image`, with as
-many workers, batches of the same size, and two batches decoded ahead by each worker. Costs are measured by
-loader_peers.Stopwatch; this module knows how the loaders are built.
+Each loader runs in its own process, which benchmark/loader.py starts and queries. All of them decode with
+`decode_image`, with the same number of workers, the same batch size, and two batches decoded ahead by each worker.
+Costs are measured by loader_peers.Stopwatch; this module builds the loaders.
 """
 
 import importlib
@@ -38,7 +38,7 @@ Settings = dict[str, Any]
 
 
 def subset(root: str | Path, images: int) -> Index:
-    """The training split of a data set: as many whole shards, from its first on, as hold `images` images or all.
+    """The index of the first shards of the training split that together hold `images` images, or of all shards.
 
     Raises:
         ValueError: there is no data set in the folder `root`.
@@ -51,19 +51,20 @@ def subset(root: str | Path, images: int) -> Index:
 
 
 def stream_loader(index: Index, batch_size: int, seed: int, cache: str = "none", num_workers: int = 0) -> StreamLoader:
-    """Our loader of a training split, as one rank of one has it."""
+    """Our loader of a training split, for a single rank."""
     counts = [shard.samples for shard in index.shards]
     plan = Plan(counts, batch_size, choose_lanes(len(counts), batch_size), seed)
     return StreamLoader(Samples(index, "train", cache=cache), plan, Layout(batch_size), num_workers=num_workers)
 
 
 def ours(settings: Settings) -> DataLoader:
+    """Our loader."""
     index = subset(settings["root"], settings["images"])
     return stream_loader(index, settings["batch_size"], settings["seed"], num_workers=settings["num_workers"])
 
 
 class InMemory(Dataset):
-    """Encoded images, held in memory, that are decoded when they are asked for."""
+    """Encoded images in memory, which are decoded when they are requested."""
 
     def __init__(self, settings: Settings) -> None:
         self.channels, self.image_size = settings["channels"], settings["image_size"]
@@ -78,7 +79,7 @@ class InMemory(Dataset):
 
 
 def memory(settings: Settings) -> DataLoader:
-    """torch's DataLoader on the bytes in memory, in random order: no file is read."""
+    """torch's DataLoader on bytes in memory, in random order. No file is read."""
     samples = InMemory(settings)
     generator = torch.Generator().manual_seed(settings["seed"])
     order = RandomSampler(samples, num_samples=settings["total"], generator=generator)  # one permutation after another
@@ -86,11 +87,11 @@ def memory(settings: Settings) -> DataLoader:
 
 
 def webdataset(settings: Settings) -> Any:
-    """webdataset's own pipeline over the tars: shards drawn at random without end, then a shuffling buffer of 1,000.
+    """webdataset's pipeline over the tars: shards drawn at random without end, then a shuffle buffer of 1,000 samples.
 
-    Collated by torch's default_collate, which puts the images straight into memory that processes share.
+    Batches are collated by torch's default_collate, which writes the images directly to shared memory.
     """
-    wds = importlib.import_module("webdataset")  # by name: it is the peer here, our own use of it is in diffusion.data
+    wds = importlib.import_module("webdataset")  # by name, because here it is the peer; diffusion.data uses it too
 
     def decoded(sample: dict[str, Any]) -> dict[str, Any]:
         data = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
@@ -108,7 +109,7 @@ SIDES: dict[str, Callable[[Settings], Any]] = {"ours": ours, "memory": memory, "
 
 
 def peer(side: str) -> str:
-    """What a side is, with its version; our own is the commit that the figures name."""
+    """The package of a loader, with its version. For ours, the figures contain the commit."""
     package = {"memory": "torch", "webdataset": "webdataset"}.get(side)
     return f"{package} {importlib.metadata.version(package)}" if package else "diffusion"
 

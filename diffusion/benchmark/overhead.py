@@ -1,8 +1,8 @@
-"""What it costs a run to be able to survive: signals, saving every 500 steps, and looking whether gradients are finite.
+"""The cost of making a run resumable: handling signals, saving every 500 steps, and checking that gradients are finite.
 
-The digits are trained with all of it and with none of it, by the same Trainer otherwise, in turn. A figure is the mean
-time of a step over so many steps that each run with it saves at least once; the ratio is the median over the
-alternations. Beside it stands how much the runs without it differ from one to the next: a machine can tell no less.
+The digits are trained with and without these, alternating, with the same Trainer otherwise. Each run is long enough to
+save at least once. The figure of a run is the mean time per step; the ratio is the median over the alternations. It is
+printed with the typical difference between two runs without them, which is the noise of the machine.
 """
 
 import itertools
@@ -31,7 +31,7 @@ LIMIT = 1.01
 
 
 class Clock(Callback):
-    """Seconds a step, from the end of step WARM_UP to the end of training."""
+    """Measures seconds per step, from the end of step WARM_UP to the end of training."""
 
     def __init__(self) -> None:
         self.began, self.seconds = 0.0, 0.0
@@ -44,8 +44,8 @@ class Clock(Callback):
         self.seconds = (time.perf_counter() - self.began) / (trainer.global_step - WARM_UP)
 
 
-def seconds_a_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
-    """Train the digits from the beginning in a new folder: seconds a step, with all that lets it survive or without."""
+def seconds_per_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
+    """Train the digits from the beginning in a new folder, with (`whole`) or without these parts: seconds per step."""
     words = ["+experiment=digits", "trainer=cpu", "callbacks=none", f"data.root={data}", f"run_dir={scratch}"]
     parts = parts_of([*words, f"trainer.max_steps={steps + WARM_UP}", "save.every_steps=500"])
     signals, clock = Signals(), Clock()
@@ -59,7 +59,7 @@ def seconds_a_step(steps: int, scratch: Path, data: Path, whole: bool) -> float:
 
 
 def main(asked: Overhead, out: Path | None, say: Callable[[str], None]) -> int:
-    """The task `overhead` of `diffusion.benchmark`; the exit status, 0 if the bar holds."""
+    """The task `overhead` of `diffusion.benchmark`. Returns the exit status, 0 if the limit is met."""
     steps, rounds = asked.steps, asked.rounds
     say(f"Training the digits for {steps} steps, {2 * rounds} times: with signals, saving and checks, and without")
     found: dict[bool, list[float]] = {True: [], False: []}
@@ -68,7 +68,7 @@ def main(asked: Overhead, out: Path | None, say: Callable[[str], None]) -> int:
         prepare_digits(data)
         for turn in range(rounds):
             for whole in (True, False) if turn % 2 else (False, True):
-                found[whole].append(seconds_a_step(steps, Path(folder) / f"run_{next(number)}", data, whole))
+                found[whole].append(seconds_per_step(steps, Path(folder) / f"run_{next(number)}", data, whole))
             say(f"  {1e3 * found[True][-1]:.2f} ms with, {1e3 * found[False][-1]:.2f} ms without")
     ratios = [a / b for a, b in zip(found[True], found[False], strict=True)]
     itself = [b / a for a, b in itertools.pairwise(found[False])] or [1.0]
@@ -76,8 +76,8 @@ def main(asked: Overhead, out: Path | None, say: Callable[[str], None]) -> int:
     ratio = statistics.median(ratios)
     holds = ratio <= max(LIMIT, 1 + 2 * spread)
     say(
-        f"with / without: {ratio:.4f} ({min(ratios):.4f} .. {max(ratios):.4f}); runs without it differ from one to the "
-        f"next by {spread:.4f}. At most {LIMIT:g}, or twice that: {'holds' if holds else 'does not hold'}"
+        f"with / without: {ratio:.4f} ({min(ratios):.4f} .. {max(ratios):.4f}). Runs without differ by {spread:.4f}. "
+        f"Limit: {LIMIT:g}, or 1 plus twice that difference: {'passed' if holds else 'FAILED'}"
     )
     if out is not None:
         figures = {"with": found[True], "without": found[False], "ratio": ratio, "spread": spread, "holds": holds}

@@ -1,4 +1,4 @@
-"""What the benchmarks are asked; the meaning of each setting stands in conf/benchmark.yaml."""
+"""The settings of the benchmarks. conf/benchmark.yaml describes each of them."""
 
 from dataclasses import dataclass
 from typing import Annotated
