@@ -160,7 +160,7 @@ def test_missing_data_name_the_key_the_folder_and_the_command(tmp_path):
 def test_a_truncated_file_is_named(tmp_path, part):
     file = write(tmp_path) / part
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=rf"shard file {part} has \d+ bytes .* truncated"):
+    with pytest.raises(ValueError, match=rf"shard file {part} has \d+ bytes, but .* truncated"):
         read_index(tmp_path)
 
 

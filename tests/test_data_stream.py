@@ -338,7 +338,7 @@ def test_the_data_module_tells_what_the_index_says(root):
         (dict(batch_size=96, max_bad_share=1.5), r"data\.max_bad_share=1\.5"),
         (
             dict(batch_size=96, remote={"cache": "x"}),
-            r"data\.remote has no cache, only attempts, timeout, folder",
+            r"data\.remote\.cache is not a setting.* are attempts, timeout, folder",
         ),
         (dict(batch_size=96, remote={"attempts": 0}), r"data\.remote\.attempts=0"),
         (dict(batch_size=96, remote={"timeout": 0}), r"data\.remote\.timeout=0"),
@@ -351,8 +351,8 @@ def test_settings_out_of_range_are_named(root, setting, complaint):
 
 def test_a_data_module_for_one_data_set_refuses_another(root):
     for kind, complaint in (
-        (CIFAR10DataModule, "CIFAR10DataModule is for a set with image_size 32, this one has 2"),
-        (LSUNDataModule, "LSUNDataModule is for a set with channels 3, this one has 1"),
+        (CIFAR10DataModule, "CIFAR10DataModule needs a set with image_size=32, but this one has image_size=2"),
+        (LSUNDataModule, "LSUNDataModule needs a set with channels=3, but this one has channels=1"),
         (CelebAHQDataModule, "channels 3"),
     ):
         with pytest.raises(ValueError, match=complaint):

@@ -310,7 +310,7 @@ WRONG = {
     "classes of another set": (["source=x", "dataset=cifar10"], r"cifar10 has 10 classes, source=x has 2 \(ant"),
     "empty folder": (["source=empty"], "source=empty: no image .* it is empty"),
     "no LMDB": (["source=no_lmdb", "dataset=lsun_church"], "source=no_lmdb is not an LMDB"),
-    "other files": (["source=x", "out=thesis"], "out=thesis holds other files (such as thesis.tex)"),
+    "other files": (["source=x", "out=thesis"], "out=thesis holds other files .such as thesis.tex"),
     "a file": (["source=x", "out=thesis/thesis.tex"], "out=thesis/thesis.tex is a file"),
     "nothing to verify": (["task=verify", "out=empty"], "has no index.json"),
     "verify what": (["task=verify"], "task=verify needs out=FOLDER"),

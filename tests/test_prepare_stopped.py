@@ -185,5 +185,5 @@ def test_a_worker_that_is_killed_is_told_with_what_it_was_at():
             os.kill(os.getpid(), signal.SIGKILL)
         return item
 
-    with pytest.raises(RuntimeError, match="ended by signal 9, at third"):
+    with pytest.raises(RuntimeError, match="ended by signal 9 at third"):
         list(over_processes(["first", "second", "third"], work, 1, lambda done: None))

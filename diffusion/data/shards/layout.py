@@ -44,10 +44,10 @@ def check_batch(batch_size: int, ranks: int, accumulate: int = 1) -> None:
     parts = ranks * accumulate
     if batch_size % parts:
         below = batch_size // parts * parts
-        nearest = " or ".join(str(size) for size in (below, below + parts) if size)
+        nearest = " or ".join(f"data.batch_size={size}" for size in (below, below + parts) if size)
         raise ValueError(
             f"data.batch_size={batch_size} is not divisible by {counted(ranks, 'rank', 'ranks')} (trainer.devices x "
-            f"trainer.num_nodes) x trainer.accumulate={accumulate}. The nearest batch sizes that are: {nearest}."
+            f"trainer.num_nodes) x trainer.accumulate={accumulate}. Give {nearest}."
         )
 
 
