@@ -161,12 +161,12 @@ def tell(rows: list[dict], record: Mapping[str, Any] | None = None) -> None:
         record: of the run of the model that they are about.
     """
     from diffusion.metrics.published import table_text
-    from diffusion.page import told
+    from diffusion.page import with_model
     from diffusion.scoring.scores import describe
 
     for row in rows:
         print(describe(row))
-    if text := table_text([told(row, record or {}) for row in rows]):
+    if text := table_text([with_model(row, record or {}) for row in rows]):
         print(f"\n{text}\n")
 
 

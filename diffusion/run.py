@@ -27,7 +27,7 @@ from diffusion.files import Room, describe_disk_error, reason, size_of, writing
 from diffusion.metrics.metric import Metric
 from diffusion.metrics.published import table_text
 from diffusion.metrics.reference import Reference
-from diffusion.page import told, write_report
+from diffusion.page import with_model, write_report
 from diffusion.progress import counted
 from diffusion.runs.folder import OF_ANOTHER_RUN
 from diffusion.scoring.gallery import Gallery
@@ -354,7 +354,7 @@ class Run:
                 rows = self.score(step, {name: parts.metrics[name] for name in missing}, final=True)
                 for row in rows:
                     self.say(describe(row))
-                if text := table_text([told(row, self.training.module.record) for row in rows]):
+                if text := table_text([with_model(row, self.training.module.record) for row in rows]):
                     self.say(text)
         if main:
             folder.point_best()

@@ -145,7 +145,7 @@ def test_lanes_follow_from_the_data_set_and_the_batch():
 def test_a_batch_that_does_not_divide_names_the_keys_and_the_nearest_sizes():
     with pytest.raises(
         ValueError,
-        match=r"data\.batch_size=100 .*trainer\.devices.*trainer\.accumulate=2.* Give data\.batch_size=96 or data\.batch_size=108\.",
+        match=r"data\.batch_size=100 .*trainer\.devices.*accumulate=2.* data\.batch_size=96 or data\.batch_size=108\.",
     ):
         check_batch(100, ranks=6, accumulate=2)
     with pytest.raises(ValueError, match=r"data\.batch_size=3 .* Give data\.batch_size=8\."):

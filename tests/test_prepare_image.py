@@ -213,9 +213,7 @@ def test_500_mutated_images_are_either_samples_or_refused():
 def test_a_line_whose_short_side_would_become_the_size_is_refused_before_it_is_resized(crop):
     """5,000 x 1 pixels at a short side of 32 are 160,000 x 32."""
     line = coded(Image.new("RGB", (5000, 1)))
-    with pytest.raises(
-        BadImage, match="5000 x 1 pixels, which resized to a short side of 32 has more than max_pixels=1,000,000"
-    ):
+    with pytest.raises(BadImage, match="5000 x 1 pixels, which resized to .* more than max_pixels=1,000,000"):
         make(line, Rule(32, crop=crop, max_pixels=1_000_000))
     with pytest.raises(BadImage, match="5000 x 1 pixels, more than max_pixels=4,999"):
         make(np.zeros((1, 5000, 3), np.uint8), Rule(32, crop=crop, max_pixels=4999))

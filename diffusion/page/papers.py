@@ -9,9 +9,12 @@ from diffusion.runs.recorded import described
 Row = Mapping[str, Any]
 
 
-def told(row: Row, record: Mapping[str, Any]) -> Row:
-    """The row with what the run's configuration says of the model and the row does not: objective, learned variance,
-    schedule, classes, size. A row about images of files is not about the model."""
+def with_model(row: Row, record: Mapping[str, Any]) -> Row:
+    """Add a description of the model to a row, from the configuration of its run.
+
+    The keys are those of `runs.recorded.described`. Values in the row take precedence. A row about images of files is
+    not about a model, and is returned unchanged.
+    """
     if "images" in row or not record:
         return row
     return described(record) | dict(row)
@@ -20,7 +23,7 @@ def told(row: Row, record: Mapping[str, Any]) -> Row:
 def against_papers(rows: Sequence[Row], record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows: `tables` (title, source, note, columns, lines), `departures`, `missing` fields, and
     `others`: why scores without a place have none."""
-    rows = [told(row, record) for row in rows]
+    rows = [with_model(row, record) for row in rows]
     inside = [row for row in rows if places(row)]
     tables = []
     for table in filled(rows):

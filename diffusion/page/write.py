@@ -9,7 +9,7 @@ from diffusion.page.chart import Chart, inline
 from diffusion.page.html import environment
 from diffusion.page.likelihood import bound_charts, progress_rows, read_bound
 from diffusion.page.metrics_csv import Metrics
-from diffusion.page.papers import against_papers, told
+from diffusion.page.papers import against_papers, with_model
 from diffusion.page.pictures import newest_picture, pictures
 from diffusion.page.scores import score_table, warnings
 from diffusion.page.settings import figures_of_training, origin, settings, summary
@@ -50,7 +50,7 @@ def write_report(folder: Run) -> Path:
     scores = [r for r in results if r.get("step") == scored]
     newest, others, damaged = pictures(folder.samples)
     unread = [f"samples/{name}" for name in damaged]
-    bound, sweep = read_bound(folder.path / "likelihood"), [told(row, record) for row in sweep_of(folder.path)]
+    bound, sweep = read_bound(folder.path / "likelihood"), [with_model(row, record) for row in sweep_of(folder.path)]
     page = {
         "title": record.get("name") or folder.path.resolve().name,
         "summary": summary(record, step),
