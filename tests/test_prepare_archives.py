@@ -274,12 +274,12 @@ def test_an_npz_is_what_its_head_and_its_checksum_say(method, tmp_path):
     with pytest.raises(ValueError, match="arr_0 cannot be read: .*(CRC|decompressing)"):
         open_source(tmp_path / "x.npz")
     for shape in ("(5, 8, 8, 4)", f"({2**40}, 8, 8, 3)", f"({2**62}, 8, 8, 3)", "(-5, 8, 8, 3)", "(0, 8, 8, 3)"):
-        with pytest.raises(ValueError, match="arr_0 cannot be read: uint8 .* in 960 bytes"):
+        with pytest.raises(ValueError, match="arr_0 cannot be read: .* uint8 .* has 960 bytes"):
             opened(npy(sound.replace("(5, 8, 8, 3)", shape), array.tobytes()))
     for head in ("(" * 90, "{}", sound.replace("|u1", "|O"), "__import__('os').abort()"):
         with pytest.raises(ValueError, match="arr_0 cannot be read: "):
             opened(npy(head, array.tobytes()))
-    with pytest.raises(ValueError, match=r"arr_0 cannot be read: an \.npy of version \(9, 0\)"):
+    with pytest.raises(ValueError, match=r"arr_0 cannot be read: \.npy version \(9, 0\) is not"):
         opened(npy(sound, array.tobytes()).replace(b"Y\1", b"Y\x09"))
 
 

@@ -124,7 +124,8 @@ class ImageShardsDataModule(LightningDataModule):
         if self.digest not in (None, index.digest):
             raise ValueError(
                 f"data.root={self.root} holds another data set ({index.digest[:12]}…) than "
-                f"data.digest={self.digest[:12]}…: its images, their order or their shards have changed."
+                f"data.digest={self.digest[:12]}…: its images, their order or their shards have changed. Restore the "
+                f"set, or start a new run with another run_dir."
             )
         return index
 

@@ -50,7 +50,7 @@ class Mixture:
     ) -> None:
         weights, means = _float64(weights), _float64(means)
         if (covariances is None) == (stds is None):
-            raise ValueError("Give either covariances or stds, not both and not neither.")
+            raise ValueError("Give exactly one of covariances and stds.")
         if weights.ndim != 1 or means.ndim not in (1, 2) or len(means) != len(weights) or not (weights > 0).all():
             raise ValueError(f"weights {weights.tolist()} must be positive, one per mean (means {tuple(means.shape)}).")
         self.of_vectors = means.ndim == 2

@@ -132,7 +132,7 @@ def read_head(path: Path) -> Head:
     wanted = ("global_step", "state_dict", "ema", "config")
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"it is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"it is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")
     step = content["global_step"]
     if type(step) is not int or not 0 <= step < 1 << 62:
         raise ValueError("it is not a checkpoint of this program: its global_step is not a valid number of steps")

@@ -133,7 +133,7 @@ class Index:
         shards = tuple(shard for shard in self.shards if shard.split == split)
         if not shards:
             raise ValueError(
-                f"data.split={split} is not a split of data.root={self.root}, which has {', '.join(self.splits)}."
+                f"data.split={split} is not a split of data.root={self.root}. Give one of {', '.join(self.splits)}."
             )
         return shards
 

@@ -54,7 +54,7 @@ class ShardReader(Protocol):
         """Whether the file is the one whose content was checked."""
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
 
 
 class Shards(Protocol):

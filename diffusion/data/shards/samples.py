@@ -76,7 +76,7 @@ def _array(data: bytes) -> np.ndarray:
     }[np.lib.format.read_magic(stream)]
     shape, by_columns, dtype = read_header(stream, max_header_size=NPY_HEADER)
     if dtype != np.uint8 or math.prod(shape) != len(data) - stream.tell():
-        raise ValueError(f"an array of {dtype} {shape} in {len(data) - stream.tell()} bytes")
+        raise ValueError(f"its header states {dtype} {shape}, but it has {len(data) - stream.tell()} bytes of data")
     return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
 
 

@@ -113,11 +113,11 @@ def _head(file: BinaryIO, size: int) -> tuple[tuple[int, ...], str, np.dtype, in
     begin = file.tell()
     version = np.lib.format.read_magic(file)
     if version not in HEADS:
-        raise ValueError(f"an .npy of version {version}")
+        raise ValueError(f".npy version {version} is not supported")
     shape, fortran, dtype = HEADS[version](file)
     head = file.tell() - begin
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not loaded")
+        raise ValueError("it contains Python objects, which are not loaded")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size - head:
-        raise ValueError(f"{dtype} {shape} in {size - head:,} bytes")
+        raise ValueError(f"its header states {dtype} {shape}, but it has {size - head:,} bytes of data")
     return shape, "F" if fortran else "C", dtype, head
