@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.compose import check_words
 from diffusion.config.composer import compose, conf_dir, groups, searched
-from diffusion.config.values import _keys, kind_at
+from diffusion.config.values import kind_at
 from diffusion.config.words import shown
 from diffusion.settings import ANY, Kind
 
@@ -56,18 +56,29 @@ def _groups(command: str, cfg: DictConfig, chosen: dict[str, str], width: int) -
 
 def _settings(command: str, cfg: DictConfig, chosen: dict[str, str], width: int) -> Iterator[str]:
     """All settings in the order of the configuration, those of no group first."""
-    required = [str(key) for key in OmegaConf.missing_keys(cfg)]
-    keys = [*required, *_keys(cfg)]
-    keys = sorted(keys, key=lambda key: "." in key)
+    keys = sorted(_keys(cfg), key=lambda key: "." in key)
     group = ""
     for key in keys:
         if (first := key.partition(".")[0] if "." in key else "") != group:
             group = first
             yield ""
-        value = "REQUIRED" if key in required else shown(_raw(cfg, key))
+        raw = _raw(cfg, key)
+        value = "REQUIRED" if raw == "???" else shown(raw)
         kind = allowed(kind_at(key, cfg, command))
         text = "  ".join(part for part in (description(key, command, chosen), f"[{kind}]" if kind else "") if part)
         yield from _wrapped(f"  {key}={value}", text, width, WIDTH)
+
+
+def _keys(cfg: DictConfig, above: str = "") -> Iterator[str]:
+    """All settings, those that are required and not given among them."""
+    for name in cfg:
+        if str(name).startswith("_"):
+            continue
+        node = cfg._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            yield from _keys(node, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
 
 
 def _raw(cfg: DictConfig, key: str) -> Any:
