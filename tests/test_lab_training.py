@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion.lab.gaussian import denoising_error
-from diffusion.lab.images import candidates, discretisation, initialisation, interpolated, training
+from diffusion.lab.images import calls_of_all, candidates, discretisation, initialisation, interpolated, training
 from diffusion.lab.initialisation import spectrum
 from diffusion.lab.training_error import (
     Known,
@@ -22,6 +22,7 @@ from diffusion.lab.training_error import (
     quarters,
     some_times,
 )
+from diffusion.lab.verdict import cheapest_sampler
 from diffusion.process.grids import times
 from diffusion.process.schedule import Prediction, ve_geometric, vp_linear
 from diffusion.process.toy import Gaussian, Mixture, modes
@@ -224,6 +225,24 @@ def test_the_errors_of_a_model_that_is_exact_are_those_of_its_walk():
     tried = candidates(settings, denoise, z, 0)
     assert [(c.words, c.num_steps, c.calls) for c in tried] == [("now", 20, 20), ("more", 40, 40), ("other", 20, 20)]
     assert tried[1].distance < 0.7 * tried[0].distance
+
+
+def test_the_work_of_a_setting_is_its_network_calls():
+    """By a sampler of two calls a step: what is announced is what is made, and the cheapest change is that of calls."""
+    x0, grid, called = images(8).float(), times(1000, 2), []
+    settings = [("now", Heun(VP), grid), ("other sampler", DDIM(VP), times(1000, 3))]
+
+    def denoise(x_t, t, labels=None):
+        called.append(t)
+        return as_images(TOY.denoiser(VP))(x_t, t)
+
+    initialisation(Heun(VP), denoise, grid, x0, spectrum(x0), 0)
+    discretisation(Heun(VP), denoise, grid, x0, 0)
+    tried = candidates(settings, denoise, x0, 0)
+    assert len(called) == calls_of_all(Heun(VP), grid, settings)
+    assert [(c.num_steps, c.calls) for c in tried] == [(2, 3), (3, 3)]
+    better = [tried[0]._replace(distance=1.0), tried[1]._replace(distance=0.1)]
+    assert "other sampler, at no cost" in cheapest_sampler(better)
 
 
 def test_a_model_that_is_off_shows_in_training_and_nowhere_else():
