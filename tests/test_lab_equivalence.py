@@ -97,7 +97,11 @@ def test_the_verdict_on_known_errors(parts, walk, dominant, words):
 def images(init, disc, low, high, quarter=(0.1, 0.2, 0.3, 0.1)):
     begun = Initialisation(901, Bounds(0.1, 0.2), init)
     short = Discretisation([10, 20, 40, 80], [disc, disc / 2, disc / 4], None, disc)
-    tried = [Candidate("now", 10, 0.1), Candidate("sampler.spacing=trailing", 10, 0.09), Candidate("more", 20, 0.04)]
+    tried = [
+        Candidate("now", 10, 10, 0.1),
+        Candidate("sampler.spacing=trailing", 10, 10, 0.09),
+        Candidate("more", 20, 20, 0.04),
+    ]
     return begun, short, Training([1], [], Bounds(low, high), list(quarter)), tried
 
 
@@ -129,9 +133,9 @@ def test_the_verdict_on_a_trained_model(errors, dominant, words):
 
 def test_where_no_setting_is_better_it_is_said():
     begun, short, learned, _ = images(0.01, 0.5, 0.1, 0.2)
-    tried = [Candidate("now", 10, 0.1), Candidate("other", 10, 0.099)]
+    tried = [Candidate("now", 10, 10, 0.1), Candidate("other", 10, 10, 0.099)]
     said = of_images(begun, short, learned, tried, LOW_START, unseen=True)
     assert "None of the other settings" in " ".join(said.words)
-    free = [Candidate("now", 10, 0.1), Candidate("better", 10, 0.02), Candidate("best", 20, 0.01)]
+    free = [Candidate("now", 10, 10, 0.1), Candidate("better", 10, 10, 0.02), Candidate("best", 20, 20, 0.01)]
     said = of_images(begun, short, learned, free, LOW_START, unseen=True)
     assert "The cheapest change: better, at no cost" in " ".join(said.words)

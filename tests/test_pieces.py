@@ -231,7 +231,7 @@ def test_steps_are_recorded_as_they_are_asked_for_and_a_former_record_goes_on(ru
     about["sampling"]["num_steps"] = 6
     path.write_text(json.dumps(about, sort_keys=True))
     status, output = call(*words)
-    assert status == 0 and "predictorcorrector, 3 steps of 2 visits" in output and "8 of them were there" in output
+    assert status == 0 and "predictorcorrector, 3 steps of 2 visits" in output and "8 of them existed" in output
     scored = ["evaluate", f"checkpoint={run}", *words[4:], "num_images=20", "metrics=[fid]", "out=r.jsonl"]
     assert call(*scored)[0] == 0
     found = rows(tmp_path / "r.jsonl")["fid"]
@@ -298,7 +298,7 @@ def test_an_evaluation_that_ends_while_it_writes_its_samples_keeps_its_rows_once
         patched.setattr(Gallery, "write_npz", full)
         assert call(*words)[0] == 2
     status, output = call(*words)
-    assert status == 0 and "20 of them were there" in output, output
+    assert status == 0 and "20 of them existed" in output, output
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1 and len(samples(tmp_path / "s")) == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "s"]
 

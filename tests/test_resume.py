@@ -110,7 +110,7 @@ def test_a_signal_saves_and_exits_with_its_number(number, digits, tmp_path):
     process.send_signal(number)
     output = finish(process, 128 + number)
     last = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert f"Stopped by signal {int(number)} at step {last};" in output
+    assert f"Stopped by signal {int(number)} at step {last}. Run the same command to continue." in output
     assert last <= STEPS, f"the signal took {last - 6} steps to be obeyed"
     whole(words, tmp_path, "stopped")
     whole(words, tmp_path)

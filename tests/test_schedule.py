@@ -251,7 +251,7 @@ def test_one_step_of_the_linear_schedule_gives_ddpms_own_coefficients():
 
 def test_a_kernel_towards_more_noise_is_refused():
     for kernel in (posterior, transition):
-        with pytest.raises(ValueError, match="s <= t"):
+        with pytest.raises(ValueError, match="s must not be above t"):
             kernel(VP["linear"], 3, 4)
 
 
