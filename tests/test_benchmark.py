@@ -14,7 +14,7 @@ from diffusion.benchmark.gpu_check import BF16, CPU, FLOAT32, Comparison, Step, 
 from diffusion.training.module import DiffusionModule
 
 CPU_BF16 = Way("CPU bf16", ("trainer=cpu", "trainer.precision=bf16-mixed", "trainer.memory_format=channels_last"))
-NO_GPU = "task=gpu_check needs a CUDA device and torch sees none here: nothing was compared.\n"
+NO_GPU = "task=gpu_check needs a CUDA device, but torch finds none. Nothing was compared.\n"
 
 
 def test_the_same_way_twice_differs_in_nothing():

@@ -227,7 +227,7 @@ def test_a_directory_that_swallows_members_is_refused(tmp_path):
 
 @pytest.mark.parametrize("table", [b"[" * 100_000, b'[["0.png", ' + b"9" * 5000 + b"]]"], ids=["nested", "long"])
 def test_a_table_of_labels_that_overwhelms_json_is_refused(table, tmp_path):
-    with pytest.raises(ValueError, match=r"labels_from=dataset\.json: it is not name and label"):
+    with pytest.raises(ValueError, match=r"labels_from=dataset\.json must be JSON or CSV"):
         open_source(filled(tmp_path / "x.zip", FLAT | {"dataset.json": table}, "zip"))
 
 

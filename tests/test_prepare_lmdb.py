@@ -152,7 +152,7 @@ def test_a_damaged_value_is_one_bad_entry_and_the_keys_are_listed_without_the_va
             entry.read()
         except BadEntry as error:
             bad.append(str(error))
-    assert len(bad) == 1 and "is not that of its value" in bad[0]
+    assert len(bad) == 1 and "is not the page of its value" in bad[0]
     for page in values:
         data[page : page + PAGE] = bytes(PAGE)
     (folder / "data.mdb").write_bytes(data)

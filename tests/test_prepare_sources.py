@@ -143,7 +143,7 @@ def test_labels_can_be_left_out_and_unlabelled_images_have_none(tmp_path):
         ("folders", None, "needs at least two folders"),
         ("l.csv", "0.png,1\n", "5 images have no label, such as '"),
         ("l.json", "{", "must be JSON or CSV with a name and a label"),
-        ("l.json", json.dumps({name: -1 for name in FLAT}), "labels from -1 to -1"),
+        ("l.json", json.dumps({name: -1 for name in FLAT}), "labels are from -1 to -1"),
         ("l.json", json.dumps({name: [1, 0] for name in FLAT}), "is neither an integer nor text"),
         ("nowhere.csv", None, "cannot be read: No such file"),
     ],
@@ -251,7 +251,7 @@ def test_a_pickle_of_cifar10_calls_nothing(tmp_path):
     bad = {
         "io.open": Trap(sprung),
         "open": {"data": Trap(sprung), "labels": [0]},
-        "not called": {**good, "more": [objects]},
+        "not allowed": {**good, "more": [objects]},
         "is not uint8": {**good, "data": PIXELS[0].astype(np.float32)},
         "not uint8": {**good, "labels": [0] * 3},
         "outside 0..9": {**good, "labels": [10] * ROWS},

@@ -326,10 +326,12 @@ def check_loader(loader: Loader) -> None:
 def introduction(index: Index, loader: Loader) -> str:
     """A line that describes the measurement of the photos."""
     images, size = index.count("train"), sum(shard.bytes for shard in index.shards)
+    shards = counted(len(index.shards), "shard", "shards")
     return (
-        f"Photos: {images:,} of {index.image_size}x{index.image_size} in {len(index.shards)} shards, "
-        f"{size / images / 1e3:.1f} kB per image; {loader.num_workers} workers, batch {loader.batch_size}, "
-        f"{loader.rounds} alternations of {loader.batches} batches"
+        f"Photos: {images:,} of {index.image_size}x{index.image_size} in {shards}, "
+        f"{size / images / 1e3:.1f} kB per image; {counted(loader.num_workers, 'worker', 'workers')}, batch "
+        f"{loader.batch_size}, {counted(loader.rounds, 'alternation', 'alternations')} of "
+        f"{counted(loader.batches, 'batch', 'batches')}"
     )
 
 
@@ -381,7 +383,8 @@ def run_small(loader: Loader, scratch: Path, say: Callable[[str], None]) -> Meas
         write_small(scratch / "small", loader.cifar_images)
     index = subset(str(loader.cifar_root or scratch / "small"), loader.cifar_images)
     images, size = index.count("train"), index.image_size
-    say(f"Small: {images:,} images of {size}x{size}, batch {SMALL_BATCH}, {loader.rounds} alternations of one epoch")
+    rounds = counted(loader.rounds, "alternation", "alternations")
+    say(f"Small: {images:,} images of {size}x{size}, batch {SMALL_BATCH}, {rounds} of one epoch")
     return measured_small(index, loader.rounds)
 
 
