@@ -148,7 +148,7 @@ def test_two_ranks_measure_what_one_does(root, tmp_path):
     finish(start([*words, "run_dir=two", "trainer.devices=2"], tmp_path))
     for step in (10, 20):
         assert measured(tmp_path / "one", step) == pytest.approx(measured(tmp_path / "two", step), rel=1e-4)
-    counted = "120 images of split test"
+    counted = "120 held-out images of split test"
     assert counted in finish(start([*words, "run_dir=three", "trainer.max_steps=1"], tmp_path))
 
 

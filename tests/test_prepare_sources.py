@@ -256,7 +256,7 @@ def test_a_pickle_of_cifar10_calls_nothing(tmp_path):
         "not uint8": {**good, "labels": [0] * 3},
         "outside 0..9": {**good, "labels": [10] * ROWS},
         "no table": [1, 2],
-        "it encodes by 'rot13'": Rot(),
+        "it uses the encoding 'rot13'": Rot(),
     }
     for complaint, content in bad.items():
         members = cifar("py") | {"cifar-10-batches-py/data_batch_3": pickled(content, False)}
@@ -270,7 +270,7 @@ def test_a_pickle_of_cifar10_calls_nothing(tmp_path):
             open_source(tmp_path / "x.tar.gz")
     huge = b"\x80\x02]r" + (0xFFFFFFFF).to_bytes(4, "little") + b"."  # a place in the memo that would take 64 GB
     filled(tmp_path / "x.tar.gz", cifar("py") | {"cifar-10-batches-py/data_batch_3": huge}, "tar.gz")
-    with pytest.raises(ValueError, match="holds no table"):
+    with pytest.raises(ValueError, match="has no table"):
         open_source(tmp_path / "x.tar.gz")
     assert not sprung.exists()
     pickle.loads(pickle.dumps(Trap(sprung))).close()
