@@ -383,7 +383,7 @@ def test_a_file_system_without_locks_is_named_and_nobody_is_said_to_hold_the_fol
 
     monkeypatch.setattr("fcntl.lockf", refuse)
     with (
-        pytest.raises(ValueError, match="does not support locks .Function not implemented."),
+        pytest.raises(ValueError, match="not support locks .Function not implemented."),
         RunFolder(tmp_path).locked(),
     ):
         pass

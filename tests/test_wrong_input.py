@@ -18,7 +18,7 @@ WRONG = {
     "wrong type of integer": ("train", ["data.batch_size=1.5"], ["data.batch_size=1.5", "an integer"]),
     "negative lr": ("train", ["optimizer.lr=-1e-3"], ["optimizer.lr=-0.001", "above 0"]),
     "batch not divisible": (
-        "train", ["data.batch_size=10", "trainer.devices=3"], ["data.batch_size=10", "trainer.devices", "batch_size=12"],
+        "train", ["data.batch_size=10", "trainer.devices=3"], ["data.batch_size=10", "trainer.devices", "_size=12"],
     ),
     "accumulation not divisible": ("train", ["trainer.accumulate=5"], ["data.batch_size=64", "trainer.accumulate=5"]),
     "more steps than levels": ("train", ["sampler.num_steps=1001"], ["sampler.num_steps=1001", "1000"]),
