@@ -157,11 +157,13 @@ def _file(group: str, option: str) -> Path | None:
 
 
 def comments(file: Path) -> dict[str, str]:
-    """Return the comments beside the keys of a config file, by key, as "sweep.eta"; lines of comment below one go on
-    with it."""
+    """Return the comments beside the keys of a config file, by key, as "sweep.eta".
+
+    Lines of comment below one continue it; a line that ends with a colon is of the key below.
+    """
     found: dict[str, str] = {}
     path: list[tuple[int, str]] = []
-    last, column = "", 0
+    last, column, above = "", 0, ""
     for line in file.read_text().splitlines() if file.is_file() else ():
         comment = COMMENT.match(line)
         key = KEY.match(comment["before"] if comment else line)
@@ -172,12 +174,14 @@ def comments(file: Path) -> dict[str, str]:
             names = [last]
             if inner := re.findall(r"[{,]\s*(\w+):", key["rest"].partition("#")[0]):  # {root: null}
                 names = [f"{last}.{name}" for name in inner]
-            if comment:
-                found |= dict.fromkeys(names, comment["text"].strip())
+            if comment or above:
+                text = comment["text"].strip() if comment else above.removesuffix(":")
+                found |= dict.fromkeys(names, text)
                 last = names[0]
         elif comment and not comment["before"].strip() and last in found and len(comment["before"]) >= column > 0:
             text = f"{found[last]} {comment['text'].strip()}"
             found = {k: text if v == found[last] else v for k, v in found.items()}
         elif line.strip():
             last = ""
+        above = line[2:].strip() if line.startswith("# ") and line.endswith(":") else ""
     return found
