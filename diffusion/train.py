@@ -37,24 +37,27 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, signals: Signals) -> int:
-    """The whole command; the exit status."""
+    """Run the command and return its exit status."""
     with refusing(cfg.debug):
-        check(cfg, typed())
         compute = take(cfg.trainer, Compute)
-        compute.check()
 
     def say(message: str) -> None:
         if compute.main:
             print(message, flush=True)
 
     with signals.held([signal.SIGTERM] if compute.ranks > 1 else []), refusing(cfg.debug):
+        check(cfg, typed())
+        compute.check()
         check_data(cfg, typed())
         folder = RunFolder(cfg.run_dir)
         record = Recorded(OmegaConf.to_container(cfg), f"run_dir={folder.path}")
         folder.refuse_other(record)
         wanted = set(cfg.metrics) if cfg.callbacks.enabled else None
         if step := folder.finished(record, cfg.trainer.max_steps, wanted):
-            say(f"{folder.path} is finished: {step} steps, nothing is missing. See {folder.report_path}")
+            say(
+                f"Already complete ({step:,} steps). To train longer, raise trainer.max_steps. "
+                f"Report: {folder.report_path}"
+            )
             return 0
         from diffusion.build import early  # torch and lightning, now that the configuration is sound
         from diffusion.build.run import run_parts

@@ -55,7 +55,7 @@ def test_a_finished_run_says_so_and_what_is_missing_is_made(run, call, tmp_path)
     shutil.copytree(run[0], tmp_path / "run", symlinks=True)
     before = (tmp_path / "run" / "results.jsonl").read_text()
     status, output = call("train", *run[1])
-    assert status == 0 and "is finished: 6 steps" in output
+    assert status == 0 and "Already complete (6 steps)" in output
     grid = tmp_path / "run" / "samples" / "step_00000006.png"
     pixels = np.asarray(Image.open(grid))
     grid.unlink()

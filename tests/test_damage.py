@@ -211,7 +211,7 @@ def test_a_stray_checkpoint_is_no_end_of_the_run(place, runs, capfd):
     out = capfd.readouterr().out
     assert "99999999 steps" not in out and "continuing from step 3" in out and same_weights(run, runs / "whole")
     assert inside("train", COMMANDS["train"], place) == 0
-    assert f"is finished: {STEPS} steps" in capfd.readouterr().out
+    assert f"Already complete ({STEPS} steps)" in capfd.readouterr().out
 
 
 def test_a_damaged_digest_is_not_the_checkpoints_damage(place, runs, capfd):

@@ -86,7 +86,7 @@ def test_sweep_trains_one_run_after_another_and_finds_them_again(digits, tmp_pat
     assert said[0].startswith("+ ") and "-m diffusion.train --multirun " in said[0]
     runs = sorted(p.parent for p in tmp_path.glob("runs/*/config.yaml"))
     assert [yaml.safe_load((r / "config.yaml").read_text())["seed"] for r in runs] == [0, 1]
-    assert sum("is finished" in line for line in finish(start("sweep.sh", *words, output=output), output)) == 2
+    assert sum("Already complete" in line for line in finish(start("sweep.sh", *words, output=output), output)) == 2
 
 
 def test_sweep_refuses_all_runs_for_one_that_cannot_be(tmp_path):

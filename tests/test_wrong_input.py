@@ -92,7 +92,7 @@ def test_what_changes_nothing_that_is_trained_may_differ(small_run, command, tmp
     run, words = small_run
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     done = command("train", *words, "run_dir=run", "sampler.num_steps=7", "save.keep=1", "data.num_workers=1", check=0)
-    assert "is finished: 2 steps" in done.stdout
+    assert "Already complete (2 steps)" in done.stdout
 
 
 def test_a_folder_of_something_else_is_refused(command, tmp_path, digits):
