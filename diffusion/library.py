@@ -31,6 +31,7 @@ from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.launcher import Compute
 from diffusion.distributed.place import Place
 from diffusion.errors import Refusal
+from diffusion.notices import as_warnings
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress
 from diffusion.samplers.base import Visit
@@ -219,7 +220,8 @@ def load(
     folders = [str(folder) for folder in config_dirs]
     with searching(folders):
         pass  # which refuses folders that do not exist
-    trained = door.trained(str(Path(checkpoint).expanduser()), cfg.ema, cfg.trust)
+    with as_warnings():
+        trained = door.trained(str(Path(checkpoint).expanduser()), cfg.ema, cfg.trust)
     if trained.image_shape[0] not in (1, 3):
         raise Refusal(f"checkpoint={checkpoint} is a model of points, of which there are no pictures.")
     return Model(trained, Place.of(take(cfg.trainer, Compute)), folders)

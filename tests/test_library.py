@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -89,6 +90,15 @@ def test_nothing_is_printed_unless_it_is_asked_for(run):
     with contextlib.redirect_stderr(err):
         model.sample(2, num_steps=2, progress=True)
     assert "sampling: 2 images" in err.getvalue()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_python_warning(run, tmp_path, capfd):
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / "checkpoints" / "step_00000004.ckpt").write_bytes(b"half")
+    capfd.readouterr()
+    with pytest.warns(UserWarning, match="step_00000004.ckpt"):
+        assert diffusion.load(copy, device="cpu").step == 3
+    assert capfd.readouterr() == ("", "")
 
 
 def test_images_become_pil_images(model):

@@ -501,7 +501,7 @@ def test_a_sweep_is_an_array_of_runs_and_one_that_is_warned_goes_on_in_its_folde
     assert [folder for _, folder, _ in again] == [folder for _, folder, _ in runs]
     for job, folder, output in again:
         cluster.finish(job, output)
-        assert f"Already complete ({STEPS} steps)" in text(output)
+        assert f"Already complete ({STEPS} steps)" in text(output) and f"{folder}/report.html" in text(output)
 
 
 def test_a_sweep_of_one_run_on_two_nodes_that_is_preempted_comes_back(cluster, sweep, whole, tmp_path):
