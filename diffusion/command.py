@@ -39,10 +39,15 @@ PLACEHOLDERS = {"out": "FOLDER", "checkpoint": "PATH", "task": "NAME", "name": "
 PLACEHOLDERS |= {"data.image_size": "PIXELS", "extractor.name": "NAME", "extractor.target": "package.module.function"}
 
 
+CURE = re.compile(r"\b(?:[Gg]ive|brackets:|mean) ")  # begins what a message says to type
+LIST = re.compile(r"(?<![\w.'\"+])(\+{0,2}[a-z][\w.]*=\[[^\s\]]*\])")
+
+
 def for_a_shell(message: str) -> str:
-    """Return a message with the lists to be typed in quotes: zsh takes brackets for a pattern."""
-    typed = re.compile(r"(?<![\w.'\"+])\+{0,2}[a-z][\w.]*=\[[^\s\]]*\]")
-    return typed.sub(lambda found: f"'{found[0]}'" if found.start() else found[0], message)  # the first one was met
+    """Return a message with the lists that it says to type in quotes: zsh takes brackets for a pattern."""
+    found = CURE.search(message)
+    start = found.end() if found else len(message)
+    return message[:start] + LIST.sub(r"'\1'", message[start:])
 
 
 @contextmanager

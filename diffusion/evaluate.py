@@ -106,7 +106,7 @@ def check_paths(cfg: DictConfig) -> None:
     if cfg.overwrite and cfg.samples is None:
         raise Refusal("overwrite=true is for samples=FOLDER, which is not given.")
     if cfg.per_class and "fid" not in cfg.metrics:
-        raise Refusal(f"per_class=true is of fid, which metrics={list(cfg.metrics)} leaves out.")
+        raise Refusal(f"per_class=true needs fid in metrics; metrics=[{','.join(cfg.metrics)}] does not contain it.")
     if cfg.task == "sweep" and cfg.checkpoint is None:
         raise Refusal("task=sweep needs checkpoint=PATH (a run folder or a .ckpt).")
     if cfg.task == "sweep" and cfg.samples is not None:

@@ -354,14 +354,14 @@ WRONG = {
     "no metric": (["metrics=[]"], "metrics=[] measures nothing: give some of bits_per_dim, fid, is, kid"),
     "a name that is taken": (
         [*OWN[:1], "extractor.name=digits", "extractor.target=inceptions.small"],
-        "a name of its own",
+        "is the name of a built-in extractor",
     ),
     "weights that are not there": (["extractor.weights=no.pth"], "there are no weights at no.pth"),
     "classes of an unlabelled reference": (
         ["reference=large.npz", "per_class=true"],
         "reference=large.npz has no labels",
     ),
-    "classes without FID": (["metrics=[is]", "per_class=true"], "per_class=true is of fid"),
+    "classes without FID": (["metrics=[is]", "per_class=true"], "per_class=true needs fid in metrics; metrics=[is]"),
     "samples in a file": (["samples=large.npz"], "samples=large.npz: large.npz is a file"),
     "samples where there are some": (["samples=."], "samples=. already holds png"),
     "nothing to overwrite": (["overwrite=true"], "overwrite=true is for samples=FOLDER"),

@@ -27,6 +27,7 @@ from diffusion.errors import Refusal
 from diffusion.models.network import lacking
 from diffusion.models.resolutions import resolutions
 from diffusion.notices import say
+from diffusion.progress import counted
 from diffusion.runs.folder import RunFolder
 from diffusion.runs.recorded import Recorded
 from diffusion.scoring.trained import Trained
@@ -235,8 +236,8 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
     wanted = model.image_shape[1], model.image_shape[0]
     if (found := (made.index.image_size, made.index.channels)) != wanted:
         raise Refusal(
-            f"data.root={where} holds images of {found[0]} pixels and {found[1]} channel(s), the model of "
-            f"checkpoint={path} was trained on {wanted[0]} pixels and {wanted[1]} channel(s): give another data.root."
+            f"data.root={where} holds images of {_size(*found)}, the model of checkpoint={path} was trained on images "
+            f"of {_size(*wanted)}. Give another data.root."
         )
     for classes in {config.at("data.num_classes") or 0, model.num_classes} - {0, made.index.classes}:
         raise Refusal(
@@ -244,6 +245,10 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
             f"{classes}: give another data.root."
         )
     return made
+
+
+def _size(side: int, channels: int) -> str:
+    return f"{side}x{side} pixels and {counted(channels, 'channel', 'channels')}"
 
 
 def _refuse_elsewhere(model: Trained, root: str | None) -> None:

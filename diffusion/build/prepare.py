@@ -21,6 +21,7 @@ from diffusion.data.sources.source import shown
 from diffusion.errors import Refusal
 from diffusion.files import size_of
 from diffusion.models.resolutions import nearest_resolutions, resolutions
+from diffusion.progress import counted
 
 MODELS = {"unet_8": (8, 2), "unet_32": (32, 8), "unet_64": (64, 16), "unet_256": (1 << 30, 32)}  # up to, multiple of
 HISTOGRAM = 20  # classes listed, at most
@@ -147,24 +148,24 @@ def introduction(job: Job, plan: Plan) -> str:
         [
             f"Making {job.out}",
             f"  from    {job.origin}: {job.source.kind}{dropped}",
-            f"  images  {rule.image_size}x{rule.image_size}, {rule.channels} channel(s), "
+            f"  images  {rule.image_size}x{rule.image_size}, {counted(rule.channels, 'channel', 'channels')}, "
             + (f"{classes} classes ({listed(job.source.classes)})" if classes else "no labels"),
             f"  rule    crop {rule.crop}, resize {rule.resize}, {rule.format} {loss}; "
             "an image that has the size is kept as it is",
-            f"  splits  {splits}; {len(plan.ranges)} shards",
+            f"  splits  {splits}; {counted(len(plan.ranges), 'shard', 'shards')}",
         ]
     )
 
 
 def report(job: Job, summary: dict[str, Any], train: str) -> str:
-    """What was made, what was left out, where to look, and what to do next."""
+    """Return a summary: what was created, what was left out, where to look, and what to do next."""
     rule, images = job.rule, sum(summary["images"].values())
     splits = ", ".join(f"{split} {count:,}" for split, count in summary["images"].items())
     fresh = images - summary["original"]
     lines = [
         f"{job.out}: {images:,} images of {rule.image_size}x{rule.image_size} ({splits}) "
-        f"in {summary['shards']} shards, {size_of(summary['bytes'])}",
-        f"  from     {job.origin}: {summary['original']:,} as they were, {fresh:,} encoded anew"
+        f"in {counted(summary['shards'], 'shard', 'shards')}, {size_of(summary['bytes'])}",
+        f"  from     {job.origin}: {summary['original']:,} kept unchanged, {fresh:,} re-encoded"
         + (f", {summary['enlarged']:,} of them enlarged" if summary["enlarged"] else ""),
     ]
     if summary["skipped"]:
@@ -233,5 +234,6 @@ def verdict(index: Index, wrong: list[str]) -> str:
     """The result of task=verify."""
     images = sum(shard.samples for shard in index.shards)
     if not wrong:
-        return f"{index.root}: {images:,} images in {len(index.shards)} shards are as they were written."
+        shards = counted(len(index.shards), "shard", "shards")
+        return f"{index.root}: no damage found: {counted(images, 'image', 'images')} in {shards}."
     return "\n".join([f"error: {index.root} is damaged; prepare it again.", *(f"  {line}" for line in wrong)])

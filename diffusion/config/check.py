@@ -55,7 +55,8 @@ def check(cfg: DictConfig, typed: Typed | None = None) -> None:
         )
     if cfg.get("extractor", {}).get("target") is not None and cfg.extractor.name in OWN:
         raise Refusal(
-            f"extractor.name={cfg.extractor.name} names another one: give extractor.target's a name of its own."
+            f"extractor.name={cfg.extractor.name} is the name of a built-in extractor. Give the one of "
+            f"extractor.target another name."
         )
     if cfg.get("task") == "sweep" and not isinstance(cfg.sampler.spacing, str):
         refuse_times("sampler.spacing", cfg.sampler.spacing)
@@ -111,7 +112,7 @@ def check_scores(cfg: DictConfig) -> None:
 
 
 def check_training(cfg: DictConfig) -> None:
-    """Batch and ranks, sizes, steps of the sampler, classes, guidance, loss of nothing but what was asked for."""
+    """Check that batch, model, data, sampler, guidance and extractor settings fit together."""
     check_batch(cfg.data.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes, cfg.trainer.accumulate)
     if cfg.data.lanes is not None:
         check_lanes(cfg.data.lanes, cfg.data.batch_size)

@@ -29,7 +29,7 @@ class Walk(NamedTuple):
 
 
 def of_parts(parts: Parts, walk: Walk) -> Verdict:
-    """Of errors that are known."""
+    """The verdict when all errors are known exactly."""
     if parts.total < NOTHING and parts.sum < NOTHING:
         return Verdict("none", ["There is no error above rounding."])
     named = {name: getattr(parts, name) for name in ("initialisation", "training", "discretisation")}
