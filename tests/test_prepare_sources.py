@@ -263,7 +263,7 @@ def test_a_pickle_of_cifar10_calls_nothing(tmp_path):
         path = filled(tmp_path / "x.tar.gz", members, "tar.gz")
         with pytest.raises(ValueError, match=f"data_batch_3 is not a batch of CIFAR-10.*({complaint}|has no data)"):
             open_source(path)
-    much = {"more than 1,000,000 steps": b"]" * 2_000_000, "more than 33,554,432 bytes": bytes(1 << 26)}
+    much = {"more than 1,000,000 opcodes": b"]" * 2_000_000, "more than 33,554,432 bytes": bytes(1 << 26)}
     for complaint, batch in much.items():
         filled(tmp_path / "x.tar.gz", cifar("py") | {"cifar-10-batches-py/data_batch_3": batch}, "tar.gz")
         with pytest.raises(ValueError, match=f"data_batch_3 is not a batch of CIFAR-10: .*{complaint}"):

@@ -97,4 +97,4 @@ def test_what_every_rank_finds_damaged_is_said_by_the_first_alone(rank, tmp_path
     with pytest.raises(ValueError, match="has no usable checkpoint"):
         checkpoint_path(str(folder.path))
     out, err = capfd.readouterr()
-    assert ("line 1 is not a result" in err, "step_00000001.ckpt is not used" in out) == (rank == 0, rank == 0)
+    assert ("line 1 is not a valid result" in err, "step_00000001.ckpt is not used" in out) == (rank == 0, rank == 0)
