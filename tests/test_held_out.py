@@ -171,7 +171,7 @@ def test_one_that_a_signal_has_ended_is_made_when_the_run_goes_on(root, tmp_path
     "words, complaint",
     [
         (["held_out.split=validation"], "held_out.split=validation is not a split of the set"),
-        (["held_out.split=train"], "held_out.split=train is the split that is trained on"),
+        (["held_out.split=train"], "held_out.split=train is the training split"),
         (["held_out.every_steps=-1"], "held_out.every_steps=-1 must be at least 0"),
         (["held_out.num_images=0"], "held_out.num_images=0 must be at least 1"),
         (["held_out.batch_size=2.5"], "held_out.batch_size=2.5 is not an integer"),
@@ -187,7 +187,7 @@ def test_wrong_settings_are_refused_before_the_run(words, complaint, root, call,
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["+experiment=gmm", "held_out.split=train"], "held_out.split=train is the split that is trained on"),
+        (["+experiment=gmm", "held_out.split=train"], "held_out.split=train is the training split"),
         (["+experiment=gmm", "held_out.split=test"], "held_out.split=test is not a split of the set modes, which has"),
         (["+experiment=gmm", "held_out.num_images=5"], "held_out.num_images=5 has no effect: data=mixture has no spl"),
         (["data.root={digits}", "held_out.every_steps=5"], "held_out.every_steps=5 has no effect: data=digits has no"),
@@ -207,7 +207,7 @@ def test_the_digits_in_a_folder_with_a_split_test_measure_it(root, tmp_path, mon
 
 
 def test_a_run_is_not_built_that_holds_out_what_it_is_trained_on(tmp_path):
-    with pytest.raises(ValueError, match="held_out.split=train is the split that is trained on"):
+    with pytest.raises(ValueError, match="held_out.split=train is the training split"):
         split_of(HeldOut(split="train"), MixtureDataModule("modes", 8, 4))
     assert split_of(HeldOut(), MixtureDataModule("modes", 8, 4)) is None
     assert split_of(HeldOut(every_steps=0, split="test"), MixtureDataModule("modes", 8, 4)) is None

@@ -131,7 +131,7 @@ class ImageShardsDataModule(LightningDataModule):
 
     @property
     def readable(self) -> bool:
-        """Whether the set can be read as it is; False where it has yet to be made."""
+        """Whether the set exists; False if it must be created first."""
         return self.drawn or is_remote(self.root) or (Path(self.root) / INDEX_NAME).is_file()
 
     def read(self) -> Index:

@@ -77,7 +77,7 @@ class FlowSummary(NamedTuple):
 
 
 def check_start(start: float, schedule: Schedule) -> None:
-    """ValueError if the flow cannot begin at this time under a schedule."""
+    """Raise ValueError if the flow cannot start at this time of the schedule."""
     if not 0 < start < schedule.num_timesteps:
         raise ValueError(f"likelihood.start={start} is outside (0, schedule.num_timesteps={schedule.num_timesteps}).")
 

@@ -99,9 +99,10 @@ def reverse_std(
 
 
 def needs_learned_variance(key: str) -> Refusal:
-    """What is raised where a setting asks for a learned variance of a network that predicts none."""
+    """The error for a setting that needs a learned variance, if the network does not predict one. key: the setting."""
     return Refusal(
-        f"{key}=learned: this network predicts no variance; give small or large, or train with objective=hybrid."
+        f"{key}=learned: this network does not predict a variance. Give {key}=small or {key}=large, or train with "
+        "objective=hybrid."
     )
 
 

@@ -71,7 +71,7 @@ def _plain(row: Row) -> bool:
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock of a file of results that is in no run folder."""
+    """Path of the lock of a results file outside of a run folder."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -82,7 +82,7 @@ def _line(row: Row, path: Path) -> str:
         wrong = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "a number in it")
         what = f"{wrong}={row[wrong]}" if wrong in row else wrong
         raise ValueError(
-            f"The result {row.get('name')} is not added to {path}, nor those beside it: {what} is not finite."
+            f"No result was added to {path}: {what} of the result {row.get('name')} is not finite."
         ) from None
 
 
@@ -96,7 +96,7 @@ class Results:
 
     @classmethod
     def of_file(cls, path: Path, named: str) -> Self:
-        """Those of a file that is in no run folder; its lock lies beside it. named: as in `files.locked`."""
+        """The results of a file outside of a run folder, with a lock file beside it. named: as in `files.locked`."""
         return cls(path, lambda: locked(lock_beside(path), named, wait=True))
 
     def __init__(self, path: Path, locked: Callable[[], AbstractContextManager]) -> None:
@@ -130,7 +130,7 @@ class Results:
         """Add results. The file is written atomically, so that a kill leaves either all of them or none.
 
         Raises:
-            ValueError: a number is not finite, which JSON does not have. Nothing is added then.
+            ValueError: a number is not finite, which JSON does not support. Nothing is added then.
         """
         lines = [_line(row, self.path) for row in rows]
         with self._locked():

@@ -51,7 +51,7 @@ class Training:
         fingerprint_every: steps between two fingerprints; 0 means none.
         max_nonfinite: steps that may be skipped.
         deterministic: make training reproducible to the bit on a GPU and on several processes too.
-        callbacks: further callbacks, the user's own.
+        callbacks: further callbacks of the user.
         arguments: further arguments of Lightning's Trainer.
     """
 

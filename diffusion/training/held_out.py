@@ -113,10 +113,10 @@ def chosen(count: int, wanted: int | None, seed: int) -> NDArray[np.int64]:
 
 
 def split_of(held_out: HeldOut, data: ImageShardsDataModule) -> str | None:
-    """The split that is measured; None if nothing is to be measured, or the data have no split for it.
+    """The split to measure; None if the measurement is switched off or the data set has no split for it.
 
     Raises:
-        ValueError: the split that is asked for does not exist, or is the one that is trained on.
+        ValueError: held_out.split does not exist, or is the training split.
     """
     if not held_out.every_steps:
         return None
@@ -130,8 +130,7 @@ def split_of(held_out: HeldOut, data: ImageShardsDataModule) -> str | None:
 def held_out_loss(
     held_out: HeldOut, module: DiffusionModule, data: ImageShardsDataModule, place: Place, ranks: Ranks
 ) -> HeldOutLoss | None:
-    """The held-out measurement of a run; None if it is switched off or the data set has no split for it. ValueError as
-    `split_of`."""
+    """The held-out measurement of a run; None and ValueError as in `split_of`."""
     if (split := split_of(held_out, data)) is None:
         return None
     numbers = chosen(data.index.count(split), held_out.num_images, module.seed)

@@ -1,4 +1,4 @@
-"""Parts of training that are the user's own: Lightning callbacks and loggers, and further arguments of its Trainer."""
+"""Parts of training that the user adds: Lightning callbacks, Lightning loggers, and arguments of the Trainer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,19 +22,19 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 
 
 def on_main_rank() -> bool:
-    """Whether this process is the one that logs."""
+    """Whether this process writes the logs."""
     return rank_zero_only.rank == 0
 
 
 def callback(made: Any, key: str) -> Callback:
-    """Return a callback of the user's own. Refusal if it is not a Lightning callback. key: its setting."""
+    """Return the object if it is a Lightning callback, else raise Refusal. key: its setting, for messages."""
     if not isinstance(made, Callback):
         raise Refusal(f"{key}._target_ must be a subclass of pytorch_lightning.Callback, not {type(made).__name__}.")
     return made
 
 
 def logger(made: Any, key: str) -> RunLogger:
-    """Return a logger of the user's own as a logger of a run. Refusal if it is not a Lightning logger."""
+    """Wrap a Lightning logger as a logger of a run. Raises Refusal if it is not a Lightning logger."""
     if not isinstance(made, Logger):
         raise Refusal(
             f"{key}._target_ must be a subclass of pytorch_lightning.loggers.Logger, not {type(made).__name__}."
@@ -43,10 +43,10 @@ def logger(made: Any, key: str) -> RunLogger:
 
 
 def trainer_arguments(made: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return further arguments of Lightning's Trainer; the profilers that have a name write to `folder`.
+    """Check further arguments of Lightning's Trainer, and return them. A profiler given by name writes to `folder`.
 
     Raises:
-        Refusal: the Trainer does not take one of them.
+        Refusal: the Trainer does not accept one of them.
     """
     profiler = made.get("profiler")
     if isinstance(profiler, str) and profiler in PROFILERS:
@@ -56,17 +56,17 @@ def trainer_arguments(made: dict[str, Any], folder: Path) -> dict[str, Any]:
     if made:
         try:
             Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **made)
-        except Exception as error:  # of its many checks
+        except Exception as error:  # the Trainer raises many kinds of errors
             raise Refusal(f"trainer: {reason(error).splitlines()[0]}") from error
     return made
 
 
 class OwnLogger(RunLogger):
-    """A Lightning logger of the user's own, as a logger of a run. If it fails, it says so once and logs no more.
+    """Wraps a Lightning logger as a logger of a run. If it fails, a message is printed once, and logging stops.
 
     Args:
-        logger: gets rows of numbers, the scores as eval/NAME, the settings of the run, and pictures where it has
-            `log_image` (as the loggers of W&B) or an `experiment` with `add_image` (as that of TensorBoard).
+        logger: gets metrics, scores as eval/NAME, the settings of the run, and images if it has `log_image` (like that
+            of W&B) or an `experiment` with `add_image` (like that of TensorBoard).
         key: its setting, for messages.
     """
 
@@ -88,9 +88,9 @@ class OwnLogger(RunLogger):
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever its code raises
+        except Exception as error:  # a foreign logger can raise anything
             self._failed = True
-            self._say(f"warning: {self.key} has failed and logs no more; the run goes on. {first_line(error)}")
+            self._say(f"warning: {self.key} has failed. The run continues without it. {first_line(error)}")
 
     def start(self, say: Callable[[str], None], record: Recorded) -> None:
         self._say = say

@@ -90,23 +90,27 @@ class Shard:
 
 
 def held_out_from(splits: Sequence[str], split: str) -> str | None:
-    """The split whose images nobody trains on when this one is trained on: validation or else test; None if there is
-    neither."""
+    """The split of held-out images when `split` is the training split: validation, or else test, or else None."""
     return next((other for other in ("validation", "test") if other in splits and other != split), None)
 
 
 def check_splits(splits: Sequence[str], of: str, split: str, held_out: str | None = None) -> None:
-    """Refuse a split that a set does not have, and to hold out what is trained on.
+    """Check the splits for training and for the held-out loss.
 
     Args:
-        splits: that it has. of: the set, as "the set in data.root=sets/a".
-        split: of the setting data.split. held_out: of held_out.split; None: it is not chosen.
+        splits: the splits of the set.
+        of: the set, for messages, like "the set in data.root=sets/a".
+        split: the setting data.split.
+        held_out: the setting held_out.split, or None.
+
+    Raises:
+        Refusal: the set does not have one of these splits, or both are the same.
     """
     for key, wanted in {"data.split": split, "held_out.split": held_out}.items():
         if wanted is not None and wanted not in splits:
             raise Refusal(f"{key}={wanted} is not a split of {of}, which has {', '.join(splits)}.")
     if held_out == split:
-        raise Refusal(f"held_out.split={split} is the split that is trained on: give another one, or null.")
+        raise Refusal(f"held_out.split={split} is the training split (data.split). Give another split, or null.")
 
 
 @dataclass(frozen=True)
