@@ -43,8 +43,8 @@ def test_a_result_is_a_line_of_its_own_after_a_file_that_is_cut_off(tmp_path):
 def test_a_number_that_is_not_finite_is_named_and_nothing_is_added(tmp_path):
     path = tmp_path / "a.jsonl"
     sound = {"name": "is", "metric": "IS", "value": 2.0}
-    for wrong, named in (({"value": float("nan")}, "value=nan"), ({"per_class": [float("inf")]}, "a number in it")):
-        with pytest.raises(ValueError, match=f"The result fid is not added to .*: {named} is not finite"):
+    for wrong, named in (({"value": float("nan")}, "value=nan"), ({"per_class": [float("inf")]}, "a number")):
+        with pytest.raises(ValueError, match=f"No result was added to .*: {named} of the result fid is not finite"):
             Results.of_file(path, "out=a.jsonl").add([sound, {"name": "fid", **wrong}])
     assert not list(tmp_path.iterdir())
 

@@ -79,7 +79,7 @@ def _line(row: Row, path: Path) -> str:
     try:
         return json.dumps(row, allow_nan=False)
     except ValueError:
-        wrong = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "a number in it")
+        wrong = next((k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)), "a number")
         what = f"{wrong}={row[wrong]}" if wrong in row else wrong
         raise ValueError(
             f"No result was added to {path}: {what} of the result {row.get('name')} is not finite."
