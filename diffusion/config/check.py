@@ -232,8 +232,10 @@ def refuse_blocked(
     if why := obstacle(folder):
         raise Refusal(f"{key}={folder}: {why}, so nothing can be kept there: give {cure}.")
     for name in files:
+        linked = (folder / name).resolve() if (folder / name).is_symlink() else None  # as last.ckpt to a checkpoint
         if (folder / name).is_dir():
-            raise Refusal(f"{key}={folder}: {name} is a folder, but a file is to be written there: move it.")
+            named = linked.relative_to(folder.resolve()) if linked and linked.is_relative_to(folder.resolve()) else name
+            raise Refusal(f"{key}={folder}: {named} is a folder, but a file is to be written there: move it.")
         in_place = name.endswith((".lock", ".csv"))  # others are replaced whole, whatever their own permissions
         if in_place and (folder / name).exists() and not os.access(folder / name, os.W_OK):
             raise Refusal(f"{key}={folder}: {name} cannot be written to: make it writable.")
