@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, rows
 
+import diffusion
+
 SMALL = ["+experiment=digits", "model=dit", "trainer=cpu", "trainer.threads=1", "trainer.max_steps=24"]
 SMALL += ["save.every_steps=6", "callbacks.score.num_images=20", "callbacks.grid.num_images=4"]
 SMALL += ["sampler.num_steps=2", "data.batch_size=16"]
@@ -232,3 +234,53 @@ def test_a_part_that_cannot_be_is_refused_by_name(tiny, words, message, tmp_path
     status, out = tiny(*words)
     assert status == 2 and message in out and out.count("error:") == 1 and "Traceback" not in out, out
     assert not (tmp_path / "run").exists()
+
+
+PARTS = {
+    "sampler/two_step.yaml": "# Two steps at once.\ndefaults: [_plan, _self_]\n_target_: own_parts.TwoStep\n"
+    "_partial_: true\nnum_steps: 5\nweight: 0.5  # of the step before\n",
+    "schedule/sigmoid.yaml": "_target_: own_parts.Sigmoid\nnum_timesteps: 1000\nwidth: 5.0\n",
+    "objective/huber.yaml": "_target_: own_parts.Huber\n_partial_: true\nprediction: epsilon\nbeta: 1.0\n"
+    "label_dropout: 0.0\n",
+    "metric/centre.yaml": "# Distance of the means.\n_target_: own_parts.Centre\n",
+}
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A folder with own_parts.py, and conf/ with an option for each of its classes."""
+    shutil.copy(ROOT / "tests" / "own_parts.py", tmp_path)
+    for name, text in PARTS.items():
+        (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_sampler_a_schedule_an_objective_and_a_metric_work_everywhere_ours_do(parts, digits, call):
+    def done(name, *words, status=0):
+        found, out = call(name, "--config-dir", "conf", *words)
+        assert found == status, out
+        return out
+
+    words = ["schedule=sigmoid", "schedule.width=6", "sampler=two_step", "objective=huber", "metrics=[fid,centre]"]
+    words += ["callbacks.score.num_images=20", "callbacks.grid.num_images=4", "run_dir=run", f"data.root={digits}"]
+    out = done("train", *words, "trainer=cpu", "trainer.max_steps=4", "data.batch_size=8", "model.blocks_per_level=1")
+    assert "trust=[own_parts]" in out
+    found = rows(parts / "run" / "results.jsonl")
+    assert found["centre"]["metric"] == "digits-centre distance" and found["fid"]["sampler"] == "twostep"
+    assert "centre distance" in (parts / "run" / "report.html").read_text()
+
+    trusted = ["checkpoint=run", "trust=[own_parts]"]
+    done("sample", *trusted, "num_images=3", "out=a", "sampler=two_step", "sampler.weight=0.4")
+    refused = done("sample", *trusted, "out=b", "sampler=two_step", "sampler.weight=2", status=2)
+    assert "sampler.weight=2 is outside [0, 1]" in refused
+    assert "Did you mean two_step?" in done("sample", *trusted, "out=b", "sampler=two_stepp", status=2)
+    assert "centre needs at least 3 images" in done("evaluate", *trusted, "num_images=2", "metrics=[centre]", status=2)
+    assert "schedule._target_=own_parts.Sigmoid" in done("sample", "checkpoint=run", "out=b", status=2)
+    swept = ["task=sweep", "num_images=20", "sweep.num_steps=[2]", "sweep.eta=[]", "sweep.large=false"]
+    done("evaluate", *trusted, *swept, "sweep.samplers=['two_step weight=0.3']", f"data.root={digits}")
+    done("lab", "task=errors", "samplers=[two_step,ddim]", "errors.num_steps=[20,40,80]", "out=lab")
+    model = diffusion.load(parts / "run", trust=["own_parts"], config_dirs=[parts / "conf"], device="cpu")
+    with np.load(parts / "a" / "samples.npz") as made:
+        assert np.array_equal(model.sample(3, sampler="two_step", weight=0.4), made["arr_0"])
