@@ -1,10 +1,12 @@
-"""Parts of a user's own, in no package: a two-step sampler, a schedule, an objective, a metric."""
+"""Parts of a user's own, in no package: a two-step sampler, a schedule, an objective, a metric, data."""
 
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch.nn.functional import smooth_l1_loss
 
+from diffusion.data.memory import ArraysDataModule
 from diffusion.metrics.metric import Metric
 from diffusion.objective import Objective
 from diffusion.process.schedule import Level, Schedule
@@ -85,3 +87,44 @@ class Centre(Metric):
     @staticmethod
     def compute(features, reference):
         return {"centre": float((features.pooled.mean(0) - reference.features.mean(0)).norm())}
+
+
+@settings("data")
+class Stripes(ArraysDataModule):
+    """Images of stripes, upright or lying, with noise.
+
+    Args:
+        number: of images in split train; a quarter of it in split test.
+    """
+
+    splits = ("train", "test")
+
+    def __init__(self, number: Count, side: Count = 8, **others) -> None:
+        super().__init__(**others)
+        self.number, self.side = number, side
+
+    def arrays(self, split):
+        number = self.number if split == "train" else self.number // 4
+        rng = np.random.default_rng(split == "train")
+        labels = np.arange(number) % 2
+        stripes = np.where(np.arange(self.side) % 2, 60, 190)[None, :] + np.zeros((self.side, 1))
+        both = np.stack([stripes, stripes.T])[labels] + rng.integers(-50, 50, (number, self.side, self.side))
+        return both.astype(np.uint8)[:, None], labels
+
+
+class Features(torch.nn.Module):
+    """Means of the quarters of an image as features, and logits of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(4, 2)
+        torch.nn.init.constant_(self.dense.weight, 0.01)
+
+    def forward(self, images):
+        rows = images.float().mean(1).chunk(2, 1)
+        features = torch.stack([quarter.mean((1, 2)) for row in rows for quarter in row.chunk(2, 2)], dim=1)
+        return features, self.dense(features)
+
+
+def features() -> Features:
+    return Features()

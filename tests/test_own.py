@@ -242,6 +242,9 @@ PARTS = {
     "schedule/sigmoid.yaml": "_target_: own_parts.Sigmoid\nnum_timesteps: 1000\nwidth: 5.0\n",
     "objective/huber.yaml": "_target_: own_parts.Huber\n_partial_: true\nprediction: epsilon\nbeta: 1.0\n"
     "label_dropout: 0.0\n",
+    "data/stripes.yaml": "# Stripes.\n_target_: own_parts.Stripes\nname: stripes\nroot: null\nsplit: train\n"
+    "image_size: 8\nchannels: 1\nnum_classes: 2\nbatch_size: 8\nflip: false\nlanes: null\ndigest: null\nnumber: 64\n"
+    "side: 8\n",
     "metric/centre.yaml": "# Distance of the means.\n_target_: own_parts.Centre\n",
 }
 
@@ -284,3 +287,41 @@ def test_a_sampler_a_schedule_an_objective_and_a_metric_work_everywhere_ours_do(
     model = diffusion.load(parts / "run", trust=["own_parts"], config_dirs=[parts / "conf"], device="cpu")
     with np.load(parts / "a" / "samples.npz") as made:
         assert np.array_equal(model.sample(3, sampler="two_step", weight=0.4), made["arr_0"])
+
+
+def test_data_of_ones_own_train_resume_and_score(parts, call):
+    """Held-out images of their own split as well; the same batches when the run goes on."""
+    words = ["--config-dir", "conf", "data=stripes", "name=stripes", "trainer=cpu", "model.blocks_per_level=1"]
+    words += ["model.num_classes=2", "callbacks=none", "held_out.every_steps=2", "log_every=1"]
+    for run, steps in (("whole", [6]), ("stopped", [2, 6])):
+        for last in steps:
+            status, out = call("train", *words, f"run_dir={run}", f"trainer.max_steps={last}", "save.every_steps=2")
+            assert status == 0, out
+    assert "trust=[own_parts]" in out and "16 held-out images" in out
+    ours, theirs = (
+        torch.load(parts / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("whole", "stopped")
+    )
+    assert all(torch.equal(ours["state_dict"][k], theirs["state_dict"][k]) for k in ours["state_dict"])
+    words = ["checkpoint=whole", "metrics=[fid]", "num_images=12", "sampler.num_steps=2", "extractor=custom"]
+    words += ["extractor.name=mine", "extractor.target=own_parts.features", "extractor.channels=1"]
+    status, out = call("evaluate", *words)
+    assert status == 2 and "give 'trust=[own_parts]'" in out, out
+    status, out = call("evaluate", *words, "trust=[own_parts]")
+    assert status == 0 and "mine-FID" in out, out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["data.image_size=16", "model.attention_resolutions=[8]"], "data.image_size=16"),
+        (["data.root=x"], "data.root=x"),
+        (["data.number=0"], "data.number=0 must be at least 1"),
+        (["data.split=validation"], "data.split=validation"),
+        (["data._target_=own_parts.Sigmoid"], "data._target_=own_parts.Sigmoid is not a data module"),
+    ],
+)
+def test_data_of_ones_own_that_cannot_be_are_refused(parts, call, words, message):
+    common = ["--config-dir", "conf", "data=stripes", "model.num_classes=2", "callbacks=none", "run_dir=run"]
+    status, out = call("train", *common, *words)
+    assert status == 2 and message in out and "Traceback" not in out, out
+    assert not (parts / "run").exists()

@@ -10,7 +10,9 @@ the user has named. The shapes of its weights are compared with its settings bef
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from diffusion.build.trusted import KINDS, annotations, component, nested, targets
 from diffusion.data.mixture import MixtureDataModule
-from diffusion.data.module import ImageShardsDataModule
+from diffusion.data.module import Described, ImageShardsDataModule
 from diffusion.data.shards.index import INDEX_NAME
 from diffusion.data.shards.remote import SCHEMES
 from diffusion.denoiser import NetworkDenoiser
@@ -217,6 +219,8 @@ def data_of(model: Trained, root: str | None = None, split: str | None = None) -
     kind = component(config.at("data._target_"), "data", model.trust, f"checkpoint={path}")
     if model.facts.points:
         return _points(model)
+    if kind.drawn:
+        return _in_memory(model, kind, split)
     kind = kind if kind.prepare_data is ImageShardsDataModule.prepare_data else ImageShardsDataModule
     where = config.at("data.root") if root is None else root
     if root is None:
@@ -271,6 +275,30 @@ def _refuse_elsewhere(model: Trained, root: str | None) -> None:
             f"checkpoint={path} was trained on data.root={root}, which is not a data set on this machine. Give "
             f"data.root=FOLDER, the folder of {model.data_name}; python -m diffusion.prepare makes it."
         )
+
+
+def _in_memory(model: Trained, kind: type[ImageShardsDataModule], split: str | None) -> ImageShardsDataModule:
+    """A data set of the user's own that is in no folder, of a trusted class."""
+    config, where = model.record, f"checkpoint={model.path}"
+    parameters = inspect.signature(kind).parameters
+    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = set(parameters) | ({"batch_size", "split", "lanes", "flip", "digest", "seed"} if others else set())
+    described = {field.name for field in fields(Described)} - set(parameters)
+    names |= {key for key in config.group("data") if others and not key.startswith("_")} - described
+    values = {key: value for key, value in config.group("data").items() if key in names}
+    values |= {"batch_size": 1, "split": split or config.at("data.split") or "train", "lanes": None}
+    made = {k: nested(v, f"data.{k}", annotations(kind).get(k, Any), model.trust, where) for k, v in values.items()}
+    try:
+        found = kind(**{name: value for name, value in made.items() if name in names})
+        shape = found.channels, found.image_size, found.image_size
+    except Exception as error:  # whatever the user's code raises
+        raise Refusal(f"{where}: its data settings cannot be used: {type(error).__name__}: {error}") from error
+    if model.image_shape != shape:
+        raise Refusal(
+            f"{where}: {kind.__name__} has images of {_size(shape[1], shape[0])}, the model was trained on images of "
+            f"{_size(model.image_shape[1], model.image_shape[0])}."
+        )
+    return found
 
 
 def _points(model: Trained) -> MixtureDataModule:

@@ -32,7 +32,7 @@ def look(run: Parts) -> None:
     if extractor is not None:
         try_out(extractor, network.channels, network.image_size, run.metrics)
     if data.readable:
-        check_real(run.metrics, data.num_images, f"data.root={data.root}")
+        check_real(run.metrics, data.num_images, f"data.root={data.root or 'null'}")
         warn_of_reference(data)
 
 

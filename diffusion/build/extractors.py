@@ -113,10 +113,10 @@ def classifier_places(module: ImageShardsDataModule | None, beside: str | Path) 
     index, root = None, beside
     if module is not None:
         index, root = module.index, module.root
-    elif not is_remote(root):
+    elif root is not None and not is_remote(root):
         with contextlib.suppress(ValueError):  # the folder has no data set that can be read
             index = read_index(root)
-    places = [Path(root) / CLASSIFIER] if module is None or not is_remote(root) else []
+    places = [Path(root) / CLASSIFIER] if root is not None and not is_remote(root) else []
     if index is not None:
         places.append(cache_folder() / "classifiers" / f"{index.content[:16]}.safetensors")
     return places
@@ -184,6 +184,8 @@ def reference(module: ImageShardsDataModule, extractor: Extractor, ranks: Ranks)
 
 def reference_folders(module: ImageShardsDataModule) -> tuple[list[Path], list[Path]]:
     """Where the features of a set's images may be kept, the first choice first; and where else they may be found."""
-    beside = Path(module.remote.folder).expanduser() / "references" if is_remote(module.root) else Path(module.root)
     cache = cache_folder() / "references"
+    if module.root is None:
+        return [cache], []
+    beside = Path(module.remote.folder).expanduser() / "references" if is_remote(module.root) else Path(module.root)
     return ([beside, cache], []) if module.kept_beside else ([cache], [beside])

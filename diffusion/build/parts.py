@@ -131,7 +131,20 @@ def make_partial(cfg: DictConfig, group: str) -> Callable:
 
 def data(cfg: DictConfig) -> ImageShardsDataModule:
     """The data module; what conf/ says of the set was held against its index by the checks."""
-    return make(OmegaConf.merge(left(cfg.data, Described), {"seed": cfg.seed}), "data")
+    try:
+        kind = get_object(str(cfg.data.get("_target_")))
+    except Exception as error:  # whatever importing a module of the user's own raises
+        raise Refusal(said("data", error)) from error
+    if not (isinstance(kind, type) and issubclass(kind, ImageShardsDataModule)):
+        raise Refusal(
+            f"data._target_={cfg.data.get('_target_')} is not a data module. It must be a subclass of "
+            f"ImageShardsDataModule (diffusion/data/module.py) or of ArraysDataModule (diffusion/data/memory.py)."
+        )
+    made = make(OmegaConf.merge(left(cfg.data, Described), {"seed": cfg.seed}), "data")
+    for key, found in (("image_size", made.image_size), ("channels", made.channels)) if made.drawn else ():
+        if cfg.data[key] != found:
+            raise Refusal(f"data.{key}={cfg.data[key]}, but the images of data={cfg.data.name} have {found}.")
+    return made
 
 
 def callbacks(cfg: DictConfig) -> list[own.Callback]:

@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.config.compose import Typed, composed, flattened
+from diffusion.config.declared import attributes
 from diffusion.config.words import parse, plain, shown, typeable
 from diffusion.data.digit_sets import SPLITS as DIGITS
 from diffusion.data.shards.index import INDEX_NAME, held_out_from, read_index
@@ -67,7 +68,8 @@ def data_set(path: str | None) -> bool:
 
 
 def drawn(cfg: DictConfig) -> bool:
-    return str(cfg.data.get("_target_")).endswith("MixtureDataModule")
+    """Whether the data are in no folder: the class of `data` says so."""
+    return bool(attributes(str(cfg.data.get("_target_"))).get("drawn"))
 
 
 def held_out_anywhere(cfg: DictConfig) -> bool:
@@ -83,7 +85,9 @@ def never_held_out(cfg: DictConfig) -> bool:
 
 def splits_here(cfg: DictConfig) -> tuple[str, ...]:
     """The splits of data that are drawn, on this machine, or made on it; () where they are not known."""
-    root, known = cfg.data.root, ("train",) if drawn(cfg) else DIGITS.get(cfg.data.name, ())
+    root, known = cfg.data.root, DIGITS.get(cfg.data.name, ())
+    if drawn(cfg):
+        known = tuple(attributes(str(cfg.data["_target_"])).get("splits", ()))
     if root is None or is_remote(root) or not data_set(root):
         return known
     try:

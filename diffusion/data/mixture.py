@@ -4,56 +4,21 @@ A point of C numbers is an image of one pixel with C channels, uint8 like every 
 adds a variance of (2/255)^2 / 12 to each number, which is a standard deviation of 0.0023.
 """
 
-import hashlib
-from collections.abc import Iterable
 from functools import cached_property
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.data.module import ImageShardsDataModule
-from diffusion.data.shards.index import Index, Shard
-from diffusion.data.shards.samples import Samples
+from diffusion.data.memory import ArraysDataModule
 from diffusion.images import to_uint8
 from diffusion.noise import Stream, seed63
 from diffusion.process.toy import SETS, Mixture
 from diffusion.settings import Count, Seed, settings
 
-POINTS_OF_A_SHARD = 4096  # points per shard, for the order of the samples
-
-
-class NoShards:
-    """Implements `shards.readers.Shards` for a set that has no files."""
-
-    def open(self, shard: Shard) -> NoReturn:
-        raise AssertionError(f"{shard.path} is not on disk")
-
-    def announce(self, shards: list[Shard]) -> None: ...
-
-    def wrong(self, shard: Shard, afresh: bool = False) -> None: ...
-
-    def glance(self) -> None: ...
-
-    def look(self, shards: Iterable[Shard], unopened: bool) -> None: ...
-
-
-class DrawnSamples(Samples):
-    """Samples that are in memory from the start.
-
-    Args:
-        index: the index of the set, whose shards are never opened.
-        images: uint8 (N, C, H, W).
-    """
-
-    def __init__(self, index: Index, images: Tensor) -> None:
-        super().__init__(index, cache="memory", shards=NoShards())
-        self._cache.images.copy_(images)
-        self._cache.known[:] = True
-
 
 @settings("data")
-class MixtureDataModule(ImageShardsDataModule):
+class MixtureDataModule(ArraysDataModule):
     """Batches of points of a mixture, without labels. The order is that of a data set of shards.
 
     Args:
@@ -67,8 +32,6 @@ class MixtureDataModule(ImageShardsDataModule):
         ValueError: toy is unknown, or a value is out of its range.
     """
 
-    drawn = True
-
     def __init__(
         self,
         toy: Literal["modes", "rings", "moons", "checkerboard"],
@@ -80,7 +43,7 @@ class MixtureDataModule(ImageShardsDataModule):
         root: str | None = None,
         digest: str | None = None,
     ) -> None:
-        super().__init__(root, batch_size, seed=seed, lanes=lanes, flip=flip, digest=digest)
+        super().__init__(batch_size, seed=seed, lanes=lanes, flip=flip, root=root, digest=digest)
         if flip:
             raise ValueError("data.flip=true: points of a mixture cannot be mirrored. Give data.flip=false.")
         self.toy, self._num_points = toy, num_points
@@ -96,14 +59,11 @@ class MixtureDataModule(ImageShardsDataModule):
         generator = torch.Generator().manual_seed(seed63(0, Stream.SAMPLES))
         return to_uint8(self.mixture.sample(self._num_points, generator))[..., None, None]
 
-    def samples_of(self, split: str) -> DrawnSamples:
-        """The points, by number; the same for every split."""
-        return DrawnSamples(self.index, self.points)
+    def arrays(self, split: str) -> tuple[Tensor, None]:
+        """The points, without labels."""
+        return self.points, None
 
-    def read(self) -> Index:
-        """The index of a set of these points. The sha256 of a shard is that of its points."""
-        shards = []
-        for number, points in enumerate(self.points.split(POINTS_OF_A_SHARD)):
-            digest = hashlib.sha256(points.numpy().tobytes()).hexdigest()
-            shards.append(Shard(f"train-{number:05d}", "train", len(points), points.numel(), digest, digest))
-        return Index("memory", self.toy, image_size=1, channels=self.points.shape[1], classes=0, shards=tuple(shards))
+    @property
+    def name(self) -> str:
+        """The name of the mixture."""
+        return self.toy
