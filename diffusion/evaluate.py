@@ -1,17 +1,17 @@
-"""Score a trained model, or images, against real ones: FID, Inception score, KID, precision, recall by one extractor.
+"""Score a trained model, or images, against real images: FID, Inception score, KID, precision, recall, bits/dim.
 
     python -m diffusion.evaluate checkpoint=runs/digits num_images=2000 guidance=classifier_free
-    python -m diffusion.evaluate checkpoint=runs/digits metrics=[bits_per_dim] likelihood.num_images=200
+    python -m diffusion.evaluate checkpoint=runs/digits 'metrics=[bits_per_dim]' likelihood.num_images=200
     python -m diffusion.evaluate checkpoint=runs/cifar10 task=sweep sampler.spacing=quadratic
     python -m diffusion.evaluate images=samples/digits reference=data/digits extractor=digits
-    python -m diffusion.evaluate images=a.zip reference=b.npz metrics=[fid,kid,precision,recall] out=scores.jsonl
+    python -m diffusion.evaluate images=a.zip reference=b.npz 'metrics=[fid,kid,precision,recall]' out=scores.jsonl
 
-A set of images is a folder, .zip, .tar or .npz, or a data set of shards. Image k of a model is a function of the seed
-and k, whatever the number of processes: on all GPUs of a machine, under torchrun and under srun the same figures come
-out. An interrupted evaluation goes on with the samples that it has. Results are printed and added to results.jsonl of
-the run (or to out=FILE), each with all that it depends on, and shown inside the published tables they belong to.
+A set of images is a folder, a .zip, .tar or .npz file, or a data set of shards. The images of a model depend only on
+the seed and their numbers: one GPU, all GPUs of a machine, torchrun and srun give the same scores. If it is
+interrupted, the same command continues with the images that it has. Results are printed, added to results.jsonl of the
+run (or to out=FILE) with all settings that they depend on, and shown in the published tables that they belong to.
 
-task=sweep measures FID at each of sweep.num_steps for each of sweep.eta, and writes sweep.csv and sweep.png.
+task=sweep measures FID for each of sweep.num_steps and sweep.eta, and writes sweep.csv and sweep.png.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds

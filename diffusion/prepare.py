@@ -1,13 +1,13 @@
-"""Make a data set: WebDataset shards and their index, where training looks for them.
+"""Create a data set: WebDataset shards and their index, in the folder where training looks for them.
 
     python -m diffusion.prepare source=digits                                         the digits of scikit-learn
     python -m diffusion.prepare source=church_outdoor_train_lmdb dataset=lsun_church  LSUN as it is distributed
     python -m diffusion.prepare source=cifar-10-python.tar.gz dataset=cifar10         either archive of CIFAR-10
     python -m diffusion.prepare source=img_align_celeba.zip dataset=celeba_64
-    python -m diffusion.prepare source=cats.zip image_size=64                         any images of one's own
-    python -m diffusion.prepare task=verify dataset=lsun_church                       is it still as it was made?
+    python -m diffusion.prepare source=cats.zip image_size=64                         images of your own
+    python -m diffusion.prepare task=verify dataset=lsun_church                       check a finished set for damage
 
-`out` is data/NAME unless given. Stopped in the middle, the same command goes on; a finished set is left as it is.
+`out` is data/NAME unless it is given. If it is interrupted, the same command continues. A finished set is not changed.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds

@@ -1,15 +1,16 @@
-"""The scores of many runs in one table, the report of one run made again, or two runs held against each other.
+"""Put the scores of many runs into one table, write the report of one run again, or compare two runs step by step.
 
     python -m diffusion.report                          all results.jsonl below runs/, in results.csv and results.html
-    python -m diffusion.report runs=DIR out=DIR         below another folder; written to another
+    python -m diffusion.report runs=DIR out=DIR         below another folder; written to another folder
     python -m diffusion.report run_dir=runs/digits      report.html of that run
-    python -m diffusion.report task=compare run_dir=A other=B     the step at which two runs part
+    python -m diffusion.report task=compare run_dir=A other=B     the first step at which two runs differ
 
-The table is sorted by metric, the best score first; in results.html a click on a column's name sorts by that column.
+The table is sorted by metric, the best score first. In results.html, click on the name of a column to sort by it.
 
-task=compare is for runs that should be the same to the bit, trained with fingerprint_every=N. It names the first step
-at which they part, and whether by their weights, their average, the optimizer's state or the batch, for each rank. Exit
-status 0 if they are the same at all steps that both have logged, 1 if they part, 2 if there is nothing to compare.
+task=compare is for runs that should be identical to the bit and were trained with fingerprint_every=N. It names the
+first step at which they differ, and whether the weights, their average, the optimizer's state or the batch differ, for
+each rank. Exit status: 0 if the runs agree at all steps that both have logged, 1 if they differ, 2 if there is nothing
+to compare.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds

@@ -1,13 +1,15 @@
 """Sample images from a trained model.
 
     python -m diffusion.sample checkpoint=runs/digits out=samples/digits
-    python -m diffusion.sample checkpoint=runs/digits out=samples/sevens num_images=64 labels=[7] \\
+    python -m diffusion.sample checkpoint=runs/digits out=samples/sevens num_images=64 'labels=[7]' \\
         guidance=classifier_free guidance.scale=3 sampler=ancestral
 
-Image k is a function of (seed, k) alone, whatever the number of processes: all GPUs of a machine work, or what torchrun
-or srun has started. An interrupted sampling goes on with what it has, also in batches of another size; the images of
-another sampling in `out` are refused, or replaced with overwrite=true. `out` becomes a folder with grid.png and
-samples.npz (arr_0: uint8 NHWC, arr_1: labels); png=true adds single files.
+The folder `out` gets grid.png and samples.npz (arr_0: images, uint8 NHWC; arr_1: labels), with png=true also a PNG file
+for each image. Image k depends only on the seed and k, not on the number of processes. All GPUs of the machine are
+used, or the processes that torchrun or srun has started.
+
+If it is interrupted, the same command continues with the images that it has, also with another batch_size. If `out`
+holds images of another sampling, the command is refused; overwrite=true replaces them.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds

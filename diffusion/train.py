@@ -1,11 +1,11 @@
-"""Train a diffusion model, sample from it, score it.
+"""Train a diffusion model, then sample from it and score it.
 
     python -m diffusion.train                                   digits, minutes on two CPU cores
     python -m diffusion.train +experiment=cifar10               an experiment of conf/experiment
-    python -m diffusion.train optimizer.lr=1e-4 run_dir=runs/b  any setting below
+    python -m diffusion.train optimizer.lr=1e-4 run_dir=runs/b  with any of the settings below
 
-The same command again goes on where it stopped. All that a run leaves is in its run_dir: config.yaml, checkpoints/,
-metrics.csv, samples/, results.jsonl, report.html.
+If it is interrupted, the same command continues. All results are in run_dir: config.yaml, checkpoints/, metrics.csv,
+samples/, results.jsonl and report.html.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds

@@ -1,4 +1,4 @@
-"""Measure this machine.
+"""Measure the speed of this machine, and of parts of this package.
 
     python -m diffusion.benchmark task=gpu_check                   compare the GPU with the CPU, and time training
     python -m diffusion.benchmark task=loader                      compare the data loader with others

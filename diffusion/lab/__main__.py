@@ -1,14 +1,14 @@
-"""The laboratory: where the error of a sampler comes from, and what noise does to data, where the exact score is known.
+"""Measure where the error of a sampler comes from, and show what noise does to data whose exact score is known.
 
-    python -m diffusion.lab task=errors                        on a Gaussian: each error exactly, and their sum
-    python -m diffusion.lab task=errors toy=modes              on a mixture
-    python -m diffusion.lab task=errors checkpoint=runs/gmm    of a network trained on one
-    python -m diffusion.lab task=errors checkpoint=runs/digits  of a model of images, as far as it can be known
-    python -m diffusion.lab task=forward, task=reverse         modes that merge in noise and part again; an animation
-    python -m diffusion.lab task=modes                         how much of each mode every sampler makes
-    python -m diffusion.lab task=equivalence                   DDPM's loss is score matching; VP's samples are VE's
+    python -m diffusion.lab task=errors                        of Gaussian data: each error exactly, and their sum
+    python -m diffusion.lab task=errors toy=modes              of a mixture
+    python -m diffusion.lab task=errors checkpoint=runs/gmm    of a network trained on a mixture
+    python -m diffusion.lab task=errors checkpoint=runs/digits  of a model of images, with bounds
+    python -m diffusion.lab task=forward, task=reverse         how modes merge in noise and separate again; an animation
+    python -m diffusion.lab task=modes                         the share of samples that each sampler gives each mode
+    python -m diffusion.lab task=equivalence                   DDPM's loss is score matching; VP and VE give the same
 
-Each writes tables, pictures and its page of report.html below out (lab, or the folder lab of the checkpoint's run).
+Each task writes tables, pictures and its page of report.html to out (default: lab, or lab in the run folder).
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
