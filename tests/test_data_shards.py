@@ -152,7 +152,7 @@ def test_missing_data_name_the_key_the_folder_and_the_command(tmp_path):
     index.path(index.shards[1]).unlink()
     with pytest.raises(MissingData, match=r"train-00001\.tar.* is missing"):
         read_index(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.split=val .* which has train, test"):
+    with pytest.raises(ValueError, match=r"data\.split=val .* Give one of train, test"):
         index.of_split("val")
 
 

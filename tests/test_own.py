@@ -250,13 +250,11 @@ PARTS = {
 
 
 @pytest.fixture
-def parts(tmp_path, monkeypatch):
-    """A folder with own_parts.py, and conf/ with an option for each of its classes."""
-    shutil.copy(ROOT / "tests" / "own_parts.py", tmp_path)
+def parts(tmp_path):
+    """A folder with conf/, which has an option for each class of own_parts.py, a module on the path of the tests."""
     for name, text in PARTS.items():
         (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "conf" / name).write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffusion.benchmark.settings import GpuCheck
 from diffusion.build.run import Parts, parts_of
-from diffusion.config.words import PACKAGE
+from diffusion.config.composer import PACKAGE
 from diffusion.data.module import Described
 from diffusion.data.shards.writer import ShardWriter
 from diffusion.files import write_atomically

@@ -33,7 +33,7 @@ from diffusion.benchmark import loader_peers
 from diffusion.benchmark.loader_images import write_photos, write_small
 from diffusion.benchmark.loader_sides import SIDES, stream_loader, subset
 from diffusion.benchmark.settings import Loader
-from diffusion.config.words import PACKAGE
+from diffusion.config.composer import PACKAGE
 from diffusion.data.shards.index import Index
 from diffusion.errors import Refusal
 from diffusion.files import write_atomically

@@ -114,8 +114,7 @@ def against_model(cfg: DictConfig, model: Trained, scored: list[str]) -> Against
     extractor.check(*model.image_shape[:2])
     if cfg.per_class and not model.num_classes:
         raise Refusal(f"per_class=true: the model of checkpoint={cfg.checkpoint} has no classes.")
-    where = "" if real.root is None else f"{real.root} "  # what is in no folder has a name alone
-    named = cfg.reference or f"{where}({model.data_name}, {cfg.split})"
+    named = cfg.reference or f"{real.root or 'memory'} ({model.data_name}, {cfg.split})"
     return against_of(cfg, extractor, real, named, model.image_shape[1:], scored)
 
 
@@ -141,7 +140,7 @@ def against_of(
     scored = list(cfg.metrics) if scored is None else scored
     metrics = parts.metrics(scored)
     try_out(extractor, extractor.channels, size[0], metrics)
-    where = f"reference={cfg.reference or real.root or real.index.name}"
+    where = f"reference={cfg.reference or real.root or 'null'}"
     check_real(scored, len(image_set(real)), where)
     if cfg.per_class and not labelled(real):
         raise Refusal(f"per_class=true: {where} has no labels.")
