@@ -18,6 +18,7 @@ def test_a_message_that_names_nothing_is_noticed():
     assert not told(["optimizer.lr=fast"], "error: something is wrong.")
 
 
+@pytest.mark.slow
 def test_the_words_are_of_every_kind():
     import numpy as np
 

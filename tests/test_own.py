@@ -70,6 +70,7 @@ def run(place, digits):
     return place / "runs" / "killed"
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_same_bits(run):
     ours, theirs = (
         torch.load(run.parent / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("killed", "whole")
@@ -81,7 +82,7 @@ def test_it_resumes_to_the_same_bits(run):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("sample", ["out=samples", "num_images=2"]),
+        pytest.param("sample", ["out=samples", "num_images=2"], marks=pytest.mark.slow),
         pytest.param("evaluate", ["num_images=20", "metrics=[fid]", "sampler.num_steps=2"], marks=pytest.mark.slow),
         pytest.param(
             "lab",
@@ -98,6 +99,7 @@ def test_each_command_loads_it_when_its_module_is_trusted_and_else_names_the_cur
     ended(start(place, name, f"checkpoint={run}", *words, "trust=[own_network]"))
 
 
+@pytest.mark.slow
 def test_its_scores_are_in_the_report(run, place):
     assert rows(run / "results.jsonl")["fid"]["value"] > 0
     ended(start(place, "report", "runs=runs"))

@@ -167,6 +167,7 @@ def test_two_processes_train_as_one(digits, tmp_path):
     assert (one - two).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_look_that_a_signal_has_ended_is_made_when_the_run_goes_on(digits, tmp_path):
     words = [f"data.root={digits}", "run_dir=run", "trainer.max_steps=6", "callbacks.grid.num_images=10"]
     words += ["sampler.num_steps=2", "trainer.threads=1", "data.batch_size=16", "callbacks.score.every_steps=4"]
@@ -182,6 +183,7 @@ def test_a_look_that_a_signal_has_ended_is_made_when_the_run_goes_on(digits, tmp
     assert not (tmp_path / "run" / "evaluations").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_final_scores_ends_the_run_at_once_and_they_are_made_later(digits, tmp_path):
     words = [f"data.root={digits}", "run_dir=run", "trainer.max_steps=2", "callbacks.grid.num_images=10"]
     words += ["sampler.num_steps=2", "trainer.threads=1"]

@@ -22,6 +22,8 @@ from diffusion.runs.folder import RunFolder
 from diffusion.runs.recorded import Recorded
 
 STEPS, SAVED, EVERY = 60, 6, 4
+pytestmark = pytest.mark.slow
+
 TRAINING = [
     f"trainer.max_steps={STEPS}", f"save.every_steps={SAVED}", f"log_every={EVERY}", "data.batch_size=16",
     "trainer.threads=1",

@@ -4,6 +4,8 @@ A description is the comment beside the key in its config file, or in the file t
 torch nor lightning.
 """
 
+import functools
+import itertools
 import re
 import shutil
 import textwrap
@@ -130,10 +132,9 @@ def description(key: str, command: str, chosen: dict[str, str]) -> str:
     """Return the description of a setting: the comment beside its key; "" if there is none."""
     group, _, rest = key.partition(".")
     if group in chosen and rest:
-        seen = [chosen[group], *(option for option in groups().get(group, ()) if option != chosen[group])]
-        files = [file for option in [*_based_on(group, chosen[group]), *seen] if (file := _file(group, option))]
-        for file in files:
-            if found := comments(file).get(rest):
+        others = (option for option in groups().get(group, ()) if option != chosen[group])
+        for option in itertools.chain(_based_on(group, chosen[group]), others):
+            if (file := _file(group, option)) and (found := comments(file).get(rest)):
                 return found
     for name in (command, "base"):
         if found := comments(conf_dir() / f"{name}.yaml").get(key):
@@ -157,6 +158,12 @@ def _file(group: str, option: str) -> Path | None:
 
 
 def comments(file: Path) -> dict[str, str]:
+    """As `_comments`, read once."""
+    return _comments(file, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=512)
+def _comments(file: Path, _: int) -> dict[str, str]:
     """Return the comments beside the keys of a config file, by key, as "sweep.eta".
 
     Lines of comment below one continue it; a line that ends with a colon is of the key below.
