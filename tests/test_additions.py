@@ -1,11 +1,13 @@
 """A sampler, a schedule and a metric are added to the package by one new file and one YAML each, and nothing else."""
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import own_parts
 import pytest
 from conftest import ROOT, rows
 
@@ -40,8 +42,8 @@ class Halves(Sampler):
         x = self.inner.step(denoise, x_t, t, between, randn)
         return self.inner.step(denoise, x, between, s, randn)
 '''
-SCHEDULE = '''
-"""Variance preserving, with a sigmoid of time for the betas."""
+SCHEDULE = """
+\"\"\"Variance preserving, with a sigmoid of time for the betas.\"\"\"
 
 import torch
 
@@ -49,43 +51,14 @@ from diffusion.process.schedule import Level, Schedule
 from diffusion.settings import Count, Positive, settings
 
 
-@settings("schedule")
-class Sigmoid(Schedule):
-    """alpha_bar = 1 - sigmoid(width (2 t / T - 1)).
-
-    Args:
-        num_timesteps: T. width: of the sigmoid.
-    """
-
-    def __init__(self, num_timesteps: Count = 1000, width: Positive = 5.0) -> None:
-        super().__init__(num_timesteps)
-        self.width = width
-
-    def _level(self, t):
-        lam = -self.width * (2 * t / self.num_timesteps - 1)
-        return Level(torch.sigmoid(lam).sqrt(), torch.sigmoid(-lam).sqrt())
-
-    def _time(self, log_ratio):
-        return (1 - 2 * log_ratio / self.width) * self.num_timesteps / 2
-'''
-METRIC = '''
-"""How far apart the mean features of two sets of images are."""
+""" + inspect.getsource(own_parts.Sigmoid)
+METRIC = """
+\"\"\"How far apart the mean features of two sets of images are.\"\"\"
 
 from diffusion.metrics.metric import Metric
 
 
-def distance(features, reference):
-    return {"centre": float((features.pooled.mean(0) - reference.features.mean(0)).norm())}
-
-
-class Centre(Metric):
-    """`distance`."""
-
-    title = "centre distance"
-    higher_is_better = False
-    least_images = 3
-    compute = staticmethod(distance)
-'''
+""" + inspect.getsource(own_parts.Centre)
 ADDED = {
     "diffusion/samplers/halves.py": SAMPLER,
     "conf/sampler/halves.yaml": "# Two steps of DDIM in one.\ndefaults: [_plan, _self_]\n"

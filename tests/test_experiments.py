@@ -9,6 +9,7 @@ from diffusion.build import parts as build
 from diffusion.build.sampling import recipe
 from diffusion.config.check import check
 from diffusion.config.composer import compose, groups
+from diffusion.config.metrics import known
 from diffusion.config.values import fit_all
 from diffusion.denoiser import NetworkDenoiser
 from diffusion.distributed.place import Place
@@ -165,7 +166,12 @@ def test_scores_that_a_run_could_not_make_are_refused_before_it_trains(words, me
     assert mentions in str(refused.value)
 
 
-def test_a_metric_of_few_images_may_be_asked_for_of_few():
-    check(composed("+experiment=digits", "metrics=[fid]", "callbacks.score.num_images=2"))
-    check(composed("+experiment=digits", "callbacks.score.during.num_images=1"))  # which nothing is scored of
-    check(composed("+experiment=digits", "extractor=inception", "metrics=[]"))
+def test_a_metric_may_be_computed_of_as_few_images_as_its_class_says():
+    for words in (
+        ["metrics=[fid]", f"callbacks.score.num_images={known('fid').least_images}"],
+        ["callbacks.score.during.num_images=1"],  # nothing is scored with it
+        ["extractor=inception", "metrics=[]"],
+    ):
+        assert check(composed("+experiment=digits", *words)) is None
+    with pytest.raises(Refusal, match="fid needs at least 2 images"):
+        check(composed("+experiment=digits", "metrics=[fid]", "callbacks.score.num_images=1"))
