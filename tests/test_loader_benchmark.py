@@ -66,7 +66,7 @@ def test_on_a_set_of_ones_own_with_labels_and_without_workers(digits, call, tmp_
     own = [f"loader.root={digits}", f"loader.cifar_root={digits}", "loader.num_workers=0"]
     status, output = call("benchmark", "task=loader", "out=figures.json", *TINY[:-1], *own)
     found = of_file(status, output, tmp_path / "figures.json")
-    assert len(found["rows"]) == 4 and "of 8x8 in 1 shard, " in output and "there are no workers" in output
+    assert len(found["rows"]) == 4 and "of 8x8 in 1 shard, " in output and "as no workers are used" in output
 
 
 @pytest.mark.slow

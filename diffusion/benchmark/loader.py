@@ -339,7 +339,7 @@ def memory_line(about: dict[str, Any]) -> str:
     """A line with PSS and RSS of the largest worker of each loader."""
     largest = {name: max(said["workers"], key=lambda w: w["pss"]) for name, said in about.items() if said["workers"]}
     if not largest:
-        return "Memory per worker: there are no workers"
+        return "Memory per worker: not measured, as no workers are used"
     parts = [f"{name} {memory['pss']:,.0f} ({memory['rss']:,.0f})" for name, memory in largest.items()]
     return f"Memory per worker, MB PSS (RSS): {', '.join(parts)}"
 

@@ -65,7 +65,7 @@ class ArraysDataModule(ImageShardsDataModule):
 
     Args:
         batch_size, seed, split, lanes, flip, digest: as in `ImageShardsDataModule`.
-        root: must be None, because there is no folder.
+        root: must be None, as the set is in no folder.
 
     Raises:
         ValueError: a value is out of its range; when the index is first used, what `arrays` returns is not allowed.

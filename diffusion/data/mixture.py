@@ -26,7 +26,7 @@ class MixtureDataModule(ArraysDataModule):
         num_points: number of points, which is one epoch. The points depend on `toy` and `num_points` only.
         batch_size, seed, lanes, digest: as in `ImageShardsDataModule`.
         flip: must be False, because a point cannot be mirrored.
-        root: must be None, because there is no folder.
+        root: must be None, as the set is in no folder.
 
     Raises:
         ValueError: toy is unknown, or a value is out of its range.

@@ -70,7 +70,7 @@ class ImageShardsDataModule(LightningDataModule):
     """
 
     holds: ClassVar[dict[str, int]] = {}  # values that the index must have, for a class of one data set
-    drawn = False  # whether samples are drawn at random, so that there is no root
+    drawn = False  # whether the samples are made in memory; such a set has no root
     kept_beside = True  # whether derived data, such as features, may be stored beside the shards
 
     def __init__(
